@@ -1,0 +1,1 @@
+"""The frontend process: HTTP and native endpoints, rendering, media and expansion."""

@@ -1,0 +1,1 @@
+"""mmprep: multimodal preprocessing for inference engines."""

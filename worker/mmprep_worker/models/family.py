@@ -1,0 +1,82 @@
+"""The seam between the lanes and the model families.
+
+A family turns the encoded bytes of one medium into an item in two steps, so that a lane can reserve memory of the exact
+size before anything is decoded where the family allows it:
+
+1. :meth:`Family.open` reads the header, checks limits and answers with the plan and the fields' shapes;
+2. :meth:`Prepared.fill` decodes, processes and writes the tensors into arrays that lie in the granted extent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import msgspec
+from numpy.typing import NDArray
+
+from mmprep.card import ModelCard
+from mmprep.items import ItemMeta, Plan
+
+
+class ItemOptions(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What a request may choose for one medium. All of it is part of the item's key.
+
+    Attributes
+    ----------
+    dtype: of the main tensor; one of the card's for the modality.
+    """
+
+    dtype: str
+
+
+class Prepared(Protocol):
+    """One medium, opened: its metadata is known, its tensors are not computed yet."""
+
+    meta: ItemMeta
+
+    def fill(self, tensors: Mapping[str, NDArray[Any]]) -> None:
+        """Decode and process the medium into ``tensors``.
+
+        Parameters
+        ----------
+        tensors:
+            A writable, C-contiguous array for each of ``meta.fields``, of its shape and storage dtype
+            (:func:`mmprep.items.storage_dtype`), with undefined content.
+
+        Raises
+        ------
+        mmprep.errors.MediaError
+            The medium is broken.
+        """
+
+
+class Family(Protocol):
+    """A model family, configured from one model directory."""
+
+    card: ModelCard
+
+    def plan(self, modality: str, medium: bytes | memoryview, options: ItemOptions) -> Plan:
+        """Return the plan of one medium; cheaper than :meth:`open` where the family allows it."""
+
+    def open(self, modality: str, medium: bytes | memoryview, options: ItemOptions) -> Prepared:
+        """Read the header of one medium and decide its plan and shapes.
+
+        Parameters
+        ----------
+        modality:
+            One that the card names.
+        medium:
+            The encoded bytes, as a file holds them. The result may keep a reference.
+        options:
+            What the request chose.
+
+        Raises
+        ------
+        mmprep.errors.UnsupportedMedia
+            Not a kind of medium that is read.
+        mmprep.errors.DecodeError
+            Of a known kind, and broken.
+        mmprep.errors.TooLarge
+            Above a limit of pixels.
+        """
