@@ -177,6 +177,10 @@ class ProtocolError(MmprepError):
     type = "BadRequestError"
 
 
+class StartupError(MmprepError):
+    """A process cannot start as it was told to; the message names the option and what to do."""
+
+
 class InternalError(MmprepError):
     """A fault of mmprep's own. Its details are in the log, not here."""
 
