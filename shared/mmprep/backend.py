@@ -1,0 +1,143 @@
+"""The reader's side: an engine that uses tensors where they lie.
+
+A backend registers under an id. Addresses that HTTP answers carry are leased to such an id, and whoever holds the
+registration turns them into items. The registration dies with its process, however it ends, and its leases with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from collections.abc import Mapping
+from typing import Any, Self
+
+import zmq
+
+from mmprep.address import Address, parse_address
+from mmprep.item import Item, item_from_address
+from mmprep.loop_thread import LoopThread
+from mmprep.registration import Lease, Registration
+from mmprep.runtime import RuntimeDir, parse_endpoint
+from mmprep.wire.messages import LeaseKind
+
+_CONNECT_SECONDS = 10.0
+
+
+class Backend:
+    """A registered reader of the shared memory; may be used from several threads.
+
+    Parameters
+    ----------
+    endpoint:
+        ``ipc://`` and a runtime directory; by default the one that ``mmprep serve`` uses by default.
+    id:
+        The name that requests give as ``backend_id``; by default a fresh one.
+
+    Raises
+    ------
+    ServiceUnavailable
+        No service answers.
+    InvalidRequest
+        A living process has the id.
+
+    Examples
+    --------
+    >>> with Backend("ipc:///run/user/0/mmprep", id="engine-0") as backend:  # doctest: +SKIP
+    ...     item = backend.open(answer["features"]["mm_addresses"]["image"][0])
+    ...     with item.view() as arrays:
+    ...         pixels = arrays["pixel_values"]
+    ...     item.release()
+    """
+
+    def __init__(self, endpoint: str | None = None, *, id: str | None = None) -> None:  # noqa: A002 -- interface
+        self.id = id or f"backend-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._thread = LoopThread("mmprep-backend")
+        self._context: zmq.Context[Any] = zmq.Context()
+        try:
+            self._registration: Registration = self._thread.run(self._register(parse_endpoint(endpoint)))
+        except BaseException:
+            self._context.destroy(linger=0)
+            self._thread.stop()
+            raise
+
+    async def _register(self, runtime: RuntimeDir) -> Registration:
+        registration = Registration(self._context, runtime, self.id)
+        try:
+            await registration.ready(_CONNECT_SECONDS)
+        except BaseException:
+            await registration.close()
+            raise
+        return registration
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release every lease and leave."""
+        self._thread.run(self._registration.close())
+        self._context.destroy(linger=0)
+        self._thread.stop()
+
+    def open(self, address: Address | Mapping[str, Any]) -> Item:
+        """Return the item at an address that is leased to this backend, and keep its lease renewed.
+
+        Parameters
+        ----------
+        address:
+            As in an answer's ``mm_addresses``. One without a lease is leased first, as by :meth:`acquire`.
+
+        Raises
+        ------
+        StaleAddress
+            The content is gone.
+        InvalidRequest
+            Not an address.
+        """
+        parsed = parse_address(address)
+        if parsed.lease is None:
+            return self.acquire(parsed)
+        return self._item(parsed, self._thread.run(self._adopt(parsed)))
+
+    def acquire(self, address: Address | Mapping[str, Any], *, kind: LeaseKind = "copy") -> Item:
+        """Lease the content of an address to this backend and return the item.
+
+        Parameters
+        ----------
+        kind:
+            ``"copy"``: may be revoked when it is not renewed in time; ``"view"``: never while this process lives.
+
+        Raises
+        ------
+        StaleAddress
+            The content is gone.
+        """
+        parsed = parse_address(address)
+        return self._item(parsed, self._thread.run(self._registration.acquire(parsed, kind)))
+
+    def renew(self, *addresses: Address | Mapping[str, Any]) -> list[bool]:
+        """Prolong leases now, beside the renewal in the background; returns for each whether it still holds."""
+        leases = [bytes.fromhex(parse_address(address).lease or "") for address in addresses]
+        lost = self._thread.run(self._registration.renew(tuple(leases)))
+        return [lease not in lost for lease in leases]
+
+    def release(self, *addresses: Address | Mapping[str, Any]) -> None:
+        """End leases; those that are over already are passed over."""
+        for address in addresses:
+            lease = parse_address(address).lease
+            if lease is not None:
+                self._registration.drop(bytes.fromhex(lease))
+
+    async def _adopt(self, address: Address) -> Lease:
+        assert address.lease is not None
+        return self._registration.lease(bytes.fromhex(address.lease), asyncio.get_running_loop().time())
+
+    def _item(self, address: Address, lease: Lease) -> Item:
+        try:
+            return item_from_address(self._registration, address, lease, run=self._thread.run)
+        except BaseException:
+            lease.release()
+            raise

@@ -1,0 +1,432 @@
+"""The native clients: requests to the frontends over ZeroMQ, tensors by shared memory.
+
+:class:`AsyncClient` does the work; :class:`Client` is the same for programs without an event loop and may be used from
+several threads at once. Both spread their calls over all frontends of the runtime directory, and send a call again to
+another one when its frontend goes away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import msgspec
+import zmq
+from numpy.typing import NDArray
+
+import mmprep
+from mmprep.address import Address, address_fields
+from mmprep.errors import DeadlineExceeded, InvalidRequest, MmprepError, ProtocolError, ServiceUnavailable
+from mmprep.item import Inline, Item, Runner, Shared, Source
+from mmprep.items import unpack_meta
+from mmprep.loop_thread import LoopThread
+from mmprep.registration import Registration
+from mmprep.result import Head, HeadItem, ids_from_bytes, unpack_head
+from mmprep.runtime import RuntimeDir, parse_endpoint
+from mmprep.wire import messages
+from mmprep.wire.calls import CallTable
+from mmprep.wire.codec import PROTOCOL, pack, unpack
+from mmprep.wire.sockets import Link
+
+Payload = Literal["shm", "tensors", "none"]
+
+_FRAME_LIMIT = 1 << 32
+_CONNECT_SECONDS = 10.0
+
+
+class Result:
+    """A rendered request.
+
+    Attributes
+    ----------
+    request_id: the service's name for it.
+    items: by modality, in the order of the prompt.
+    max_tokens: how many tokens may be generated.
+    prompt_text: the rendered template, where ``return_prompt_text`` was asked for.
+    """
+
+    def __init__(self, head: Head, items: dict[str, list[Item]]) -> None:
+        self.request_id = head.request_id
+        self.items = items
+        self.max_tokens = head.max_tokens
+        self.prompt_text = head.prompt_text
+        self._token_ids = ids_from_bytes(head.token_ids)
+        self._unexpanded = ids_from_bytes(head.unexpanded_token_ids)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The prompt, placeholders expanded."""
+        ids: list[int] = self._token_ids.tolist()
+        return ids
+
+    @property
+    def unexpanded_token_ids(self) -> list[int]:
+        """The prompt with one placeholder a medium."""
+        ids: list[int] = self._unexpanded.tolist()
+        return ids
+
+    @property
+    def token_array(self) -> NDArray[Any]:
+        """The prompt as an array of uint32, shape ``(length,)``, without a copy."""
+        return self._token_ids
+
+    def release(self) -> None:
+        """Give up the tensors of every item."""
+        for items in self.items.values():
+            for item in items:
+                item.release()
+
+
+class _FrontendLink:
+    """The connection to one frontend."""
+
+    def __init__(self, context: zmq.Context[Any], endpoint: str, client_id: str) -> None:
+        self._client_id = client_id
+        self.calls = CallTable()
+        self.up = asyncio.Event()
+        self.refused: MmprepError | None = None
+        self.link = Link(
+            context,
+            endpoint,
+            f"client:{client_id}",
+            greeting=self._greeting,
+            on_message=self._on_message,
+            on_down=self._on_down,
+            frame_limit=_FRAME_LIMIT,
+            copy=False,
+        )
+
+    def _greeting(self) -> list[bytes]:
+        return [pack(messages.Hello(PROTOCOL, mmprep.__version__, "client", self._client_id, os.getpid()))]
+
+    def _on_down(self) -> None:
+        self.up.clear()
+        self.calls.fail_all(_FrontendLost, "the frontend went away")
+
+    def _on_message(self, frames: list[zmq.Frame]) -> None:
+        message = unpack(frames[0].buffer, messages.FromFrontend)
+        match message:
+            case messages.FrontendWelcome():
+                self.up.set()
+            case messages.Refused():
+                self.refused = message.fault.error()
+                self.up.set()
+            case messages.Failed():
+                self.calls.resolve(message.call, message.fault.error())
+            case messages.Response() | messages.Rendered():
+                self.calls.resolve(message.call, frames[1:])
+
+
+class _FrontendLost(ServiceUnavailable):
+    """The call was under way at a frontend that is gone."""
+
+
+class AsyncClient:
+    """A client on the running asyncio loop.
+
+    Parameters
+    ----------
+    endpoint:
+        ``ipc://`` and a runtime directory; by default the one that ``mmprep serve`` uses by default.
+    backend_id:
+        The name under which addresses are leased to this process; by default a fresh one.
+    request_timeout:
+        Seconds for one call, where the call names no other.
+
+    Examples
+    --------
+    >>> async with AsyncClient("ipc:///run/user/0/mmprep") as client:  # doctest: +SKIP
+    ...     result = await client.chat(messages, payload="shm")
+    """
+
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        *,
+        backend_id: str | None = None,
+        request_timeout: float = 60.0,
+        _run: Runner | None = None,
+    ) -> None:
+        self._runtime: RuntimeDir = parse_endpoint(endpoint)
+        self._id = backend_id or f"client-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._timeout = request_timeout
+        self._run = _run
+        self._context: zmq.Context[Any] | None = None
+        self._frontends: list[_FrontendLink] = []
+        self._registration: Registration | None = None
+
+    # --- life -----------------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def open(self) -> None:
+        """Connect to every frontend of the runtime directory; raises ServiceUnavailable where none answers."""
+        endpoints = self._runtime.frontend_endpoints()
+        if not endpoints:
+            raise ServiceUnavailable("no service runs in this runtime directory; start it with: mmprep serve")
+        self._context = zmq.Context()
+        self._frontends = [_FrontendLink(self._context, endpoint, self._id) for endpoint in endpoints]
+        try:
+            await self._any_up(_CONNECT_SECONDS)
+        except MmprepError:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Release every lease and disconnect."""
+        for frontend in self._frontends:
+            frontend.link.close()
+        self._frontends = []
+        if self._registration is not None:
+            await self._registration.close()
+            self._registration = None
+        if self._context is not None:
+            self._context.destroy(linger=0)
+            self._context = None
+
+    # --- calls ----------------------------------------------------------------------------------------------------
+
+    async def chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        payload: Payload = "shm",
+        model: str | None = None,
+        timeout: float | None = None,
+        **fields: Any,
+    ) -> Result:
+        """Render one chat request.
+
+        Parameters
+        ----------
+        messages:
+            As in OpenAI's chat completions. In place of a URL a part may hold the encoded bytes of the medium.
+        payload:
+            ``"shm"``: tensors stay in shared memory, leased to this client; ``"tensors"``: they come with the answer;
+            ``"none"``: hashes and ranges only.
+        model:
+            By default the one that is served.
+        timeout:
+            Seconds.
+        fields:
+            Any other field of a chat request, as ``tools`` or ``mm_dtype``.
+
+        Raises
+        ------
+        MmprepError
+            One of the tree, with the place in the request as ``param``.
+        """
+        body: dict[str, Any] = {"messages": messages, "mm_payload": payload, **fields}
+        if model is not None:
+            body["model"] = model
+        registration = None
+        if payload == "shm":
+            registration = await self._registered()
+            body["backend_id"] = registration.id
+        sent_at = asyncio.get_running_loop().time()
+        frames = await self._request("chat", body, timeout)
+        return self._result(frames, registration, sent_at)
+
+    async def completions(self, prompt: Any, *, timeout: float | None = None, **fields: Any) -> list[dict[str, Any]]:
+        """Render a completion request: a text, texts, a token list or token lists; returns GenerateRequests."""
+        answer: list[dict[str, Any]] = await self._json("completions", {"prompt": prompt, **fields}, timeout)
+        return answer
+
+    async def tokenize(self, *, timeout: float | None = None, **fields: Any) -> dict[str, Any]:
+        """Tokenize a ``prompt`` or a chat's ``messages``, media expanded."""
+        answer: dict[str, Any] = await self._json("tokenize", fields, timeout)
+        return answer
+
+    async def detokenize(self, tokens: Sequence[int], *, timeout: float | None = None, **fields: Any) -> str:
+        """Return the text of token ids."""
+        answer = await self._json("detokenize", {"tokens": list(tokens), **fields}, timeout)
+        text: str = answer["prompt"]
+        return text
+
+    # --- behind the scenes ----------------------------------------------------------------------------------------
+
+    async def _registered(self) -> Registration:
+        if self._registration is None:
+            assert self._context is not None, "the client is not open"
+            self._registration = Registration(self._context, self._runtime, self._id)
+        await self._registration.ready(_CONNECT_SECONDS)
+        return self._registration
+
+    async def _json(self, operation: Any, body: dict[str, Any], timeout: float | None) -> Any:
+        frames = await self._request(operation, body, timeout)
+        if len(frames) != 1:
+            raise ProtocolError("an answer without its frame")
+        return msgspec.json.decode(frames[0].buffer)
+
+    async def _request(self, operation: Any, body: dict[str, Any], timeout: float | None) -> list[zmq.Frame]:
+        seconds = self._timeout if timeout is None else timeout
+        attachments: list[Any] = []
+        body = _detach(body, attachments)
+        body.setdefault("deadline_ms", max(1, int(seconds * 1000)))
+        encoded = msgspec.json.encode(body)
+        try:
+            async with asyncio.timeout(seconds):
+                while True:
+                    try:
+                        return await self._request_once(operation, encoded, attachments)
+                    except _FrontendLost:
+                        continue
+        except TimeoutError:
+            raise DeadlineExceeded(f"no answer within {seconds:g} s") from None
+
+    async def _request_once(self, operation: Any, encoded: bytes, attachments: list[Any]) -> list[zmq.Frame]:
+        frontend = await self._any_up(None)
+        number, future = frontend.calls.open()
+        try:
+            frontend.link.send([pack(messages.Request(number, operation)), encoded, *attachments])
+            frames: list[zmq.Frame] = await future
+        except asyncio.CancelledError:
+            frontend.link.send([pack(messages.Cancel(number))])
+            raise
+        finally:
+            frontend.calls.forget(number)
+        return frames
+
+    async def _any_up(self, seconds: float | None) -> _FrontendLink:
+        while True:
+            up = [f for f in self._frontends if f.up.is_set()]
+            for frontend in up:
+                if frontend.refused is not None:
+                    raise frontend.refused
+            if up:
+                return min(up, key=lambda f: len(f.calls))
+            waits = [asyncio.create_task(f.up.wait()) for f in self._frontends]
+            try:
+                done, _ = await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
+            if not done:
+                raise ServiceUnavailable("no frontend answers; is the service running? start it with: mmprep serve")
+
+    def _result(self, frames: list[zmq.Frame], registration: Registration | None, sent_at: float) -> Result:
+        if not frames:
+            raise ProtocolError("an answer without its frames")
+        head = unpack_head(frames[0].buffer)
+        items: dict[str, list[Item]] = {}
+        for item in head.items:
+            items.setdefault(item.modality, []).append(self._item(item, head, frames, registration, sent_at))
+        return Result(head, items)
+
+    def _item(
+        self, item: HeadItem, head: Head, frames: list[zmq.Frame], registration: Registration | None, sent_at: float
+    ) -> Item:
+        meta = unpack_meta(item.meta)
+        source: Source | None = None
+        address: Address | None = None
+        if item.frame >= 0:
+            if item.frame >= len(frames):
+                raise ProtocolError("an answer names a frame that it does not have")
+            source = Inline(frames[item.frame].buffer)
+        elif item.place is not None and item.place.lease is not None and registration is not None:
+            place = item.place
+            address = Address(
+                segment=head.segment,
+                epoch=head.epoch.hex(),
+                slot=place.slot,
+                offset=place.offset,
+                length=place.length,
+                generation=place.generation,
+                metadata_length=len(item.meta),
+                fields=address_fields(meta, len(item.meta)),
+                lease=item.place.lease.hex(),
+                lease_seconds=head.lease_ms // 1000,
+            )
+            source = Shared(registration, address, registration.lease(item.place.lease, sent_at))
+        return Item(
+            meta,
+            source,
+            hash=item.hash.hex(),
+            offset=item.offset,
+            length=item.length,
+            cached=item.cached,
+            address=address,
+            run=self._run,
+        )
+
+
+def _detach(node: Any, attachments: list[Any]) -> Any:
+    """Return ``node`` with every bytes-like value replaced by the name of an attachment."""
+    if isinstance(node, bytes | bytearray | memoryview):
+        attachments.append(node)
+        return f"attachment:{len(attachments) - 1}"
+    if isinstance(node, dict):
+        return {key: _detach(value, attachments) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_detach(value, attachments) for value in node]
+    return node
+
+
+class Client:
+    """The synchronous client; see :class:`AsyncClient` for the parameters and calls.
+
+    Examples
+    --------
+    >>> with Client("ipc:///run/user/0/mmprep") as client:  # doctest: +SKIP
+    ...     result = client.chat(messages, payload="shm")
+    ...     arrays = result.items["image"][0].materialize()
+    """
+
+    def __init__(
+        self, endpoint: str | None = None, *, backend_id: str | None = None, request_timeout: float = 60.0
+    ) -> None:
+        self._thread = LoopThread("mmprep-client")
+        try:
+            self._client: AsyncClient = self._thread.run(self._open(endpoint, backend_id, request_timeout))
+        except BaseException:
+            self._thread.stop()
+            raise
+
+    async def _open(self, endpoint: str | None, backend_id: str | None, request_timeout: float) -> AsyncClient:
+        client = AsyncClient(
+            endpoint, backend_id=backend_id, request_timeout=request_timeout, _run=self._thread.run
+        )
+        await client.open()
+        return client
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release every lease and disconnect."""
+        self._thread.run(self._client.close())
+        self._thread.stop()
+
+    def chat(self, messages: Sequence[dict[str, Any]], **arguments: Any) -> Result:
+        """Render one chat request; see :meth:`AsyncClient.chat`."""
+        result: Result = self._thread.run(self._client.chat(messages, **arguments))
+        return result
+
+    def completions(self, prompt: Any, **arguments: Any) -> list[dict[str, Any]]:
+        """Render a completion request; see :meth:`AsyncClient.completions`."""
+        answer: list[dict[str, Any]] = self._thread.run(self._client.completions(prompt, **arguments))
+        return answer
+
+    def tokenize(self, **arguments: Any) -> dict[str, Any]:
+        """Tokenize; see :meth:`AsyncClient.tokenize`."""
+        answer: dict[str, Any] = self._thread.run(self._client.tokenize(**arguments))
+        return answer
+
+    def detokenize(self, tokens: Sequence[int], **arguments: Any) -> str:
+        """Return the text of token ids."""
+        text: str = self._thread.run(self._client.detokenize(tokens, **arguments))
+        return text
+
+
+__all__ = ["AsyncClient", "Client", "InvalidRequest", "Payload", "Result"]

@@ -1,0 +1,224 @@
+"""What a client gets for one medium: its range in the prompt, and its tensors wherever they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from mmprep import tensors
+from mmprep.address import Address
+from mmprep.errors import InvalidRequest
+from mmprep.items import FieldSpec, ItemMeta, align, unpack_meta
+from mmprep.registration import Lease, Registration
+
+
+class Source(Protocol):
+    """Where an item's tensors come from."""
+
+    def copy(self) -> memoryview:
+        """Return the tensor region, private to the caller and checked."""
+
+    async def hold(self) -> memoryview:
+        """Return the tensor region without a copy, valid until :meth:`let_go`."""
+
+    async def let_go(self) -> None:
+        """End :meth:`hold`."""
+
+    def release(self) -> None:
+        """Give up the tensors."""
+
+
+class Inline:
+    """Tensors that travelled with the answer."""
+
+    def __init__(self, region: memoryview) -> None:
+        self._region = region.toreadonly()
+
+    def copy(self) -> memoryview:
+        return memoryview(bytearray(self._region))
+
+    async def hold(self) -> memoryview:
+        return self._region
+
+    async def let_go(self) -> None:
+        return None
+
+    def release(self) -> None:
+        return None
+
+
+class Shared:
+    """Tensors in the segment, under a lease of this process's registration."""
+
+    def __init__(self, registration: Registration, address: Address, lease: Lease) -> None:
+        self._registration = registration
+        self._address = address
+        self._lease = lease
+        self._views = 0
+
+    def _start(self) -> int:
+        return align(self._address.metadata_length)
+
+    def _mapping(self) -> Any:
+        self._registration.check_held(self._lease.id)
+        mapping = self._registration.mapping
+        if mapping is None:
+            raise InvalidRequest("this client is closed")
+        return mapping
+
+    def copy(self) -> memoryview:
+        mapping = self._mapping()
+        copied: memoryview = mapping.copy(self._address)
+        return copied[self._start() :]
+
+    async def hold(self) -> memoryview:
+        mapping = self._mapping()
+        mapping.check(self._address)
+        if self._views == 0:
+            await self._registration.upgrade(self._lease.id, "view")
+        self._views += 1
+        mapping.check(self._address)
+        extent: memoryview = mapping.extent(self._address)
+        return extent[self._start() :]
+
+    async def let_go(self) -> None:
+        self._views -= 1
+        if self._views == 0:
+            await self._registration.upgrade(self._lease.id, "copy")
+
+    def release(self) -> None:
+        self._lease.release()
+
+
+Runner = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+class View:
+    """Zero-copy, read-only arrays for the time of a ``with`` (or ``async with``) block."""
+
+    def __init__(self, item: Item, run: Runner | None) -> None:
+        self._item = item
+        self._run = run
+
+    def __enter__(self) -> dict[str, NDArray[Any]]:
+        if self._run is None:
+            raise InvalidRequest("this item belongs to an asynchronous client: use `async with item.view()`")
+        arrays: dict[str, NDArray[Any]] = self._run(self.__aenter__())
+        return arrays
+
+    def __exit__(self, *_: object) -> None:
+        assert self._run is not None
+        self._run(self.__aexit__())
+
+    async def __aenter__(self) -> dict[str, NDArray[Any]]:
+        return tensors.arrays(self._item.meta, await self._item.source.hold())
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._item.source.let_go()
+
+
+class Item:
+    """One processed medium.
+
+    Attributes
+    ----------
+    modality: ``image``, ``video`` or ``audio``.
+    hash: 64 hex digits; equal for equal content processed in the same way.
+    offset, length: the range of token ids that stands for it.
+    is_embed: which of those positions take an embedding, or ``None``: all.
+    fields: the tensors' names, dtypes, shapes and field kinds.
+    address: where the tensors lie, or ``None`` where they came inline.
+    cached: whether they were there before this request.
+    """
+
+    def __init__(
+        self,
+        meta: ItemMeta,
+        source: Source | None,
+        *,
+        hash: str,  # noqa: A002 -- the interface's name
+        offset: int,
+        length: int,
+        cached: bool,
+        address: Address | None,
+        run: Runner | None,
+    ) -> None:
+        self.meta = meta
+        self.hash = hash
+        self.modality = meta.modality
+        self.offset = offset
+        self.length = length
+        self.is_embed = meta.plan.is_embed()
+        self.fields: tuple[FieldSpec, ...] = meta.fields
+        self.cached = cached
+        self.address = address
+        self._source = source
+        self._run = run
+
+    @property
+    def source(self) -> Source:
+        """Where the tensors come from; raises InvalidRequest where none were asked for."""
+        if self._source is None:
+            raise InvalidRequest('this item has no tensors: it was asked for with payload="none"')
+        return self._source
+
+    def materialize(self, *, normalize: bool = False) -> dict[str, NDArray[Any]]:
+        """Return private copies of the tensors, by field name.
+
+        Parameters
+        ----------
+        normalize:
+            Turn uint8 pixels into the float32 ones that transformers' processor gives, equal to the bit.
+
+        Returns
+        -------
+        Arrays of the fields' shapes; a bfloat16 field comes as its bit patterns in uint16.
+
+        Raises
+        ------
+        StaleAddress
+            The content was evicted or replaced.
+        LeaseLost
+            The lease is over.
+        InvalidRequest
+            The item has no tensors, or none to normalise.
+        """
+        found = tensors.arrays(self.meta, self.source.copy())
+        return tensors.normalized(self.meta, found) if normalize else found
+
+    def view(self) -> View:
+        """Return a context manager over the tensors as they lie, read-only and without a copy.
+
+        The lease is a *view* for that time: the memory is not reused while this process lives, however slow it is.
+        """
+        return View(self, self._run)
+
+    def release(self) -> None:
+        """Give up the tensors; the arrays of :meth:`materialize` stay good."""
+        if self._source is not None:
+            self._source.release()
+
+
+def item_from_address(
+    registration: Registration, address: Address, lease: Lease, *, run: Runner | None, hash: str = ""  # noqa: A002
+) -> Item:
+    """Return the item that lies at ``address``; its metadata is read from the extent. Raises StaleAddress."""
+    mapping = registration.mapping
+    assert mapping is not None
+    mapping.check(address)
+    blob = bytes(mapping.extent(address)[: address.metadata_length])
+    mapping.check(address)
+    meta = unpack_meta(blob)
+    return Item(
+        meta,
+        Shared(registration, address, lease),
+        hash=hash,
+        offset=0,
+        length=meta.plan.length,
+        cached=True,
+        address=address,
+        run=run,
+    )
+

@@ -1,0 +1,82 @@
+"""The form of a rendered request between a frontend and a native client.
+
+Frames behind :class:`~mmprep.wire.messages.Rendered`: a packed :class:`Head`, then the tensor regions of those items whose
+tensors travel inline, in the order of their ``frame`` numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgpack
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from mmprep.items import Natural
+from mmprep.wire.codec import unpack
+from mmprep.wire.messages import Digest, Epoch, LeaseId, ShortText
+
+#: The largest packed head: token ids of a prompt of some millions of tokens.
+HEAD_LIMIT = 64 << 20
+
+
+class Place(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Where an item lies in the segment, and its lease."""
+
+    slot: Natural
+    offset: Natural
+    length: Natural
+    generation: Annotated[int, msgspec.Meta(ge=0)]
+    lease: LeaseId | None
+
+
+class HeadItem(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One item, in the order of its range in the prompt.
+
+    ``meta`` is a packed :class:`~mmprep.items.ItemMeta`; ``frame`` the number of the frame of its tensors, -1 for none.
+    """
+
+    modality: str
+    hash: Digest
+    offset: Natural
+    length: Natural
+    cached: bool
+    meta: bytes
+    place: Place | None = None
+    frame: int = -1
+
+
+class Head(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A rendered request. Token ids are little-endian uint32."""
+
+    request_id: ShortText
+    token_ids: bytes
+    unexpanded_token_ids: bytes
+    items: tuple[HeadItem, ...]
+    lease_ms: Natural
+    segment: str
+    epoch: Epoch
+    max_tokens: Natural
+    prompt_text: str | None = None
+
+    def pack(self) -> bytes:
+        """Return the packed form."""
+        packed: bytes = msgpack.packb(msgspec.to_builtins(self, builtin_types=(bytes,)))
+        return packed
+
+
+def unpack_head(frame: bytes | memoryview) -> Head:
+    """Return the head that :meth:`Head.pack` wrote; raises :class:`~mmprep.errors.ProtocolError`."""
+    head: Head = unpack(frame, Head, limit=HEAD_LIMIT)
+    return head
+
+
+def ids_to_bytes(ids: list[int]) -> bytes:
+    """Return token ids as little-endian uint32."""
+    return np.asarray(ids, dtype="<u4").tobytes()
+
+
+def ids_from_bytes(packed: bytes) -> NDArray[np.uint32]:
+    """Return token ids as an array; raises ``ValueError`` where the length is no multiple of 4."""
+    return np.frombuffer(packed, dtype="<u4")

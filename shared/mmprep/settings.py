@@ -1,0 +1,68 @@
+"""What each process of the service is told when it starts: data, sent as one line of JSON on its standard input.
+
+The input then stays open; its end tells the process that its parent is gone.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import msgspec
+
+_INPUT = 0
+_MOST = 1 << 20
+
+
+class WriterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The writer's part. Sizes in bytes, times in seconds."""
+
+    runtime_dir: str
+    model: str
+    lanes: int
+    cache_size: int
+    max_object_size: int
+    max_media_size: int
+    max_image_pixels: int
+    queue_limit: int
+    queue_bytes: int
+    lease_seconds: float
+    upload_seconds: float
+    task_seconds: float
+    lane_memory: int
+    log_level: str
+
+
+class FrontendSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A frontend's part. Sizes in bytes, times in seconds."""
+
+    index: int
+    runtime_dir: str
+    model: str
+    served_model_name: str
+    host: str
+    port: int
+    hash: str
+    tensor_dtype: str
+    max_model_len: int | None
+    limit_mm_per_prompt: dict[str, int]
+    max_media_size: int
+    max_body_size: int
+    request_timeout: float
+    fetch_timeout: float
+    drain_timeout: float
+    allowed_media_domains: tuple[str, ...]
+    allow_private_networks: bool
+    chat_template: str | None
+    log_level: str
+
+
+def read_settings(kind: Any) -> Any:
+    """Return the settings from standard input; leaves the process where the parent is gone already."""
+    line = b""
+    while not line.endswith(b"\n"):
+        chunk = os.read(_INPUT, 65536)
+        if not chunk or len(line) > _MOST:
+            raise SystemExit(1)
+        line += chunk
+    return msgspec.json.decode(line, type=kind)

@@ -1,0 +1,56 @@
+"""Calls under way: a number for each, a future, and exactly one outcome."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from mmprep.errors import Busy, MmprepError
+
+_MOST_CALLS = 65_536
+
+
+class CallTable:
+    """Futures by call number, on one event loop."""
+
+    def __init__(self) -> None:
+        self._next = 1
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def open(self) -> tuple[int, asyncio.Future[Any]]:
+        """Return a new call's number and the future of its outcome.
+
+        Raises
+        ------
+        Busy
+            Too many calls are under way.
+        """
+        if len(self._waiting) >= _MOST_CALLS:
+            raise Busy("too many calls are under way", retry_after=1.0)
+        number = self._next
+        self._next += 1
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = future
+        return number, future
+
+    def resolve(self, number: int, outcome: Any) -> None:
+        """Give a call its outcome; an error is raised where it is awaited. Later outcomes are passed over."""
+        future = self._waiting.pop(number, None)
+        if future is None or future.done():
+            return
+        if isinstance(outcome, MmprepError):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
+    def forget(self, number: int) -> bool:
+        """Drop a call that nobody awaits any more; say whether it was under way."""
+        return self._waiting.pop(number, None) is not None
+
+    def fail_all(self, kind: type[MmprepError], message: str) -> None:
+        """Fail every call under way."""
+        for number in list(self._waiting):
+            self.resolve(number, kind(message))

@@ -1,0 +1,412 @@
+"""Every message between mmprep's processes, by link.
+
+Each is a tagged array. A comment behind a type names the frames that follow its header frame, where there are any.
+Calls are numbered by the asking side, unique within one connection (an incarnation of the peer).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+
+from mmprep import errors
+from mmprep.items import Natural
+
+Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+LeaseId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+Epoch = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+ShortText = Annotated[str, msgspec.Meta(max_length=2048)]
+Call = Natural
+Need = Literal["tensors", "plan"]
+LeaseKind = Literal["copy", "view"]
+
+
+class Wire(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+    """What all messages share: a tagged array, closed to unknown fields."""
+
+
+class Fault(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """An error of the tree as data."""
+
+    kind: Annotated[str, msgspec.Meta(max_length=64)]
+    message: ShortText
+    param: ShortText | None = None
+    retry_after_ms: Natural | None = None
+
+    @classmethod
+    def of(cls, error: errors.MmprepError) -> Fault:
+        """Return ``error`` as data."""
+        plain = errors.to_plain(error)
+        return cls(plain["kind"], plain["message"][:2048], plain["param"], plain["retry_after_ms"])
+
+    def error(self) -> errors.MmprepError:
+        """Return the error that this describes."""
+        return errors.from_plain(self.kind, self.message, self.param, self.retry_after_ms)
+
+
+# --- handshake, on every link ---------------------------------------------------------------------------------------
+
+
+class Hello(Wire, frozen=True):
+    """The first message of a connection. ``incarnation`` is random and new with every connection."""
+
+    protocol: int
+    version: ShortText
+    role: Literal["frontend", "backend", "lane", "writer", "client", "control"]
+    id: Name
+    pid: Natural
+
+
+class Refused(Wire, frozen=True):
+    """The handshake failed, or a message broke the protocol; nothing else follows on this connection."""
+
+    fault: Fault
+
+
+class Failed(Wire, frozen=True):
+    """The call has failed; its one final answer."""
+
+    call: Call
+    fault: Fault
+
+
+class Done(Wire, frozen=True):
+    """The call has succeeded and has nothing to say; its one final answer."""
+
+    call: Call
+
+
+# --- frontend and backend to writer (control) -------------------------------------------------------------------------
+
+
+class SegmentInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Where the ring lies."""
+
+    name: ShortText
+    epoch: Epoch
+    size: Natural
+
+
+class WriterWelcome(Wire, frozen=True):
+    """The writer's answer to :class:`Hello`. ``card`` is empty until the lanes are warm, then comes as :class:`Card`."""
+
+    protocol: int
+    incarnation: Natural
+    segment: SegmentInfo
+    lease_ms: Natural
+    card: bytes
+    backend_ids: tuple[Name, ...] = ()
+
+
+class Card(Wire, frozen=True):
+    """The lanes are warm; ``card`` is a packed :class:`mmprep.card.ModelCard`."""
+
+    card: bytes
+
+
+class Offered(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One item of an offer; ``cost`` is the estimated work, in pixels."""
+
+    key: Digest
+    modality: Annotated[str, msgspec.Meta(max_length=16)]
+    cost: Natural
+
+
+class LeaseTo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The answer's addresses are to be leased to a registered backend."""
+
+    backend: Name
+    kind: LeaseKind
+
+
+class Offer(Wire, frozen=True):
+    """The keys of a whole request. Answered by at most one :class:`Wants` and then one :class:`Answer` or Failed.
+
+    Without ``lease`` the answered entries stay pinned for this call until :class:`Unpin`.
+    """
+
+    call: Call
+    need: Need
+    deadline_ms: Natural
+    priority: int
+    items: Annotated[tuple[Offered, ...], msgspec.Meta(min_length=1, max_length=256)]
+    lease: LeaseTo | None = None
+
+
+class Want(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Item ``index`` of the offer is missing; its bytes are to be put under ``flight``."""
+
+    index: Natural
+    flight: Natural
+
+
+class Wants(Wire, frozen=True):
+    """These items' media are to be sent, on the bulk socket."""
+
+    call: Call
+    wants: tuple[Want, ...]
+
+
+class ItemAnswer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One item of an answer, a frame of its own.
+
+    ``outcome``: *hit* (was there), *joined* (another call computes it), *computed* (this call's flight did), *failed*.
+    ``length`` is 0 where only a plan was asked for. ``meta`` is a packed :class:`mmprep.items.ItemMeta`.
+    """
+
+    outcome: Literal["hit", "joined", "computed", "failed"]
+    slot: Natural = 0
+    offset: Natural = 0
+    length: Natural = 0
+    generation: int = 0
+    lease: LeaseId | None = None
+    meta: bytes = b""
+    fault: Fault | None = None
+
+
+class Answer(Wire, frozen=True):
+    """The one final answer to an offer. Frames: one :class:`ItemAnswer` an item."""
+
+    call: Call
+    lease_ms: Natural
+
+
+class Cancel(Wire, frozen=True):
+    """The asker no longer waits for the call; there will be no answer."""
+
+    call: Call
+
+
+class Unpin(Wire, frozen=True):
+    """The asker has read what the call's answer pinned."""
+
+    call: Call
+
+
+class Renew(Wire, frozen=True):
+    """Prolong leases of this backend, from now. Answered by :class:`Renewed`."""
+
+    call: Call
+    leases: Annotated[tuple[LeaseId, ...], msgspec.Meta(max_length=1024)]
+    owner: Name | None = None
+
+
+class Renewed(Wire, frozen=True):
+    """The leases that are over, of those that were to be renewed."""
+
+    call: Call
+    lost: tuple[LeaseId, ...]
+    lease_ms: Natural
+
+
+class Release(Wire, frozen=True):
+    """End leases of this backend; unknown ones are passed over. Answered by :class:`Done` where ``call`` is above 0."""
+
+    call: Call
+    leases: Annotated[tuple[LeaseId, ...], msgspec.Meta(max_length=1024)]
+    owner: Name | None = None
+
+
+class Acquire(Wire, frozen=True):
+    """Lease the content of an address, by its slot and generation. Answered by :class:`Acquired` or Failed."""
+
+    call: Call
+    slot: Natural
+    generation: Natural
+    kind: LeaseKind
+
+
+class Acquired(Wire, frozen=True):
+    """A new lease."""
+
+    call: Call
+    lease: LeaseId
+    lease_ms: Natural
+
+
+class Upgrade(Wire, frozen=True):
+    """Make a lease of this backend a view or a copy. Answered by :class:`Done` or Failed."""
+
+    call: Call
+    lease: LeaseId
+    kind: LeaseKind
+
+
+class Clear(Wire, frozen=True):
+    """Drop every entry that nobody holds. Answered by :class:`Done`."""
+
+    call: Call
+
+
+ToWriter: TypeAlias = Hello | Offer | Cancel | Unpin | Renew | Release | Acquire | Upgrade | Clear
+FromWriter: TypeAlias = WriterWelcome | Refused | Card | Wants | Answer | Failed | Done | Renewed | Acquired
+
+
+# --- frontend to writer (bulk) ----------------------------------------------------------------------------------------
+
+
+class Put(Wire, frozen=True):
+    """The bytes of a wanted medium. Frames: the medium. ``options`` is a packed ItemOptions, opaque to the writer."""
+
+    frontend: Name
+    flight: Natural
+    hasher: Literal["blake3", "sha256"]
+    digest: Digest
+    options: Annotated[bytes, msgspec.Meta(max_length=4096)]
+
+
+# --- lane and writer --------------------------------------------------------------------------------------------------
+
+
+class LaneReady(Wire, frozen=True):
+    """The lane is warm. ``token`` proves that it is the child that the writer started."""
+
+    lane: Natural
+    token: Digest
+    card: bytes
+
+
+class LaneBroken(Wire, frozen=True):
+    """The lane cannot start; the message is for the person who runs the service."""
+
+    lane: Natural
+    token: Digest
+    fault: Fault
+
+
+class Task(Wire, frozen=True):
+    """One medium to process. Frames: the medium."""
+
+    task: Natural
+    need: Need
+    modality: str
+    hasher: Literal["blake3", "sha256"]
+    digest: Digest
+    options: bytes
+
+
+class AskExtent(Wire, frozen=True):
+    """The lane knows the item's size. Frames: the packed metadata."""
+
+    task: Natural
+    tensor_length: Natural
+
+
+class Granted(Wire, frozen=True):
+    """The lane may write ``[offset, offset + length)`` of the segment until it answers the task."""
+
+    task: Natural
+    offset: Natural
+    length: Natural
+
+
+class Denied(Wire, frozen=True):
+    """No extent for this task; the task is over."""
+
+    task: Natural
+
+
+class Filled(Wire, frozen=True):
+    """The extent holds the item. Stage times in microseconds."""
+
+    task: Natural
+    decode_us: Natural
+    process_us: Natural
+
+
+class Planned(Wire, frozen=True):
+    """The plan that was asked for. Frames: the packed metadata."""
+
+    task: Natural
+
+
+class TaskFailed(Wire, frozen=True):
+    """The medium could not be processed; the lane writes no more for this task."""
+
+    task: Natural
+    fault: Fault
+
+
+FromLane: TypeAlias = LaneReady | LaneBroken | AskExtent | Filled | Planned | TaskFailed
+ToLane: TypeAlias = Granted | Denied
+
+
+# --- client and frontend ----------------------------------------------------------------------------------------------
+
+
+class FrontendWelcome(Wire, frozen=True):
+    """The frontend's answer to a client's :class:`Hello`."""
+
+    protocol: int
+    version: ShortText
+
+
+class Request(Wire, frozen=True):
+    """One call. Frames: the request as JSON, then attachments, which its URLs name as ``attachment:0`` and so on."""
+
+    call: Call
+    operation: Literal["chat", "completions", "tokenize", "detokenize"]
+
+
+class Response(Wire, frozen=True):
+    """The one final answer to a request other than chat. Frames: the answer as JSON."""
+
+    call: Call
+
+
+class Rendered(Wire, frozen=True):
+    """The one final answer to a chat request. Frames: see :mod:`mmprep.result`."""
+
+    call: Call
+
+
+ToFrontend: TypeAlias = Hello | Request | Cancel
+FromFrontend: TypeAlias = FrontendWelcome | Refused | Response | Rendered | Failed
+
+
+# --- supervisor -------------------------------------------------------------------------------------------------------
+
+
+class Collect(Wire, frozen=True):
+    """The supervisor asks a process for its report."""
+
+    call: Call
+
+
+class Report(Wire, frozen=True):
+    """A process's report. Frames: JSON of :class:`mmprep.metrics.ProcessReport`."""
+
+    call: Call
+
+
+class Ask(Wire, frozen=True):
+    """A question to the supervisor: the service's status, or its metrics. Answered by :class:`Told`."""
+
+    call: Call
+    subject: Literal["status", "metrics"]
+
+
+class Told(Wire, frozen=True):
+    """The supervisor's answer. Frames: JSON."""
+
+    call: Call
+
+
+class StateChange(Wire, frozen=True):
+    """A process says whether it is ready, and if not, why; ``fatal`` says that it never will be."""
+
+    ready: bool
+    reason: ShortText
+    fatal: bool = False
+
+
+class SupervisorWelcome(Wire, frozen=True):
+    """The supervisor's answer to :class:`Hello`."""
+
+    protocol: int
+
+
+ToSupervisor: TypeAlias = Hello | Report | Ask | StateChange
+FromSupervisor: TypeAlias = SupervisorWelcome | Refused | Collect | Told | Failed

@@ -1,0 +1,232 @@
+"""ZeroMQ sockets on an asyncio loop, without ``zmq.asyncio``'s futures (half the cost a message).
+
+ZeroMQ's file descriptor is edge-triggered and also consumed by sends: after each send and after each batch of receives
+the socket's events are looked at again, or messages would lie unread until the next one comes.
+
+WARNING: nothing here blocks. A send that the socket does not take at once waits in a bounded outbox; above the bound it
+is refused with :class:`~mmprep.errors.Busy`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import zmq
+
+from mmprep.errors import Busy
+from mmprep.wire.codec import CONTROL_LIMIT, MAX_FRAMES
+
+Frames: TypeAlias = Sequence[Any]
+Handler: TypeAlias = Callable[[list[Any]], None]
+
+_BATCH = 64
+_RECONNECT_MS = 20
+_HIGH_WATER = 1000
+
+
+def configure(socket: zmq.Socket[bytes], *, frame_limit: int = CONTROL_LIMIT) -> None:
+    """Set what all our sockets share: no lingering, bounded queues, a cap on frames, no sending into the void."""
+    socket.linger = 0
+    socket.sndhwm = _HIGH_WATER
+    socket.rcvhwm = _HIGH_WATER
+    socket.maxmsgsize = frame_limit
+    socket.immediate = 1
+    socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
+    if socket.socket_type == zmq.ROUTER:
+        socket.router_mandatory = True
+
+
+class Pump:
+    """Moves messages between one socket and one handler on the running loop.
+
+    Parameters
+    ----------
+    socket:
+        Configured by :func:`configure`; owned by the pump from now on.
+    handler:
+        Called with the frames of each message, on the loop.
+    outbox_bytes:
+        How many bytes may wait for the socket.
+    copy:
+        False: frames are ``zmq.Frame`` objects whose buffers need no copy; for bulk.
+    """
+
+    def __init__(
+        self, socket: zmq.Socket[bytes], handler: Handler, *, outbox_bytes: int = 64 << 20, copy: bool = True
+    ) -> None:
+        self._socket = socket
+        self._handler = handler
+        self._copy = copy
+        self._outbox: deque[tuple[Frames, int]] = deque()
+        self._outbox_bytes = 0
+        self._outbox_limit = outbox_bytes
+        self._loop = asyncio.get_running_loop()
+        self._fd = int(socket.getsockopt(zmq.FD))
+        self._woken = False
+        self._closed = False
+        self._loop.add_reader(self._fd, self._run)
+        self._wake()
+
+    def send(self, frames: Frames) -> None:
+        """Send one message, now or when the socket takes it.
+
+        Raises
+        ------
+        Busy
+            The outbox is full: the other side does not keep up.
+        zmq.ZMQError
+            A ROUTER does not know the peer (any more): ``EHOSTUNREACH``.
+        """
+        if self._closed:
+            return
+        if not self._outbox and self._try(frames):
+            self._wake()
+            return
+        size = sum(len(frame) for frame in frames)
+        if self._outbox_bytes + size > self._outbox_limit:
+            raise Busy("the receiving process does not keep up; try again later", retry_after=1.0)
+        self._outbox.append((frames, size))
+        self._outbox_bytes += size
+        self._wake()
+
+    def close(self) -> None:
+        """Close the socket; what waits in the outbox is dropped."""
+        if not self._closed:
+            self._closed = True
+            self._loop.remove_reader(self._fd)
+            self._outbox.clear()
+            self._socket.close(0)
+
+    def _try(self, frames: Frames) -> bool:
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=self._copy)
+        except zmq.Again:
+            return False
+        return True
+
+    def _wake(self) -> None:
+        if not self._woken:
+            self._woken = True
+            self._loop.call_soon(self._run)
+
+    def _run(self) -> None:
+        self._woken = False
+        for _ in range(_BATCH):
+            if self._closed:
+                return
+            if self._outbox and self._events() & zmq.POLLOUT:
+                self._flush()
+            if not self._events() & zmq.POLLIN:
+                return
+            frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=self._copy)
+            if len(frames) <= MAX_FRAMES:
+                self._handler(frames)
+        self._wake()
+
+    def _events(self) -> int:
+        return int(self._socket.getsockopt(zmq.EVENTS))
+
+    def _flush(self) -> None:
+        while self._outbox:
+            frames, size = self._outbox[0]
+            with contextlib.suppress(zmq.ZMQError):  # a peer that is gone needs no answer
+                if not self._try(frames):
+                    return
+            self._outbox.popleft()
+            self._outbox_bytes -= size
+
+
+class Link:
+    """A DEALER that is one peer of a ROUTER, and starts afresh when the other side goes away.
+
+    A DEALER that reconnects would replay messages that were meant for a dead process. So every loss closes the socket;
+    the next one has a new random identity (an *incarnation*), greets anew, and ``on_down`` tells the owner that all calls
+    under way are lost.
+
+    Parameters
+    ----------
+    endpoint:
+        Of the ROUTER, ``ipc://…``.
+    name:
+        For the identity: role and id, for logs of the other side.
+    greeting:
+        Gives the frames of the first message of every incarnation.
+    on_message, on_down:
+        Called on the loop.
+    frame_limit:
+        The largest frame received, in bytes.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        endpoint: str,
+        name: str,
+        *,
+        greeting: Callable[[], Frames],
+        on_message: Handler,
+        on_down: Callable[[], None],
+        frame_limit: int = CONTROL_LIMIT,
+        copy: bool = True,
+    ) -> None:
+        self._context = context
+        self._endpoint = endpoint
+        self._name = name
+        self._greeting = greeting
+        self._on_message = on_message
+        self._on_down = on_down
+        self._frame_limit = frame_limit
+        self._copy = copy
+        self._pump: Pump | None = None
+        self._monitor: Pump | None = None
+        self._open()
+
+    def send(self, frames: Frames) -> None:
+        """Send one message to the present incarnation of the other side; see :meth:`Pump.send`."""
+        if self._pump is not None:
+            self._pump.send(frames)
+
+    def close(self) -> None:
+        """Close for good."""
+        for pump in (self._monitor, self._pump):
+            if pump is not None:
+                pump.close()
+        self._pump = self._monitor = None
+
+    def _open(self) -> None:
+        socket = self._context.socket(zmq.DEALER)
+        configure(socket, frame_limit=self._frame_limit)
+        socket.routing_id = f"{self._name}:{os.urandom(8).hex()}".encode()
+        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        socket.connect(self._endpoint)
+        self._pump = Pump(socket, self._on_message, copy=self._copy)
+        self._monitor = Pump(monitor, self._monitored)
+        self._pump.send(self._greeting())
+
+    def _monitored(self, frames: list[Any]) -> None:
+        del frames
+        self._restart()
+
+    def _restart(self) -> None:
+        self.close()
+        self._on_down()
+        self._open()
+
+
+def router(context: zmq.Context[Any], endpoint: str, *, frame_limit: int = CONTROL_LIMIT) -> zmq.Socket[bytes]:
+    """Return a ROUTER bound to ``endpoint``. The caller holds the lock that makes this path its own.
+
+    Raises
+    ------
+    zmq.ZMQError
+        The endpoint cannot be bound.
+    """
+    socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
+    configure(socket, frame_limit=frame_limit)
+    socket.bind(endpoint)
+    return socket

@@ -1,0 +1,1 @@
+"""Lanes: the child processes that decode and process, and the pool that keeps them alive."""

@@ -1,0 +1,161 @@
+"""One lane: takes a task, decodes and processes its medium, writes the tensors into the extent granted to it.
+
+A lane does one task at a time and speaks when it is spoken to: task in, extent asked for, granted, filled, answer out. It
+never frees, publishes or chooses memory. Between the grant and its answer it may write into the granted extent and
+nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import blake3
+import msgspec
+import zmq
+
+from mmprep.errors import DecodeError, InternalError, MmprepError, ProtocolError, TooLarge
+from mmprep.items import DTYPE_SIZES, ItemMeta, align, field_array, region_size
+from mmprep.process_lock import ProcessLock
+from mmprep.segment import Segment
+from mmprep.settings import read_settings
+from mmprep.wire import messages
+from mmprep.wire.codec import pack, unpack
+from mmprep.wire.sockets import configure
+from mmprep_worker.lanes.config import LaneConfig
+from mmprep_worker.lanes.warmup import warm_up
+from mmprep_worker.models.family import Family, ItemOptions, Prepared
+from mmprep_worker.models.registry import load_family
+
+_INPUT = 0
+
+
+class WriterGoneError(Exception):
+    """The writer has closed our standard input."""
+
+
+class Lane:
+    """The process's one object: sockets, segment and family."""
+
+    def __init__(self, config: LaneConfig) -> None:
+        self._config = config
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        configure(self._socket, frame_limit=config.max_media_size + (1 << 20))
+        self._socket.routing_id = f"lane:{config.lane}:{config.token[:16]}".encode()
+        self._socket.connect(config.endpoint)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(_INPUT, zmq.POLLIN)
+        self._segment = Segment.attach(config.segment, writable=True)
+        self._family: Family | None = None
+
+    def run(self) -> None:
+        """Warm up, announce, then work until the writer is gone."""
+        token = bytes.fromhex(self._config.token)
+        try:
+            family = load_family(Path(self._config.model), max_image_pixels=self._config.max_image_pixels)
+            warm_up(family)
+        except MmprepError as error:
+            self._send(messages.LaneBroken(self._config.lane, token, messages.Fault.of(error)))
+            self._receive()
+            return
+        self._family = family
+        card = msgspec.msgpack.encode(family.card)
+        self._send(messages.LaneReady(self._config.lane, token, card))
+        while True:
+            frames = self._receive()
+            task: messages.Task = unpack(frames[0].buffer, messages.Task)
+            self._work(family, task, frames[1])
+
+    # --- one task -------------------------------------------------------------------------------------------------
+
+    def _work(self, family: Family, task: messages.Task, medium: zmq.Frame) -> None:
+        try:
+            self._process(family, task, medium.buffer)
+        except MmprepError as error:
+            self._send(messages.TaskFailed(task.task, messages.Fault.of(error)))
+        except MemoryError:
+            error = TooLarge("the medium needs more memory than one lane may use")
+            self._send(messages.TaskFailed(task.task, messages.Fault.of(error)))
+        except (WriterGoneError, zmq.ZMQError):
+            raise
+        except Exception as error:  # noqa: BLE001 -- a decoder's fault must not end the lane silently
+            print(f"lane {self._config.lane}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            self._send(messages.TaskFailed(task.task, messages.Fault.of(InternalError("the medium broke a lane's code"))))
+
+    def _process(self, family: Family, task: messages.Task, medium: memoryview) -> None:
+        _check_digest(task, medium)
+        options = unpack(task.options, ItemOptions)
+        started = time.monotonic_ns()
+        if task.need == "plan":
+            meta = ItemMeta(task.modality, family.plan(task.modality, medium, options), (), {})
+            self._send(messages.Planned(task.task), meta.pack())
+            return
+        prepared = family.open(task.modality, medium, options)
+        opened = time.monotonic_ns()
+        blob = prepared.meta.pack()
+        granted = self._ask_extent(task.task, blob, region_size(prepared.meta.fields))
+        if granted is None:
+            return
+        self._fill(prepared, blob, granted)
+        done = time.monotonic_ns()
+        self._send(messages.Filled(task.task, (opened - started) // 1000, (done - opened) // 1000))
+
+    def _ask_extent(self, task: int, blob: bytes, tensor_length: int) -> messages.Granted | None:
+        self._send(messages.AskExtent(task, tensor_length), blob)
+        answer = unpack(self._receive()[0].buffer, messages.ToLane)
+        if answer.task != task:
+            raise ProtocolError("the writer answered for another task")
+        return answer if isinstance(answer, messages.Granted) else None
+
+    def _fill(self, prepared: Prepared, blob: bytes, granted: messages.Granted) -> None:
+        extent = self._segment.buffer[granted.offset : granted.offset + granted.length]
+        extent[: len(blob)] = blob
+        region = extent[align(len(blob)) :]
+        for spec in prepared.meta.fields:
+            if spec.dtype not in DTYPE_SIZES:
+                raise DecodeError(f"the model's processor returned dtype {spec.dtype}, which cannot be handed over")
+        prepared.fill({spec.name: field_array(region, spec) for spec in prepared.meta.fields})
+
+    # --- messages -------------------------------------------------------------------------------------------------
+
+    def _send(self, message: msgspec.Struct, *frames: bytes) -> None:
+        self._socket.send_multipart([pack(message), *frames])
+
+    def _receive(self) -> list[zmq.Frame]:
+        while True:
+            ready = dict(self._poller.poll())
+            if self._socket in ready:
+                return self._socket.recv_multipart(copy=False)
+            if _INPUT in ready and not os.read(_INPUT, 4096):
+                raise WriterGoneError
+
+
+def _check_digest(task: messages.Task, medium: memoryview) -> None:
+    """Refuse bytes that are not those whose digest is part of the key: they would be served to others under it."""
+    digest = blake3.blake3(medium).digest() if task.hasher == "blake3" else hashlib.sha256(medium).digest()
+    if digest != task.digest:
+        raise ProtocolError("the medium's bytes do not match their digest")
+
+
+def main() -> None:
+    """Run one lane; the orders come on standard input."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    config: LaneConfig = read_settings(LaneConfig)
+    lock = ProcessLock(Path(config.lock))
+    if not lock.acquire():
+        sys.exit(f"lane {config.lane}: its lock is held by another process")
+    resource.setrlimit(resource.RLIMIT_DATA, (config.data_limit, config.data_limit))
+    os.nice(config.nice)
+    try:
+        Lane(config).run()
+    except WriterGoneError:
+        return
