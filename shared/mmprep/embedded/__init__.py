@@ -17,3 +17,11 @@ def path() -> Path:
     The package is installed as files, never as an archive, so that this is a directory on disk.
     """
     return Path(str(files(__name__) / "model"))
+
+
+def photos() -> tuple[Path, ...]:
+    """Return the photographs of the demonstration, in the order of their names.
+
+    Their authors and licences stand in ``LICENSES.md`` beside them.
+    """
+    return tuple(sorted(Path(str(files(__name__) / "photos")).glob("*.jpg")))
