@@ -107,11 +107,12 @@ class Card(Wire, frozen=True):
 
 
 class Offered(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One item of an offer; ``cost`` is the estimated work, in pixels."""
+    """One item of an offer: ``cost`` is the estimated work in pixels, ``nbytes`` the size of the encoded medium."""
 
     key: Digest
     modality: Annotated[str, msgspec.Meta(max_length=16)]
     cost: Natural
+    nbytes: Natural
 
 
 class LeaseTo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

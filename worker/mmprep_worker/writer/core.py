@@ -16,23 +16,24 @@ from typing import Any, NamedTuple, TypeAlias
 import msgspec
 
 from mmprep import errors
-from mmprep.items import align
-from mmprep.layout import Geometry
 from mmprep.metrics import Metrics
 from mmprep.wire import messages
+from mmprep.wire.codec import pack
 from mmprep.wire.messages import ItemAnswer
 from mmprep_worker.ring.directory import Entry
 from mmprep_worker.ring.ring import Grant, Ring
 from mmprep_worker.scheduling import flights as flight_events
 from mmprep_worker.scheduling.admission import Admission
-from mmprep_worker.scheduling.flights import Flights
+from mmprep_worker.scheduling.flights import Flights, Waiter
+from mmprep_worker.scheduling.queue import Entry as Queued
 from mmprep_worker.scheduling.queue import FairQueue
 from mmprep_worker.writer.plans import PlanStore
 
 #: Estimated pixels above which an item is slow work, which one lane never takes.
 HEAVY_COST = 16_000_000
 
-_INDEX_LIMIT_SHARE = 2
+#: A request's hits may pin this part of the ring, so that two requests can always go on side by side.
+_PIN_SHARE = 2
 
 
 class Send(NamedTuple):
@@ -76,7 +77,7 @@ class Peer:
 class PendingCall:
     """An offer that has no answer yet, or one whose entries are still pinned."""
 
-    __slots__ = ("answers", "answered", "by_flight", "holder", "lease", "missing", "need", "number", "offered", "peer")
+    __slots__ = ("answers", "answered", "by_flight", "holder", "lease", "missing", "need", "number", "offered", "opened", "peer")
 
     def __init__(self, peer: Peer, offer: messages.Offer) -> None:
         self.peer = peer
@@ -87,6 +88,7 @@ class PendingCall:
         self.holder = f"{peer.identity.decode('ascii', 'replace')}#{offer.call}"
         self.answers: list[ItemAnswer | None] = [None] * len(offer.items)
         self.by_flight: dict[int, list[int]] = {}
+        self.opened: set[int] = set()
         self.missing = 0
         self.answered = False
 
@@ -115,6 +117,9 @@ class LaneState:
         if not self.ready:
             return "starting"
         return "idle" if self.flight is None else "busy"
+
+
+MakeAnswer: TypeAlias = Callable[[PendingCall], ItemAnswer]
 
 
 class WriterCore:
@@ -160,10 +165,10 @@ class WriterCore:
         self._task_seconds = task_seconds
         self._read = read
         self._new_id = new_id
-        self._media: dict[int, tuple[Any, messages.Put]] = {}
+        self._media: dict[int, tuple[Any, messages.Put, float]] = {}
         self._calls: dict[tuple[str, int], PendingCall] = {}
         self._out: list[Action] = []
-        self._pin_limit = ring.geometry.arena_capacity // _INDEX_LIMIT_SHARE
+        self._pin_limit = ring.geometry.arena_capacity // _PIN_SHARE
 
     # --- what the shell calls -------------------------------------------------------------------------------------
 
@@ -206,19 +211,8 @@ class WriterCore:
         peer = self.peers.get(uploader.encode())
         if peer is None or peer.id != message.frontend or not self.flights.uploaded(flight_id, uploader, nbytes):
             return
-        try:
-            self.queue.push(
-                flight_id,
-                client=peer.id,
-                cost=flight.cost,
-                priority=flight.priority,
-                nbytes=nbytes,
-                heavy=flight.cost >= HEAVY_COST,
-            )
-        except errors.Busy as busy:
-            self._fail_flight(flight_id, None, busy)
-            return
-        self._media[flight_id] = (medium, message)
+        self._media[flight_id] = (medium, message, now)
+        self._enqueue(flight_id, now)
         self._dispatch(now)
 
     def lane_ready(self, number: int, pid: int, card: bytes, now: float) -> None:
@@ -240,7 +234,7 @@ class WriterCore:
             return
         match message:
             case messages.AskExtent():
-                self._grant(number, lane, frames[0], message.tensor_length)
+                self._grant(number, lane, frames[0], message.tensor_length, now)
             case messages.Filled():
                 self._filled(number, lane, message, now)
             case messages.Planned():
@@ -420,7 +414,7 @@ class WriterCore:
         if not misses:
             return
         openings = self.flights.openings([(pending.offered[position].key, pending.need) for position in misses])
-        self.admission.admit(pending.peer.id, [pending.offered[misses[index]].cost for index in openings], now)
+        self.admission.check(pending.peer.id, [pending.offered[misses[index]].nbytes for index in openings])
         deadline = now + offer.deadline_ms / 1000
         wants = []
         for position in misses:
@@ -440,6 +434,8 @@ class WriterCore:
                 pending.answers[position] = ItemAnswer("failed", fault=messages.Fault.of(quarantined))
                 continue
             if joined.ask:
+                self.admission.add(joined.flight_id, pending.peer.id, item.nbytes, now)
+                pending.opened.add(joined.flight_id)
                 wants.append(messages.Want(position, joined.flight_id))
             else:
                 self.metrics.count("mmprep_singleflight_joins_total")
@@ -453,17 +449,15 @@ class WriterCore:
     def _finish(self, pending: PendingCall, now: float) -> None:
         """Send the one answer; holds become leases, or stay until the frontend lets go."""
         pending.answered = True
-        if pending.lease is not None:
-            self._lease_out(pending, pending.lease, now)
         failed = any(answer is not None and answer.outcome == "failed" for answer in pending.answers)
+        if pending.lease is not None and not failed:
+            self._lease_out(pending, pending.lease, now)
         if pending.lease is not None or pending.need == "plan" or failed:
             self._drop(pending)
         else:
             pending.peer.calls[pending.number] = pending
             self._calls.pop(pending.call, None)
-        from mmprep.wire.codec import pack_part
-
-        frames = tuple(pack_part(answer) for answer in pending.answers if answer is not None)
+        frames = tuple(pack(answer) for answer in pending.answers if answer is not None)
         answer = messages.Answer(pending.number, int(self.lease_seconds * 1000))
         self._out.append(Send(pending.peer.identity, answer, frames))
 
@@ -498,7 +492,7 @@ class WriterCore:
         pending.peer.calls.pop(pending.number, None)
         self._calls.pop(pending.call, None)
 
-    def _settle(self, call: tuple[str, int], flight_id: int, make: Callable[[PendingCall], ItemAnswer], now: float) -> None:
+    def _settle(self, call: tuple[str, int], flight_id: int, make: MakeAnswer, now: float) -> None:
         """Give a waiting call a flight's outcome."""
         pending = self._calls.get(call)
         if pending is None:
@@ -545,11 +539,122 @@ class WriterCore:
             self._out.append(Send(pending.peer.identity, messages.Failed(pending.number, fault)))
             self._carry_out(self.flights.cancel(action.call, now), now)
 
+    def _enqueue(self, flight_id: int, now: float) -> None:
+        """Put an uploaded flight into the queue; the queue has room for all that admission let in."""
+        flight = self.flights[flight_id]
+        client = self.peers[flight.uploader[0].encode()].id if flight.uploader[0].encode() in self.peers else ""
+        heavy = flight.cost >= HEAVY_COST
+        try:
+            self.queue.push(Queued(flight_id, client, flight.cost, flight.priority, flight.nbytes, heavy))
+        except errors.Busy as busy:
+            waiters = self.flights.failed(flight_id, None) or []
+            fault = messages.Fault.of(busy)
+            self._end_flight(flight_id, waiters, lambda _: ItemAnswer("failed", fault=fault), now)
+
     def _flight_over(self, flight_id: int, now: float) -> None:
         """Drop what was kept for a flight that has ended."""
         self._media.pop(flight_id, None)
         self.queue.remove(flight_id)
-        self.admission.ended(flight_id, now)
+        self.admission.release(flight_id, now)
 
-    def _fail_flight(self, flight_id: int, lane: int | None, error: errors.MmprepError) -> None:
-        raise NotImplementedError
+    def _end_flight(self, flight_id: int, waiters: list[Waiter], make: MakeAnswer, now: float) -> None:
+        self._flight_over(flight_id, now)
+        for waiter in waiters:
+            self._settle(waiter.call, flight_id, make, now)
+
+    # --- lanes ----------------------------------------------------------------------------------------------------
+
+    def _dispatch(self, now: float) -> None:
+        """Give idle lanes work."""
+        if not len(self.queue):
+            return
+        for number, lane in enumerate(self.lanes):
+            if not lane.ready or lane.flight is not None:
+                continue
+            entry = self.queue.pop(heavy_allowed=lane.heavy_allowed)
+            if entry is None:
+                continue
+            flight_id = entry.flight_id
+            self.flights.started(flight_id, number)
+            lane.flight = flight_id
+            lane.deadline = now + self._task_seconds
+            flight = self.flights[flight_id]
+            medium, put, queued_at = self._media[flight_id]
+            self.metrics.observe("mmprep_stage_seconds", now - queued_at, stage="queue")
+            task = messages.Task(flight_id, flight.need, flight.modality, put.hasher, put.digest, put.options)
+            self._out.append(ToLane(number, task, medium))
+
+    def _grant(self, number: int, lane: LaneState, meta: bytes, tensor_length: int, now: float) -> None:
+        assert lane.flight is not None
+        key = self.flights[lane.flight].key
+        try:
+            if lane.grant is not None or self.ring.lookup(key) is not None:
+                raise errors.ProtocolError("a lane asked for a second extent")
+            grant = self.ring.grant(key, len(meta), tensor_length)
+            if grant is None:
+                raise errors.Busy("the cache is full of content in use; try again later", retry_after=1.0)
+        except errors.MmprepError as error:
+            self._out.append(ToLane(number, messages.Denied(lane.flight)))
+            self._lane_done(number, lane, error, now)
+            return
+        lane.grant = grant
+        self._out.append(ToLane(number, messages.Granted(lane.flight, grant.offset, grant.length)))
+
+    def _filled(self, number: int, lane: LaneState, filled: messages.Filled, now: float) -> None:
+        assert lane.flight is not None
+        if lane.grant is None:
+            self._lane_done(number, lane, errors.InternalError("a lane answered without an extent"), now)
+            return
+        entry = self.ring.publish(lane.grant.slot, lane.grant.generation)
+        flight_id = lane.flight
+        lane.grant, lane.flight, lane.deadline = None, None, math.inf
+        self.plans.put(entry.key, self._read(entry.offset, entry.meta_len))
+        self.metrics.observe("mmprep_stage_seconds", filled.decode_us / 1e6, stage="decode")
+        self.metrics.observe("mmprep_stage_seconds", filled.process_us / 1e6, stage="process")
+        waiters = self.flights.published(flight_id, number)
+        if waiters is not None:
+            self._end_flight(flight_id, waiters, lambda pending: self._computed(pending, flight_id, entry), now)
+
+    def _computed(self, pending: PendingCall, flight_id: int, entry: Entry) -> ItemAnswer:
+        outcome = "computed" if flight_id in pending.opened else "joined"
+        if pending.need == "plan":
+            return ItemAnswer(outcome, meta=self._read(entry.offset, entry.meta_len))
+        return self._entry_answer(pending, entry, outcome)
+
+    def _planned(self, number: int, lane: LaneState, meta: bytes, now: float) -> None:
+        assert lane.flight is not None
+        flight_id = lane.flight
+        lane.flight, lane.deadline = None, math.inf
+        self.plans.put(self.flights[flight_id].key, meta)
+        waiters = self.flights.published(flight_id, number)
+        if waiters is not None:
+            self._end_flight(flight_id, waiters, lambda _: ItemAnswer("computed", meta=meta), now)
+
+    def _task_failed(self, number: int, lane: LaneState, error: errors.MmprepError, now: float) -> None:
+        if lane.grant is not None:
+            self.ring.abort(lane.grant.slot, lane.grant.generation)
+            lane.grant = None
+        self._lane_done(number, lane, error, now)
+
+    def _lane_done(self, number: int, lane: LaneState, error: errors.MmprepError, now: float) -> None:
+        """The lane's task ended without a result."""
+        assert lane.flight is not None
+        flight_id = lane.flight
+        lane.flight, lane.deadline = None, math.inf
+        if isinstance(error, errors.ProtocolError):
+            actions = self.flights.refused(flight_id, number, now)
+            if actions is not None:
+                self._media.pop(flight_id, None)
+                self._carry_out(actions, now)
+            return
+        waiters = self.flights.failed(flight_id, number)
+        if waiters is not None:
+            fault = messages.Fault.of(error)
+            self._end_flight(flight_id, waiters, lambda _: ItemAnswer("failed", fault=fault), now)
+
+    def _lane_lost(self, flight_id: int, number: int, now: float) -> None:
+        outcome = self.flights.lane_lost(flight_id, number, now)
+        if isinstance(outcome, flight_events.Retry):
+            self._enqueue(flight_id, now)
+        elif outcome is not None:
+            self._carry_out([outcome], now)

@@ -1,0 +1,125 @@
+"""The writer's child processes: starts lanes, notices their exit, kills those that hang.
+
+An exit is a fact only when the kernel says so: a lane counts as gone when its pidfd is readable and it has been waited
+for, never because it is silent.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+
+import msgspec
+
+from mmprep_worker.lanes.config import LaneConfig
+
+_FIRST_DELAY = 0.0
+_LONGEST_DELAY = 5.0
+
+
+class _Child:
+    __slots__ = ("pidfd", "process", "token")
+
+    def __init__(self, process: subprocess.Popen[bytes], token: bytes) -> None:
+        self.process = process
+        self.token = token
+        self.pidfd = os.pidfd_open(process.pid)
+
+
+class LanePool:
+    """All lanes of one writer.
+
+    Parameters
+    ----------
+    count:
+        How many lanes.
+    configure:
+        Returns a lane's orders for its number and fresh token.
+    now:
+        Monotonic seconds.
+    """
+
+    def __init__(self, count: int, configure: Callable[[int, bytes], LaneConfig], now: float) -> None:
+        self._configure = configure
+        self._children: dict[int, _Child] = {}
+        self._failures = [0] * count
+        self._start_at: dict[int, float] = dict.fromkeys(range(count), now)
+
+    @property
+    def wake_at(self) -> float:
+        """When :meth:`start_due` has something to do."""
+        return min(self._start_at.values(), default=float("inf"))
+
+    def pidfds(self) -> dict[int, int]:
+        """Return the pidfd of each living lane to its number; readable means exited."""
+        return {child.pidfd: number for number, child in self._children.items()}
+
+    def pid(self, number: int) -> int:
+        """Return the lane's process id, 0 where it does not run."""
+        child = self._children.get(number)
+        return 0 if child is None else child.process.pid
+
+    def start_due(self, now: float) -> list[int]:
+        """Start the lanes whose time has come and return their numbers."""
+        due = [number for number, when in self._start_at.items() if when <= now]
+        for number in due:
+            del self._start_at[number]
+            self._children[number] = self._start(number)
+        return due
+
+    def is_child(self, number: int, token: bytes) -> bool:
+        """Whether ``token`` is that of the living lane ``number``."""
+        child = self._children.get(number)
+        return child is not None and child.token == token
+
+    def settled(self, number: int) -> None:
+        """The lane is warm: its next restart is immediate."""
+        self._failures[number] = 0
+
+    def exited(self, number: int, now: float) -> int:
+        """Reap an exited lane, plan its replacement, and return its exit status (negative: the signal)."""
+        child = self._children.pop(number)
+        status = child.process.wait()
+        _close(child)
+        delay = _FIRST_DELAY if self._failures[number] == 0 else min(0.1 * 2 ** self._failures[number], _LONGEST_DELAY)
+        self._failures[number] += 1
+        self._start_at[number] = now + delay
+        return status
+
+    def kill(self, number: int) -> None:
+        """Kill a lane at once; its pidfd tells when it is gone."""
+        child = self._children.get(number)
+        if child is not None:
+            signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+
+    def stop(self) -> None:
+        """Kill every lane and wait until each is gone."""
+        self._start_at.clear()
+        for number in list(self._children):
+            self.kill(number)
+        for child in self._children.values():
+            child.process.wait()
+            _close(child)
+        self._children.clear()
+
+    def _start(self, number: int) -> _Child:
+        token = os.urandom(32)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mmprep_worker.lanes"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+        )
+        assert process.stdin is not None
+        try:
+            process.stdin.write(msgspec.json.encode(self._configure(number, token)) + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        return _Child(process, token)
+
+
+def _close(child: _Child) -> None:
+    os.close(child.pidfd)
+    if child.process.stdin is not None:
+        child.process.stdin.close()

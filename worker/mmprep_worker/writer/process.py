@@ -1,0 +1,28 @@
+"""The writer's entry: settings from standard input, one clear line when it cannot start."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from mmprep.errors import MmprepError
+from mmprep.settings import WriterSettings, read_settings
+from mmprep_worker.writer.shell import WriterShell
+
+#: Exit status that tells the supervisor not to try again: the message was for the person who starts the service.
+CANNOT_START = 78
+
+
+def main() -> None:
+    """Run the writer of one runtime directory until its parent goes away or SIGTERM comes."""
+    settings: WriterSettings = read_settings(WriterSettings)
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        shell = WriterShell(settings)
+    except MmprepError as error:
+        print(f"mmprep: {error}", file=sys.stderr, flush=True)
+        sys.exit(CANNOT_START)
+    try:
+        shell.run()
+    finally:
+        shell.close()

@@ -1,0 +1,352 @@
+"""The writer's process: sockets, segment, clock and child processes around :class:`~.core.WriterCore`.
+
+One thread, one poll loop. After each event the directory records are written first, then the actions are carried out: a
+reader never sees a record that is younger than the message that speaks of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import socket as unix
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+import mmprep
+from mmprep import layout
+from mmprep.errors import Busy, MmprepError, ProtocolError
+from mmprep.metrics import Metrics
+from mmprep.process_lock import ProcessLock, holder
+from mmprep.runtime import RuntimeDir
+from mmprep.segment import Segment, segment_name
+from mmprep.settings import WriterSettings
+from mmprep.wire import messages
+from mmprep.wire.codec import MAX_FRAMES, PROTOCOL, pack, unpack
+from mmprep.wire.outbox import Outbox
+from mmprep.wire.sockets import configure, router
+from mmprep_worker.lanes.config import LaneConfig
+from mmprep_worker.lanes.pool import LanePool
+from mmprep_worker.ring.policy import Clock
+from mmprep_worker.ring.ring import Ring
+from mmprep_worker.scheduling.admission import Admission
+from mmprep_worker.scheduling.flights import Flights
+from mmprep_worker.scheduling.queue import FairQueue
+from mmprep_worker.writer.core import KillLane, Send, ToLane, WriterCore
+from mmprep_worker.writer.plans import PlanStore
+from mmprep_worker.writer.report import report
+
+_log = logging.getLogger("mmprep.writer")
+
+_BATCH = 128
+_CHECK_LOCKS_EVERY = 0.25
+_SLOT_BYTES = 64 * 1024
+_PLAN_BYTES = 32 << 20
+
+
+class WriterShell:
+    """Everything of the writer that touches the world."""
+
+    def __init__(self, settings: WriterSettings) -> None:
+        self._settings = settings
+        self._runtime = RuntimeDir(settings.runtime_dir)
+        self._lock = ProcessLock(self._runtime.lock_path("writer", "0"))
+        if not self._lock.acquire():
+            raise ProtocolError("another writer holds this runtime directory")
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._supervisor: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        configure(self._supervisor)
+        self._supervisor.connect(self._runtime.supervisor)
+        self._tell(messages.Hello(PROTOCOL, mmprep.__version__, "writer", "0", os.getpid()))
+        self._tell(messages.StateChange(False, "the ring is being made"))
+        self._segment = self._make_segment()
+        self._core = self._make_core()
+        self._control = router(self._context, self._runtime.writer)
+        self._lanes = router(self._context, self._runtime.lanes)
+        self._bulk: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
+        configure(self._bulk, frame_limit=settings.max_media_size + (1 << 16))
+        self._bulk.rcvhwm = 64
+        self._bulk.bind(self._runtime.writer_bulk)
+        self._outbox = Outbox(max_messages=4096, max_bytes=16 << 20)
+        self._pool = LanePool(settings.lanes, self._lane_config, time.monotonic())
+        self._lane_peers: dict[bytes, int] = {}
+        self._lane_identities: dict[int, bytes] = {}
+        self._said: tuple[bool, str] | None = None
+        self._locks_checked = 0.0
+
+    # --- setting up -----------------------------------------------------------------------------------------------
+
+    def _make_segment(self) -> Segment:
+        slots = max(1024, min(1 << 18, self._settings.cache_size // _SLOT_BYTES))
+        geometry = layout.Geometry.plan(self._settings.cache_size, slots)
+        epoch = os.urandom(layout.EPOCH_SIZE)
+        segment = Segment.create(segment_name(self._runtime.runtime_id, epoch), geometry.total_size)
+        for slot in range(slots):
+            start = geometry.record_offset(slot)
+            segment.buffer[start : start + layout.RECORD_SIZE] = layout.pack_free(slot)
+        segment.buffer[: layout.PAGE] = layout.pack_header(layout.Header(epoch, 1, geometry))
+        self._geometry, self._epoch = geometry, epoch
+        return segment
+
+    def _make_core(self) -> WriterCore:
+        settings = self._settings
+        largest = min(settings.max_object_size, self._geometry.arena_capacity // 4)
+        return WriterCore(
+            ring=Ring(self._geometry, 1, Clock(), largest),
+            flights=Flights(max_waiting=settings.queue_limit * 4, upload_seconds=settings.upload_seconds),
+            queue=FairQueue(max_items=settings.queue_limit, max_bytes=settings.queue_bytes),
+            admission=Admission(
+                max_items=settings.queue_limit,
+                max_bytes=settings.queue_bytes,
+                max_items_per_client=settings.queue_limit,
+            ),
+            plans=PlanStore(_PLAN_BYTES),
+            metrics=Metrics(),
+            segment=messages.SegmentInfo(self._segment.name, self._epoch, self._geometry.total_size),
+            lanes=settings.lanes,
+            lease_seconds=settings.lease_seconds,
+            task_seconds=settings.task_seconds,
+            read=self._read,
+            new_id=lambda: os.urandom(16),
+        )
+
+    def _read(self, offset: int, length: int) -> bytes:
+        return bytes(self._segment.buffer[offset : offset + length])
+
+    def _lane_config(self, number: int, token: bytes) -> LaneConfig:
+        settings = self._settings
+        return LaneConfig(
+            lane=number,
+            token=token.hex(),
+            endpoint=self._runtime.lanes,
+            lock=str(self._runtime.lock_path("lane", str(number))),
+            segment=self._segment.name,
+            model=settings.model,
+            max_image_pixels=settings.max_image_pixels,
+            max_media_size=settings.max_media_size,
+            data_limit=settings.lane_memory,
+            nice=5,
+        )
+
+    # --- the loop -------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Work until told to stop."""
+        wake_r, wake_w = unix.socketpair()
+        wake_r.setblocking(False)
+        wake_w.setblocking(False)
+        signal.set_wakeup_fd(wake_w.fileno())
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        poller = zmq.Poller()
+        for source in (self._control, self._bulk, self._lanes, self._supervisor, wake_r, 0):
+            poller.register(source, zmq.POLLIN)
+        watched: dict[int, int] = {}
+        while True:
+            now = time.monotonic()
+            self._pool.start_due(now)
+            pidfds = self._pool.pidfds()
+            for fd in watched.keys() - pidfds.keys():
+                poller.unregister(fd)
+            for fd in pidfds.keys() - watched.keys():
+                poller.register(fd, zmq.POLLIN)
+            watched = pidfds
+            ready = dict(poller.poll(self._timeout(now)))
+            if 0 in ready or wake_r.fileno() in ready or wake_r in ready:
+                return
+            self._turn(ready, watched)
+
+    def _timeout(self, now: float) -> int:
+        wake = min(self._core.wake_at, self._pool.wake_at, self._locks_checked + _CHECK_LOCKS_EVERY)
+        if self._outbox:
+            wake = min(wake, now + 0.005)
+        return max(0, math.ceil((wake - now) * 1000))
+
+    def _turn(self, ready: dict[Any, int], watched: dict[int, int]) -> None:
+        now = time.monotonic()
+        if self._lanes in ready:
+            self._drain(self._lanes, self._lane_message)
+        if self._control in ready:
+            self._drain(self._control, self._control_message)
+        if self._bulk in ready:
+            self._drain(self._bulk, self._bulk_message, copy=False)
+        if self._supervisor in ready:
+            self._drain(self._supervisor, self._supervisor_message)
+        for fd, number in watched.items():
+            if fd in ready:
+                self._lane_exited(number, now)
+        if self._core.wake_at <= now:
+            self._core.tick(now)
+            self._carry_out()
+        if self._locks_checked + _CHECK_LOCKS_EVERY <= now:
+            self._check_locks(now)
+        if self._outbox:
+            self._flush_outbox()
+        self._say_state()
+
+    def _drain(self, socket: zmq.Socket[bytes], handle: Any, *, copy: bool = True) -> None:
+        for _ in range(_BATCH):
+            try:
+                frames = socket.recv_multipart(zmq.NOBLOCK, copy=copy)
+            except zmq.Again:
+                return
+            if len(frames) > MAX_FRAMES:
+                continue
+            handle(frames)
+            self._carry_out()
+
+    # --- what comes in --------------------------------------------------------------------------------------------
+
+    def _control_message(self, frames: list[bytes]) -> None:
+        identity = frames[0]
+        try:
+            if len(frames) != 2:  # noqa: PLR2004 -- identity and message
+                raise ProtocolError("a control message is one frame")
+            message = unpack(frames[1], messages.ToWriter)
+            if isinstance(message, messages.Hello) and message.protocol != PROTOCOL:
+                raise ProtocolError(f"this service speaks protocol {PROTOCOL}, the peer {message.protocol}; use one version")
+        except MmprepError as error:
+            self._core.unreachable(identity, time.monotonic())
+            self._send_frames(identity, [pack(messages.Refused(messages.Fault.of(error)))])
+            return
+        self._core.message(identity, message, time.monotonic())
+
+    def _bulk_message(self, frames: list[zmq.Frame]) -> None:
+        try:
+            put = unpack(frames[0].buffer, messages.Put)
+        except MmprepError as error:
+            _log.warning("a bulk message was refused: %s", error)
+            return
+        if len(frames) == 2:  # noqa: PLR2004 -- header and medium
+            self._core.put(put, frames[1], len(frames[1]), time.monotonic())
+
+    def _lane_message(self, frames: list[bytes]) -> None:
+        identity, now = frames[0], time.monotonic()
+        message = unpack(frames[1], messages.FromLane)
+        if isinstance(message, messages.LaneReady | messages.LaneBroken):
+            if self._pool.is_child(message.lane, message.token):
+                self._lane_announced(identity, message, now)
+            return
+        number = self._lane_peers.get(identity)
+        if number is not None:
+            self._core.from_lane(number, message, frames[2:], now)
+
+    def _lane_announced(self, identity: bytes, message: messages.LaneReady | messages.LaneBroken, now: float) -> None:
+        if isinstance(message, messages.LaneBroken):
+            self._tell(messages.StateChange(False, message.fault.message, True))
+            return
+        self._lane_peers[identity] = message.lane
+        self._lane_identities[message.lane] = identity
+        self._pool.settled(message.lane)
+        self._core.lane_ready(message.lane, self._pool.pid(message.lane), message.card, now)
+
+    def _lane_exited(self, number: int, now: float) -> None:
+        status = self._pool.exited(number, now)
+        _log.warning("lane %d ended with status %d and is replaced", number, status)
+        identity = self._lane_identities.pop(number, None)
+        if identity is not None:
+            self._lane_peers.pop(identity, None)
+        self._core.lane_exited(number, now)
+        self._carry_out()
+
+    def _check_locks(self, now: float) -> None:
+        """Death is proved by a process lock that has fallen, and by nothing else."""
+        self._locks_checked = now
+        for peer in list(self._core.peers.values()):
+            if peer.role in {"frontend", "backend"} and holder(self._runtime.lock_path(peer.role, peer.id)) is None:
+                self._core.peer_gone(peer.role, peer.id, now)
+        self._carry_out()
+
+    def _supervisor_message(self, frames: list[bytes]) -> None:
+        message = unpack(frames[0], messages.FromSupervisor)
+        if isinstance(message, messages.Collect):
+            report = msgspec.json.encode(report(self._core, self._segment.name))
+            with contextlib.suppress(zmq.Again):
+                self._supervisor.send_multipart([pack(messages.Report(message.call)), report], zmq.NOBLOCK)
+
+    # --- what goes out --------------------------------------------------------------------------------------------
+
+    def _carry_out(self) -> None:
+        core = self._core
+        for slot, record in core.ring.take_writes():
+            start = self._geometry.record_offset(slot)
+            self._segment.buffer[start : start + layout.RECORD_SIZE] = record
+        for action in core.take_actions():
+            match action:
+                case Send():
+                    self._send_frames(action.peer, [pack(action.message), *action.frames])
+                case ToLane():
+                    self._to_lane(action)
+                case KillLane():
+                    _log.warning("lane %d is beyond its time and is killed", action.lane)
+                    self._pool.kill(action.lane)
+
+    def _send_frames(self, peer: bytes, frames: list[bytes]) -> None:
+        if self._outbox.holds(peer) or not self._try_send(peer, frames):
+            self._put_off(peer, frames)
+
+    def _try_send(self, peer: bytes, frames: Sequence[bytes]) -> bool:
+        """Send if the socket takes it; a peer that is gone takes everything."""
+        try:
+            self._control.send_multipart([peer, *frames], zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError:
+            self._outbox.drop(peer)
+            self._core.unreachable(peer, time.monotonic())
+        return True
+
+    def _flush_outbox(self) -> None:
+        for peer, frames in list(self._outbox.first()):
+            if self._try_send(peer, frames) and self._outbox.holds(peer):
+                self._outbox.sent(peer)
+
+    def _put_off(self, peer: bytes, frames: list[bytes]) -> None:
+        try:
+            self._outbox.add(peer, frames)
+        except Busy:
+            self._outbox.drop(peer)
+            self._core.unreachable(peer, time.monotonic())
+
+    def _to_lane(self, action: ToLane) -> None:
+        identity = self._lane_identities.get(action.lane)
+        if identity is None:
+            return
+        frames: list[Any] = [identity, pack(action.message)]
+        if action.medium is not None:
+            frames.append(action.medium)
+        try:
+            self._lanes.send_multipart(frames, zmq.NOBLOCK, copy=False)
+        except zmq.ZMQError:
+            self._pool.kill(action.lane)
+
+    def _tell(self, message: msgspec.Struct) -> None:
+        self._supervisor.send(pack(message))
+
+    def _say_state(self) -> None:
+        warm = sum(lane.ready for lane in self._core.lanes)
+        ready = bool(self._core.card)
+        state = (ready, "" if ready else f"{warm} of {len(self._core.lanes)} lanes are warm")
+        if state != self._said:
+            self._said = state
+            self._tell(messages.StateChange(*state))
+
+    def close(self) -> None:
+        """Stop the lanes, then unlink the segment."""
+        self._pool.stop()
+        for socket in (self._control, self._bulk, self._lanes, self._supervisor):
+            socket.close(0)
+        self._context.destroy(linger=0)
+        self._segment.unlink()
+        self._segment.close()
+        for number in range(self._settings.lanes):
+            with contextlib.suppress(FileNotFoundError):
+                Path(self._runtime.lock_path("lane", str(number))).unlink()
+        self._lock.remove()
