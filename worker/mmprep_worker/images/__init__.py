@@ -1,0 +1,1 @@
+"""Pictures: opening and decoding, exact resampling, and the tables and layouts that turn pixels into tensors."""
