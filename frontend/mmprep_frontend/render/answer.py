@@ -1,0 +1,253 @@
+"""Builds the answer: one GenerateRequest, as plain data, and the encoded tensors in it.
+
+Field names, meanings and defaults are those of vLLM's ``GenerateRequest`` (its token-in, token-out endpoint), so that
+an answer can be posted there as it is. Sampling parameters hold what the request set and ``max_tokens``; all else is
+left to the engine's defaults.
+
+One item's tensors are base64 of MessagePack ``{field: {"data": [dtype, shape, Ext(3, raw)], "field": [kind,
+arguments]}}``: the form in which vLLM's serializer takes a multimodal item.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import pybase64
+
+from mmprep.errors import InvalidRequest
+from mmprep.items import FieldSpec, ItemMeta
+from mmprep_frontend.render.expansion import Range
+from mmprep_frontend.render.requests import ChatRequest, CompletionRequest
+
+#: MessagePack extension code of raw tensor bytes.
+_RAW = 3
+#: What OpenAI's completion API generates where a request sets no length; its chat API has no such limit.
+_COMPLETION_TOKENS = 16
+
+_SAMPLING = (
+    "n",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "bad_words",
+    "ignore_eos",
+    "min_tokens",
+    "prompt_logprobs",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+    "logit_bias",
+    "allowed_token_ids",
+    "structured_outputs",
+)
+
+
+def new_request_id(prefix: str) -> str:
+    """Return a new request id, as ``chatcmpl-…``."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def check_length(length: int, max_model_len: int) -> None:
+    """Refuse a prompt that leaves no room for an answer.
+
+    Parameters
+    ----------
+    length: of the expanded prompt, in tokens.
+    max_model_len: tokens that the model takes, prompt and answer together.
+
+    Raises
+    ------
+    InvalidRequest
+        The prompt is longer than ``max_model_len``, or as long.
+    """
+    if length >= max_model_len:
+        raise InvalidRequest(
+            f"The prompt has {length} tokens, and the model takes at most {max_model_len}, of which at least one is "
+            "for the answer; shorten the text or send fewer or smaller media."
+        )
+
+
+def generate_request(
+    request: ChatRequest | CompletionRequest,
+    *,
+    request_id: str,
+    model: str,
+    token_ids: list[int],
+    max_model_len: int,
+    features: dict[str, Any] | None = None,
+    prompt_text: str | None = None,
+) -> dict[str, Any]:
+    """Return the answer to one prompt.
+
+    Parameters
+    ----------
+    request: what was asked.
+    request_id: from :func:`new_request_id`.
+    model: the served model's name, used where the request names none.
+    token_ids: the expanded prompt.
+    max_model_len: tokens that the model takes.
+    features: from :func:`features`, ``None`` without media.
+    prompt_text: the prompt as text, ``None`` where it was given as ids; only in the answer where it was asked for.
+
+    Raises
+    ------
+    InvalidRequest
+        The prompt is too long, or its response format is none that is known.
+    """
+    check_length(len(token_ids), max_model_len)
+    answer: dict[str, Any] = {
+        "request_id": request_id,
+        "token_ids": token_ids,
+        "token_offsets": None,
+        "features": features,
+        "content_parts": None,
+        "sampling_params": sampling_params(request, max_model_len - len(token_ids)),
+        "model": request.model or model,
+        "reasoning_ended": None,
+        "reasoning_parser_kwargs": None,
+        "return_token_ids": request.return_token_ids,
+        "output_mode": "tokens",
+        "parse_context": None,
+        "stream": bool(request.stream),
+        "stream_options": request.stream_options if request.stream else None,
+        "cache_salt": request.cache_salt,
+        "priority": request.priority or 0,
+        "kv_transfer_params": request.kv_transfer_params,
+        "ec_transfer_params": request.ec_transfer_params,
+    }
+    if request.return_prompt_text:
+        answer["prompt_text"] = prompt_text
+    return answer
+
+
+def sampling_params(request: ChatRequest | CompletionRequest, room: int) -> dict[str, Any]:
+    """Return the engine's sampling parameters: what the request set, and ``max_tokens``.
+
+    Parameters
+    ----------
+    request: what was asked.
+    room: tokens that the model still takes behind the prompt.
+
+    Raises
+    ------
+    InvalidRequest
+        The response format is none that is known, or is given in two ways.
+    """
+    given = ((name, getattr(request, name)) for name in _SAMPLING)
+    params = {name: value for name, value in given if value is not None}
+    if request.response_format is not None:
+        _constrain(params, request.response_format)
+    if request.vllm_xargs is not None:
+        params["extra_args"] = request.vllm_xargs
+    if isinstance(request, ChatRequest):
+        params["max_tokens"] = request.max_completion_tokens or request.max_tokens or room
+        if request.logprobs:
+            params["logprobs"] = request.top_logprobs or 0
+    else:
+        params["max_tokens"] = request.max_tokens or min(_COMPLETION_TOKENS, room)
+        if request.logprobs is not None:
+            params["logprobs"] = request.logprobs
+    return params
+
+
+def _constrain(params: dict[str, Any], response_format: dict[str, Any]) -> None:
+    """Add what OpenAI's ``response_format`` means to ``params``."""
+    kind = response_format.get("type")
+    if kind == "text":
+        return
+    if "structured_outputs" in params:
+        raise InvalidRequest("Send 'response_format' or 'structured_outputs', not both.", param="response_format")
+    if kind == "json_object":
+        params["structured_outputs"] = {"json_object": True}
+        return
+    named = response_format.get("json_schema")
+    if kind != "json_schema" or not isinstance(named, dict) or not isinstance(named.get("schema"), dict):
+        raise InvalidRequest(
+            "'response_format' must be of type 'text', 'json_object', or 'json_schema' with a schema.",
+            param="response_format",
+        )
+    params["structured_outputs"] = {"json": named["schema"]}
+
+
+def features(
+    ranges: Sequence[Range],
+    hashes: Mapping[str, Sequence[str]],
+    *,
+    kwargs_data: Mapping[str, Sequence[Any]] | None = None,
+    mm_metadata: Mapping[str, Sequence[Any]] | None = None,
+    mm_addresses: Mapping[str, Sequence[Any]] | None = None,
+) -> dict[str, Any] | None:
+    """Return what the answer says of its media, ``None`` where there are none.
+
+    Parameters
+    ----------
+    ranges: of all media, in the prompt's order.
+    hashes: 64 hex digits each, by modality, in the order of that modality's ranges; so are the others.
+    kwargs_data, mm_metadata: encoded tensors, :func:`kwargs_data` and :func:`mm_metadata`.
+    mm_addresses: where the tensors lie in shared memory.
+    """
+    if not ranges:
+        return None
+    placeholders: dict[str, list[dict[str, Any]]] = {}
+    for placed in ranges:
+        entry: dict[str, Any] = {"offset": placed.offset, "length": placed.length}
+        if placed.is_embed is not None:
+            entry["is_embed"] = placed.is_embed
+        placeholders.setdefault(placed.modality, []).append(entry)
+    return {
+        "mm_hashes": {modality: list(hashes[modality]) for modality in placeholders},
+        "mm_placeholders": placeholders,
+        "kwargs_data": kwargs_data,
+        "mm_metadata": mm_metadata,
+        "mm_addresses": mm_addresses,
+    }
+
+
+def kwargs_data(meta: ItemMeta, region: memoryview, *, batch_size: int = 1) -> bytes:
+    """Return one item, encoded: all its fields.
+
+    Parameters
+    ----------
+    meta: of the item.
+    region: the tensor region of its extent, contiguous.
+    batch_size: items of this modality in the request; only *shared* fields hold it.
+    """
+    return _encode(meta.fields, lambda spec: region[spec.offset : spec.offset + spec.nbytes], batch_size)
+
+
+def mm_metadata(meta: ItemMeta, *, batch_size: int = 1) -> bytes | None:
+    """Return one item, encoded: only the fields that stay on the CPU; ``None`` where it has none."""
+    fields = [spec for spec in meta.fields if spec.keep_on_cpu]
+    return _encode(fields, lambda spec: meta.cpu[spec.name], batch_size) if fields else None
+
+
+def _encode(fields: Sequence[FieldSpec], raw: Callable[[FieldSpec], bytes | memoryview], batch_size: int) -> bytes:
+    item = {
+        spec.name: {
+            "data": (spec.dtype, spec.shape, msgspec.msgpack.Ext(_RAW, raw(spec))),
+            "field": (spec.kind, _arguments(spec, batch_size)),
+        }
+        for spec in fields
+    }
+    encoded: bytes = pybase64.b64encode(msgspec.msgpack.encode(item))
+    return encoded
+
+
+def _arguments(spec: FieldSpec, batch_size: int) -> dict[str, Any]:
+    """Return how an engine joins this field's items, as the arguments of its field kind."""
+    if spec.kind == "flat":
+        # One item's rows: one list of slices, with one slice a dimension, of which only the first is cut.
+        return {"slices": [[[0, spec.shape[0], None]]], "dim": 0, "keep_on_cpu": spec.keep_on_cpu}
+    if spec.kind == "shared":
+        return {"batch_size": batch_size, "keep_on_cpu": spec.keep_on_cpu}
+    return {"keep_on_cpu": spec.keep_on_cpu}

@@ -1,0 +1,208 @@
+"""Walks a conversation: takes the media out and makes messages that the model's chat template understands.
+
+Templates differ in what a message's ``content`` may be. Which one a template takes is read from its syntax tree:
+
+========  ==========================================================  ==========================================
+format    the template                                                 content that it gets
+========  ==========================================================  ==========================================
+string    never loops over a message's content                         a string; media as the card's ``part_text``
+parts     loops over it, and nothing else                              a list of parts; media as ``{"type": "image"}``
+both      loops over it, and tests whether it is a string              as it was sent
+========  ==========================================================  ==========================================
+
+In format *string* the parts of a message are joined by line breaks, in the order in which they were sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+from jinja2 import nodes
+
+from mmprep.card import ModelCard, Placeholder
+from mmprep.errors import InvalidRequest
+from mmprep_frontend.render.requests import (
+    ImageUrlPart,
+    InputImagePart,
+    Message,
+    Part,
+    RefusalPart,
+    TextPart,
+    ToolCall,
+)
+from mmprep_frontend.render.sentinels import Sentinels
+
+ContentFormat: TypeAlias = Literal["string", "parts", "both"]
+
+
+@dataclass(frozen=True)
+class MediaPart:
+    """One medium of a conversation: what it is, where its bytes are, and where the request says so."""
+
+    modality: str
+    url: str
+    param: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages for the template, and the media that were taken out of them, both in order.
+
+    ``sentinels`` is the number of sentinels that the messages hold: all media in format *string*, else none.
+    """
+
+    messages: list[dict[str, Any]]
+    media: list[MediaPart]
+    sentinels: int
+
+
+def walk(
+    messages: Sequence[Message], card: ModelCard, content_format: ContentFormat, sentinels: Sentinels
+) -> Conversation:
+    """Return the conversation as the template takes it.
+
+    Parameters
+    ----------
+    messages: as the request has them.
+    card: of the served model; says which modalities it takes.
+    content_format: of the template, from :func:`detect_format`.
+    sentinels: of the card.
+
+    Raises
+    ------
+    InvalidRequest
+        A part is of a kind that the model or the service does not take, a content is missing, or a tool call's
+        arguments are no JSON object. ``param`` names the place.
+    """
+    walker = _Walker(card, content_format, sentinels)
+    converted = [walker.message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    return Conversation(converted, walker.media, len(walker.media) if content_format == "string" else 0)
+
+
+class _Walker:
+    def __init__(self, card: ModelCard, content_format: ContentFormat, sentinels: Sentinels) -> None:
+        self.media: list[MediaPart] = []
+        self._card = card
+        self._format = content_format
+        self._sentinels = sentinels
+
+    def message(self, message: Message, param: str) -> dict[str, Any]:
+        if message.content is None and message.role != "assistant":
+            raise InvalidRequest(f"A message of role '{message.role}' needs a content.", param=f"{param}.content")
+        converted: dict[str, Any] = {"role": message.role, "content": self._content(message.content, param)}
+        if message.name is not None:
+            converted["name"] = message.name
+        if message.tool_call_id is not None:
+            converted["tool_call_id"] = message.tool_call_id
+        if message.tool_calls:
+            converted["tool_calls"] = [
+                _tool_call(call, f"{param}.tool_calls[{index}]") for index, call in enumerate(message.tool_calls)
+            ]
+        given = (message.reasoning_content, message.thinking, message.reasoning)
+        reasoning = next((text for text in given if text is not None), None)
+        if reasoning is not None:
+            # Templates read it under any of the names.
+            converted |= {"reasoning_content": reasoning, "thinking": reasoning, "reasoning": reasoning}
+        return converted
+
+    def _content(self, content: str | list[Part] | None, param: str) -> str | list[dict[str, Any]]:
+        # An absent content becomes an empty one: templates that join it to a string would fail on a null.
+        if content is None:
+            content = ""
+        if isinstance(content, str):
+            if self._format != "parts":
+                return content
+            return [{"type": "text", "text": content}] if content else []
+        parts = [self._part(part, f"{param}.content[{index}]") for index, part in enumerate(content)]
+        if self._format == "string":
+            return "\n".join(
+                self._sentinels.part_text(part) if isinstance(part, Placeholder) else part for part in parts
+            )
+        return [
+            {"type": part.modality} if isinstance(part, Placeholder) else {"type": "text", "text": part}
+            for part in parts
+        ]
+
+    def _part(self, part: Part, param: str) -> str | Placeholder:
+        """Return the part's text, or the placeholder of its medium, which is noted in ``media``."""
+        if isinstance(part, TextPart):
+            return part.text
+        if isinstance(part, RefusalPart):
+            return part.refusal
+        if not isinstance(part, ImageUrlPart | InputImagePart):
+            kind = part.__struct_config__.tag
+            raise InvalidRequest(f"Parts of type '{kind}' are not supported yet.", param=f"{param}.type")
+        if part.uuid is not None:
+            raise InvalidRequest("'uuid' is not supported yet; leave it out.", param=f"{param}.uuid")
+        placeholder = self._card.placeholder("image")
+        if placeholder is None:
+            raise InvalidRequest("This model takes no images.", param=f"{param}.type")
+        self.media.append(MediaPart("image", part.url, f"{param}.image_url"))
+        return placeholder
+
+
+def _tool_call(call: ToolCall, param: str) -> dict[str, Any]:
+    """Return ``call`` with its arguments as an object, which is what templates print."""
+    arguments = call.function.arguments
+    if isinstance(arguments, str):
+        arguments = _arguments(arguments, f"{param}.function.arguments")
+    converted: dict[str, Any] = {"type": call.type, "function": {"name": call.function.name, "arguments": arguments}}
+    return converted if call.id is None else {"id": call.id, **converted}
+
+
+def _arguments(text: str, param: str) -> dict[str, Any]:
+    if not text.strip():
+        return {}
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError):
+        raise InvalidRequest("A tool call's arguments must be the text of a JSON object.", param=param) from None
+
+
+def detect_format(tree: nodes.Template) -> ContentFormat:
+    """Return what the template of syntax tree ``tree`` takes as a message's content.
+
+    A content is ``….content`` or ``…['content']``, and any name that one is assigned to or that is the parameter of a
+    macro called with one.
+    """
+    names = _content_names(tree)
+    if not any(_is_content(loop.iter, names) for loop in tree.find_all(nodes.For)):
+        return "string"
+    tests = (test for test in tree.find_all(nodes.Test) if test.name == "string")
+    return "both" if any(_is_content(test.node, names) for test in tests) else "parts"
+
+
+def _is_content(node: nodes.Node | None, names: set[str]) -> bool:
+    while isinstance(node, nodes.Filter):
+        node = node.node
+    if isinstance(node, nodes.Getattr):
+        return node.attr == "content"
+    if isinstance(node, nodes.Getitem):
+        return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+    return isinstance(node, nodes.Name) and node.name in names
+
+
+def _content_names(tree: nodes.Template) -> set[str]:
+    """Return the names that hold a content, followed through assignments and calls of macros until none is new."""
+    macros = {macro.name: [str(arg.name) for arg in macro.args] for macro in tree.find_all(nodes.Macro)}
+    flows = [*_assignments(tree), *_arguments_of_macros(tree, macros)]
+    names: set[str] = set()
+    while new := {name for name, value in flows if name not in names and _is_content(value, names)}:
+        names |= new
+    return names
+
+
+def _assignments(tree: nodes.Template) -> Iterable[tuple[str, nodes.Node]]:
+    for assign in tree.find_all(nodes.Assign):
+        if isinstance(assign.target, nodes.Name):
+            yield assign.target.name, assign.node
+
+
+def _arguments_of_macros(tree: nodes.Template, macros: dict[str, list[str]]) -> Iterable[tuple[str, nodes.Node]]:
+    for call in tree.find_all(nodes.Call):
+        if isinstance(call.node, nodes.Name) and call.node.name in macros:
+            yield from zip(macros[call.node.name], call.args, strict=False)
+            yield from ((keyword.key, keyword.value) for keyword in call.kwargs)

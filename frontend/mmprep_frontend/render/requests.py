@@ -1,0 +1,417 @@
+"""The schemas of the requests that are rendered, and their parsing.
+
+Rules
+-----
+- A field that is not listed here is ignored: clients send many that change nothing here.
+- A field that would change the result and that this service does not honour is refused, never ignored
+  (``_REFUSED``, ``_NOT_YET``).
+- An error's ``param`` is the place in the request, as ``messages[0].content[1].image_url``.
+
+The fields and their defaults are those of OpenAI's API and of vLLM's extension of it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeAlias, overload
+
+import msgspec
+from msgspec import Meta, Struct
+
+from mmprep.errors import InvalidRequest
+
+Payload: TypeAlias = Literal["tensors", "shm", "none"]
+Kind: TypeAlias = Literal["chat", "completion", "tokenize", "detokenize"]
+
+_Positive = Annotated[int, Meta(ge=1)]
+_Natural = Annotated[int, Meta(ge=0)]
+_Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+_Share = Annotated[float, Meta(ge=0, le=1)]
+_Penalty = Annotated[float, Meta(ge=-2, le=2)]
+_Url = Annotated[str, Meta(min_length=1)]
+
+
+class TextPart(Struct, tag="text", tag_field="type"):
+    """Text of a message."""
+
+    text: str
+
+
+class RefusalPart(Struct, tag="refusal", tag_field="type"):
+    """An earlier refusal of the assistant; it is text to the template."""
+
+    refusal: str
+
+
+class ImageUrl(Struct):
+    """Where a picture is. ``detail`` is accepted and changes nothing, as in engines."""
+
+    url: _Url
+    detail: str | None = None
+
+
+class ImageUrlPart(Struct, tag="image_url", tag_field="type"):
+    """A picture, as OpenAI's chat API names it."""
+
+    image_url: ImageUrl | _Url
+    uuid: Any = None
+
+    @property
+    def url(self) -> str:
+        """The picture's URL."""
+        return self.image_url.url if isinstance(self.image_url, ImageUrl) else self.image_url
+
+
+class InputImagePart(Struct, tag="input_image", tag_field="type"):
+    """A picture, as OpenAI's responses API names it."""
+
+    image_url: _Url
+    detail: str | None = None
+    uuid: Any = None
+
+    @property
+    def url(self) -> str:
+        """The picture's URL."""
+        return self.image_url
+
+
+class VideoUrlPart(Struct, tag="video_url", tag_field="type"):
+    """Known by name, to be refused by name."""
+
+
+class AudioUrlPart(Struct, tag="audio_url", tag_field="type"):
+    """Known by name, to be refused by name."""
+
+
+class InputAudioPart(Struct, tag="input_audio", tag_field="type"):
+    """Known by name, to be refused by name."""
+
+
+class ImageEmbedsPart(Struct, tag="image_embeds", tag_field="type"):
+    """Known by name, to be refused by name."""
+
+
+Part: TypeAlias = (
+    TextPart
+    | RefusalPart
+    | ImageUrlPart
+    | InputImagePart
+    | VideoUrlPart
+    | AudioUrlPart
+    | InputAudioPart
+    | ImageEmbedsPart
+)
+
+
+class FunctionCall(Struct):
+    """Which function the assistant called; ``arguments`` is JSON text, or the object itself."""
+
+    name: str
+    arguments: str | dict[str, Any] = ""
+
+
+class ToolCall(Struct, kw_only=True):
+    """One call of a tool by the assistant."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Struct, kw_only=True):
+    """One message of a conversation. The three names of the reasoning are those that clients use for one thing."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    thinking: str | None = None
+    reasoning: str | None = None
+
+
+class _Request(Struct, kw_only=True):
+    """What every request has, and what every request is refused for."""
+
+    model: str | None = None
+    chat_template: Any = None
+    mm_processor_kwargs: Any = None
+    media_io_kwargs: Any = None
+    truncate_prompt_tokens: Any = None
+    truncation_side: Any = None
+
+
+class _Generating(_Request, kw_only=True):
+    """What a request says of the generation that is to follow: sampling, streaming, delivery."""
+
+    temperature: Annotated[float, Meta(ge=0)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    min_p: _Share | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
+    n: _Positive | None = None
+    seed: _Int64 | None = None
+    max_tokens: _Positive | None = None
+    min_tokens: _Natural | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[_Natural] | None = None
+    bad_words: list[str] | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[_Natural] | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=-1)] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    vllm_xargs: dict[str, Any] | None = None
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    priority: _Int64 | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
+    kv_transfer_params: dict[str, Any] | None = None
+    ec_transfer_params: dict[str, Any] | None = None
+    mm_payload: Payload | None = None
+    return_mm_kwargs: bool | None = None
+    backend_id: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    deadline_ms: _Positive | None = None
+    mm_dtype: Literal["auto", "uint8", "float32", "bfloat16", "float16"] | None = None
+    return_prompt_text: bool | None = None
+    return_token_ids: bool | None = None
+    return_token_offsets: bool | None = None
+    echo: bool | None = None
+    use_beam_search: bool | None = None
+    queue: Any = None
+
+    @property
+    def payload(self) -> Payload:
+        """How the tensors travel: what the request names, ``tensors`` where it names nothing."""
+        if self.mm_payload is not None:
+            return self.mm_payload
+        return "none" if self.return_mm_kwargs is False else "tensors"
+
+
+class ChatRequest(_Generating, kw_only=True):
+    """A chat completion request."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    max_completion_tokens: _Positive | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=-1)] | None = None
+    functions: Any = None
+    function_call: Any = None
+
+
+class CompletionRequest(_Generating, kw_only=True):
+    """A text completion request; ``prompt`` is one text or list of ids, or a list of either."""
+
+    prompt: str | list[str | int | list[int]]
+    add_special_tokens: bool = True
+    logprobs: _Natural | None = None
+    suffix: Any = None
+    prompt_embeds: Any = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """Return the prompts one by one, each a text or token ids.
+
+        Raises
+        ------
+        InvalidRequest
+            The list is empty, or mixes texts, ids and lists.
+        """
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        kinds = {type(element) for element in self.prompt}
+        if kinds == {int}:
+            return [self.prompt]  # type: ignore[list-item]
+        if kinds in ({str}, {list}):
+            return list(self.prompt)  # type: ignore[arg-type]
+        raise InvalidRequest(
+            "'prompt' must be a text, a list of texts, a list of token ids or a list of such lists, and not be empty.",
+            param="prompt",
+        )
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether the prompt is a list of prompts, whose answers are numbered."""
+        return not isinstance(self.prompt, str) and not all(isinstance(element, int) for element in self.prompt)
+
+
+class TokenizeRequest(_Request, kw_only=True):
+    """What ``/tokenize`` takes: a text as ``prompt``, or a conversation as ``messages``."""
+
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    return_token_strs: bool | None = None
+    tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool | None = None
+
+    @property
+    def adds_special_tokens(self) -> bool:
+        """``add_special_tokens``, by default true for a text and false for a conversation."""
+        return self.messages is None if self.add_special_tokens is None else self.add_special_tokens
+
+
+class DetokenizeRequest(Struct, kw_only=True):
+    """What ``/detokenize`` takes."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+Request: TypeAlias = ChatRequest | CompletionRequest | TokenizeRequest | DetokenizeRequest
+
+_DECODERS: dict[Kind, msgspec.json.Decoder[Any]] = {
+    "chat": msgspec.json.Decoder(ChatRequest),
+    "completion": msgspec.json.Decoder(CompletionRequest),
+    "tokenize": msgspec.json.Decoder(TokenizeRequest),
+    "detokenize": msgspec.json.Decoder(DetokenizeRequest),
+}
+
+
+@overload
+def parse(body: bytes, kind: Literal["chat"]) -> ChatRequest: ...
+@overload
+def parse(body: bytes, kind: Literal["completion"]) -> CompletionRequest: ...
+@overload
+def parse(body: bytes, kind: Literal["tokenize"]) -> TokenizeRequest: ...
+@overload
+def parse(body: bytes, kind: Literal["detokenize"]) -> DetokenizeRequest: ...
+def parse(body: bytes, kind: Kind) -> Request:
+    """Return the request in ``body``.
+
+    Parameters
+    ----------
+    body: the JSON text, UTF-8.
+    kind: which schema it must follow.
+
+    Raises
+    ------
+    InvalidRequest
+        It is no JSON, breaks the schema, or asks for what this service does not do.
+    """
+    try:
+        request: Request = _DECODERS[kind].decode(body)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+    except RecursionError:
+        raise InvalidRequest("The body is nested too deeply.") from None
+    _check(request)
+    return request
+
+
+_REFUSED = ("chat_template", "mm_processor_kwargs", "media_io_kwargs")
+_NOT_YET = (
+    "truncate_prompt_tokens",
+    "truncation_side",
+    "return_token_offsets",
+    "echo",
+    "use_beam_search",
+    "queue",
+    "functions",
+    "function_call",
+    "suffix",
+    "prompt_embeds",
+)
+
+
+def _check(request: Request) -> None:
+    """Refuse what the schema allows and this service does not honour, or what contradicts itself."""
+    for name in _REFUSED:
+        if getattr(request, name, None) is not None:
+            raise InvalidRequest(f"'{name}' is not accepted from requests by this service; leave it out.", param=name)
+    for name in _NOT_YET:
+        if getattr(request, name, None) not in (None, False):
+            raise InvalidRequest(f"'{name}' is not supported yet; leave it out.", param=name)
+    if isinstance(request, _Generating):
+        _check_delivery(request)
+    if isinstance(request, CompletionRequest):
+        request.prompts()
+    elif isinstance(request, ChatRequest):
+        _check_tool_choice(request)
+        _check_conversation(request)
+    elif isinstance(request, TokenizeRequest):
+        if (request.prompt is None) == (request.messages is None):
+            raise InvalidRequest("Send either 'prompt' or 'messages'.", param="prompt")
+        _check_conversation(request)
+
+
+def _check_conversation(request: ChatRequest | TokenizeRequest) -> None:
+    if request.messages is not None and not request.messages:
+        raise InvalidRequest("'messages' must hold at least one message.", param="messages")
+    if request.continue_final_message and request.add_generation_prompt:
+        raise InvalidRequest(
+            "'continue_final_message' needs 'add_generation_prompt': false.", param="continue_final_message"
+        )
+
+
+def _check_delivery(request: _Generating) -> None:
+    if request.return_mm_kwargs is False and request.mm_payload not in (None, "none"):
+        raise InvalidRequest(
+            f"'return_mm_kwargs': false contradicts 'mm_payload': '{request.mm_payload}'.", param="return_mm_kwargs"
+        )
+    if request.payload == "shm" and request.backend_id is None:
+        raise InvalidRequest(
+            "'mm_payload': 'shm' needs the 'backend_id' of a registered backend, which leases the addresses.",
+            param="backend_id",
+        )
+
+
+def _check_tool_choice(request: ChatRequest) -> None:
+    """Allow the choices that constrain nothing; the others need a grammar, which is not made yet."""
+    if request.tool_choice not in (None, "none", "auto"):
+        raise InvalidRequest("'tool_choice' other than 'none' and 'auto' is not supported yet.", param="tool_choice")
+
+
+_PLACE = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
+_MISSING = re.compile(r"^Object missing required field `(?P<name>[^`]+)`$")
+_WORDS = {
+    "str": "a string",
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+    "null": "null",
+}
+
+
+def _explain(message: str) -> InvalidRequest:
+    """Return the error for msgspec's ``message``: its path as ``param``, its type names in JSON's words."""
+    place = _PLACE.search(message)
+    path = "" if place is None else place["path"].partition("[...]")[0]
+    text = message if place is None else message[: place.start()]
+    if missing := _MISSING.match(text):
+        path = f"{path}.{missing['name']}".lstrip(".")
+        text = "it is required"
+    elif text.startswith(("Invalid enum value", "Invalid value")):
+        text = (
+            f"{text[text.index(chr(39)) :] if chr(39) in text else 'the value'} is not one of the values allowed here"
+        )
+    else:
+        text = re.sub(r"`([a-z |]+)`", lambda names: _in_words(names[1]), text)
+        text = text[0].lower() + text[1:]
+    return InvalidRequest(f"{path or 'The body'}: {text}.", param=path or None)
+
+
+def _in_words(names: str) -> str:
+    return " or ".join(_WORDS.get(name, name) for name in names.split(" | "))
