@@ -1,0 +1,374 @@
+"""Fetching media over http(s) without being led inside. A thin shell around :mod:`mmprep_frontend.media.policy`.
+
+For each hop: judge the URL, take a slot, resolve the name once, judge every address it gave, and hand those addresses
+to the connection, so that there is no second resolution which could answer otherwise. A name with one bad address is
+refused whole. Redirects are followed by hand, each judged like a first URL. What opens the sockets judges once more:
+whatever the library below does, nothing is dialled that was not judged.
+
+No proxy from the environment, no cookies, no credentials, no kept-alive connections: a connection serves one request,
+so that idle ones cannot pile up and every fetch is judged by what its name says now.
+
+Bounds: bytes (announced and counted, after decompression), time (total, connecting, between two reads), redirects,
+connections in all and per host, and fetches that wait for one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import zlib
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Final, Protocol, Self
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
+
+from mmprep.errors import Busy, FetchBadGateway, FetchError, FetchTimeout, MmprepError, TooLarge
+from mmprep_frontend.media.policy import Target, UrlPolicy
+
+MAX_REDIRECTS: Final = 5
+_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+#: Addresses of one name that are tried; all are judged.
+_MAX_ADDRESSES: Final = 8
+#: Largest step of decompression, bytes; between two steps the event loop moves on.
+_PIECE: Final = 2**18
+_HEADERS: Final = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "mmprep"}
+
+OpenSocket = Callable[[aiohttp.AddrInfoType], socket.socket]
+
+
+class Resolver(Protocol):
+    """Turns a host name into addresses."""
+
+    async def resolve(self, host: str) -> Sequence[str]:
+        """Return the addresses of ``host``, in the order to try them; raise :class:`OSError` where there are none."""
+
+    def close(self) -> None:
+        """Give back what the resolver holds."""
+
+
+class SystemResolver:
+    """The system's resolver, in a few threads of its own: a name server that hangs holds up nothing but fetches."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="resolve")
+
+    async def resolve(self, host: str) -> Sequence[str]:
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._threads, _getaddrinfo, host)
+        return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class Fetcher:
+    """Fetches media, as far as a policy lets it. To be made and used within one event loop.
+
+    Parameters
+    ----------
+    policy:
+        What may be read.
+    max_bytes:
+        Largest medium, in bytes, ``--max-media-size``.
+    timeout:
+        Seconds for one fetch in all, redirects and waiting included.
+    connect_timeout, read_timeout:
+        Seconds for one connection to stand, TLS included, and for the next bytes to arrive.
+    connections, connections_per_host:
+        At most so many at a time.
+    waiting:
+        At most so many fetches wait for a connection; the next one is refused at once.
+    resolver:
+        What names mean.
+    open_socket:
+        Makes the socket for an address that is about to be dialled.
+    """
+
+    def __init__(
+        self,
+        policy: UrlPolicy,
+        *,
+        max_bytes: int,
+        timeout: float = 30.0,
+        connect_timeout: float = 5.0,
+        read_timeout: float = 10.0,
+        connections: int = 64,
+        connections_per_host: int = 16,
+        waiting: int = 256,
+        resolver: Resolver | None = None,
+        open_socket: OpenSocket | None = None,
+    ) -> None:
+        self._policy = policy
+        self._max_bytes = max_bytes
+        self._timeout = timeout
+        self._slots = _Slots(connections, connections_per_host, waiting)
+        self._resolver = resolver or SystemResolver()
+        self._open_socket = open_socket or _open_socket
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                resolver=_JudgingResolver(policy, self._resolver),
+                socket_factory=self._dial,
+                use_dns_cache=False,
+                force_close=True,
+                limit=0,
+            ),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout, sock_read=read_timeout),
+            headers=_HEADERS,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=False,
+            auto_decompress=False,
+            read_bufsize=2**18,
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close every connection. Fetches under way fail."""
+        await self._session.close()
+        self._resolver.close()
+
+    async def fetch(self, url: str, *, param: str | None = None, timeout: float | None = None) -> bytes:  # noqa: ASYNC109
+        """Return the bytes that lie at ``url``. Cancelling closes the connection.
+
+        Parameters
+        ----------
+        url:
+            As the request holds it; it is judged here.
+        param:
+            The place in the request; every error names it.
+        timeout:
+            Seconds that are left for it, where that is less than the fetcher's own.
+
+        Raises
+        ------
+        mmprep.errors.InvalidRequest, mmprep.errors.Forbidden
+            The URL, a redirect, or an address behind them must not be read.
+        mmprep.errors.FetchError
+            The host answered, and not with a medium.
+        mmprep.errors.FetchBadGateway
+            The host is unknown, unreachable, broken, or not to be trusted.
+        mmprep.errors.FetchTimeout
+            The host was silent, or too slow.
+        mmprep.errors.TooLarge
+            More than ``max_bytes``.
+        mmprep.errors.Busy
+            Too many fetches at the moment.
+        """
+        seconds = self._timeout if timeout is None else min(timeout, self._timeout)
+        deadline = asyncio.get_running_loop().time() + seconds
+        try:
+            return await self._follow(self._policy.judge_url(url), deadline)
+        except MmprepError as error:
+            if param is not None:
+                error.at(param)
+            raise
+
+    async def _follow(self, target: Target, deadline: float) -> bytes:
+        for _ in range(MAX_REDIRECTS + 1):
+            async with self._slots.hold(target.host, deadline):
+                answer = await self._hop(target, deadline)
+            if isinstance(answer, bytes):
+                return answer
+            target = answer
+        raise FetchError(f"the host redirects more than {MAX_REDIRECTS} times")
+
+    async def _hop(self, target: Target, deadline: float) -> bytes | Target:
+        """Ask one host once; return the medium, or where it redirects to."""
+        try:
+            async with (
+                asyncio.timeout_at(deadline),
+                self._session.get(URL(target.url, encoded=True), allow_redirects=False) as response,
+            ):
+                if response.status in _REDIRECTS:
+                    return self._policy.judge_redirect(target, response.headers.get("Location", ""))
+                _check_status(response.status)
+                return await self._read(response)
+        except TimeoutError:
+            raise FetchTimeout("the medium's host did not answer, or not to the end, in time") from None
+        except aiohttp.ClientConnectorDNSError:
+            raise FetchBadGateway("the name of the medium's host cannot be resolved") from None
+        except (aiohttp.ClientSSLError, ssl.SSLError):
+            raise FetchBadGateway("no trusted TLS connection to the medium's host could be made") from None
+        except aiohttp.ClientConnectorError:
+            raise FetchBadGateway("the medium's host cannot be reached") from None
+        except aiohttp.ClientResponseError:
+            raise FetchBadGateway("the medium's host did not answer with valid HTTP") from None
+        except (aiohttp.ClientError, OSError):
+            raise FetchBadGateway("the connection to the medium's host broke before the medium was complete") from None
+
+    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+        inflater = _inflater(response.headers.get("Content-Encoding", "identity"))
+        if (response.content_length or 0) > self._max_bytes:
+            raise self._too_large()
+        pieces: list[bytes] = []
+        size = 0
+        async for chunk in response.content.iter_any():
+            for piece in _inflate(inflater, chunk) if inflater else (chunk,):
+                size += len(piece)
+                if size > self._max_bytes:
+                    raise self._too_large()
+                pieces.append(piece)
+                if inflater:
+                    await asyncio.sleep(0)
+        if inflater and not inflater.eof:
+            raise FetchError("the compressed data that the medium's host sent are cut off")
+        if not size:
+            raise FetchError("the medium's host answered without content")
+        return b"".join(pieces)
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(f"the medium is larger than {self._max_bytes:,} bytes, this service's limit (--max-media-size)")
+
+    def _dial(self, address_info: aiohttp.AddrInfoType) -> socket.socket:
+        self._policy.judge_address(str(address_info[4][0]))
+        return self._open_socket(address_info)
+
+
+class _JudgingResolver(AbstractResolver):
+    """Gives the client library only addresses that were judged. It is not asked about hosts that are addresses."""
+
+    def __init__(self, policy: UrlPolicy, resolver: Resolver) -> None:
+        self._policy = policy
+        self._resolver = resolver
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        del family  # of the connector: unspecified
+        addresses = await self._resolver.resolve(host)
+        if not addresses:
+            raise OSError("no address")
+        for address in addresses:
+            self._policy.judge_address(address)
+        return [_resolved(host, address, port) for address in addresses[:_MAX_ADDRESSES]]
+
+    async def close(self) -> None:
+        """Nothing: the fetcher closes its resolver itself."""
+
+
+class _Slots:
+    """How many fetches may be under way: in all, for one host, and waiting. First come, first served where it fits."""
+
+    def __init__(self, total: int, per_host: int, waiting: int) -> None:
+        self._free = total
+        self._per_host = per_host
+        self._max_waiting = waiting
+        self._held: Counter[str] = Counter()
+        self._waiting: list[tuple[str, asyncio.Future[None]]] = []
+
+    @asynccontextmanager
+    async def hold(self, host: str, deadline: float) -> AsyncIterator[None]:
+        await self._acquire(host, deadline)
+        try:
+            yield
+        finally:
+            self._release(host)
+
+    def _fits(self, host: str) -> bool:
+        return self._free > 0 and self._held[host] < self._per_host
+
+    def _take(self, host: str) -> None:
+        self._free -= 1
+        self._held[host] += 1
+
+    def _release(self, host: str) -> None:
+        self._free += 1
+        self._held[host] -= 1
+        if not self._held[host]:
+            del self._held[host]
+        for index, (waiting_host, granted) in enumerate(self._waiting):
+            if self._fits(waiting_host):
+                del self._waiting[index]
+                self._take(waiting_host)
+                granted.set_result(None)
+                return
+
+    async def _acquire(self, host: str, deadline: float) -> None:
+        # Nobody who waits fits, else the last release would have taken it in: whoever fits overtakes nobody.
+        if self._fits(host):
+            self._take(host)
+            return
+        if len(self._waiting) >= self._max_waiting:
+            raise Busy("too many media are being fetched at the moment; try again", retry_after=1.0)
+        entry = (host, asyncio.get_running_loop().create_future())
+        self._waiting.append(entry)
+        try:
+            async with asyncio.timeout_at(deadline):
+                await entry[1]
+        except BaseException as error:
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+            else:
+                # Granted and given up in the same turn of the loop.
+                self._release(host)
+            if isinstance(error, TimeoutError):
+                raise Busy("too many media are being fetched at the moment; try again", retry_after=1.0) from None
+            raise
+
+
+def _check_status(status: int) -> None:
+    if 500 <= status < 600:
+        raise FetchBadGateway(f"the medium's host failed with status {status}")
+    # 203 is a 200 that a proxy has changed; anything else is not the whole medium.
+    if status not in {200, 203}:
+        raise FetchError(f"the medium's host answered with status {status}")
+
+
+def _inflater(encoding: str) -> zlib._Decompress | None:
+    """Return what undoes a content coding that was not asked for, ``None`` where there is none."""
+    match encoding.strip().lower():
+        case "identity" | "":
+            return None
+        case "gzip" | "x-gzip" | "deflate":
+            return zlib.decompressobj(zlib.MAX_WBITS | 32)
+        case _:
+            raise FetchError("the medium's host sent a content coding that was not asked for")
+
+
+def _inflate(inflater: zlib._Decompress, chunk: bytes) -> Iterator[bytes]:
+    """Yield what ``chunk`` decompresses to, in bounded pieces."""
+    try:
+        while True:
+            if inflater.eof and chunk:
+                raise FetchError("the medium's host sent something behind its compressed data")
+            piece = inflater.decompress(chunk, _PIECE)
+            yield piece
+            chunk = inflater.unconsumed_tail or inflater.unused_data
+            # A full piece may have left something behind even where all of the input is consumed.
+            if not chunk and (inflater.eof or len(piece) < _PIECE):
+                return
+    except zlib.error:
+        raise FetchError("the medium's host sent broken compressed data") from None
+
+
+def _resolved(host: str, address: str, port: int) -> ResolveResult:
+    return ResolveResult(
+        hostname=host,
+        host=address,
+        port=port,
+        family=socket.AF_INET6 if ":" in address else socket.AF_INET,
+        proto=0,
+        flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+    )
+
+
+def _getaddrinfo(host: str) -> list[tuple[object, object, object, object, tuple[object, ...]]]:
+    try:
+        return list(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG))
+    except UnicodeError:
+        raise OSError("not a host name") from None
+
+
+def _open_socket(address_info: aiohttp.AddrInfoType) -> socket.socket:
+    family, kind, protocol, *_ = address_info
+    return socket.socket(family, kind, protocol)

@@ -1,0 +1,136 @@
+"""Where a request says that a medium lies: in a data URL, or at an http(s) URL. Anything else is refused by name.
+
+Parsing is cheap and happens on the event loop. Decoding base64 is not: :meth:`DataSource.decode` belongs in the one hop
+to the executor, together with hashing. The size is judged before, from the length of the text.
+
+A data URL (RFC 2397) is ``data:[type][;name=value]…;base64,payload``. The payload is base64 in the standard alphabet,
+with or without its padding, and nothing else: no line breaks, no percent-encoding, no ``-`` and ``_``.
+"""
+
+from __future__ import annotations
+
+import binascii
+import re
+from dataclasses import dataclass
+from typing import Final
+
+import pybase64
+
+from mmprep.errors import InvalidRequest, TooLarge
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,31}):", re.ASCII)
+#: Longest head of a data URL, up to its comma, in characters.
+_MAX_HEAD: Final = 1024
+_SUPPORTED: Final = "supported are http://, https:// and data: URLs"
+
+
+@dataclass(frozen=True, slots=True)
+class HttpSource:
+    """A medium at an http(s) URL, which nobody has judged yet."""
+
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class DataSource:
+    """A medium that the request itself holds, still in base64.
+
+    Attributes
+    ----------
+    media_type: as the sender claims it, lower case, without parameters; may be empty, and may be wrong.
+    payload: the base64 text.
+    param: the place in the request, for errors.
+    """
+
+    media_type: str
+    payload: str
+    param: str | None
+
+    @property
+    def size(self) -> int:
+        """Bytes after decoding, exact for proper base64."""
+        return _decoded_size(self.payload)
+
+    def decode(self) -> bytes:
+        """Return the medium's bytes. Takes 0.2 ms a MB: call it off the event loop.
+
+        Raises
+        ------
+        mmprep.errors.InvalidRequest
+            Not strict base64, or empty.
+        """
+        missing = -len(self.payload) % 4
+        payload = self.payload + "=" * missing if missing else self.payload
+        try:
+            decoded: bytes = pybase64.b64decode(payload, validate=True)
+        except (binascii.Error, ValueError):
+            raise InvalidRequest(
+                "the data is not valid base64: use the standard alphabet (A-Z a-z 0-9 + /) without line breaks",
+                param=self.param,
+            ) from None
+        if not decoded:
+            raise InvalidRequest("the medium is empty: there is no data behind the comma", param=self.param)
+        return decoded
+
+
+def parse_source(url: str, *, param: str | None, max_bytes: int) -> DataSource | HttpSource:
+    """Return what kind of source ``url`` is.
+
+    Parameters
+    ----------
+    url:
+        As the request holds it.
+    param:
+        The place in the request, as ``messages[0].content[1].image_url``.
+    max_bytes:
+        Largest medium, in bytes, ``--max-media-size``.
+
+    Raises
+    ------
+    mmprep.errors.InvalidRequest
+        No URL, a scheme that is not supported, or a data URL that is malformed or not base64.
+    mmprep.errors.TooLarge
+        The data is longer than ``max_bytes``.
+    """
+    match = _SCHEME.match(url)
+    if match is None:
+        raise InvalidRequest(
+            f"this is no URL; {_SUPPORTED} (raw base64 needs 'data:<type>;base64,' before it)", param=param
+        )
+    scheme = match[1].lower()
+    if scheme == "data":
+        return _parse_data_url(url, param, max_bytes)
+    if scheme in {"http", "https"}:
+        return HttpSource(url)
+    raise InvalidRequest(f"{scheme}: URLs are not supported here; {_SUPPORTED}", param=param)
+
+
+def inline_source(payload: str, *, media_type: str, param: str | None, max_bytes: int) -> DataSource:
+    """Return the source for base64 that stands in the request without a URL around it, as in ``input_audio``.
+
+    Raises
+    ------
+    mmprep.errors.TooLarge
+        The data is longer than ``max_bytes``.
+    """
+    if _decoded_size(payload) > max_bytes:
+        raise TooLarge(
+            f"the medium is larger than {max_bytes:,} bytes, this service's limit (--max-media-size)", param=param
+        )
+    return DataSource(media_type, payload, param)
+
+
+def _parse_data_url(url: str, param: str | None, max_bytes: int) -> DataSource:
+    start = len("data:")
+    comma = url.find(",", start, start + _MAX_HEAD)
+    if comma < 0:
+        raise InvalidRequest("the data URL is malformed: write data:<type>;base64,<data>", param=param)
+    media_type, *parameters = (part.strip().lower() for part in url[start:comma].split(";"))
+    if not parameters or parameters[-1] != "base64":
+        raise InvalidRequest("the data URL is not base64: write data:<type>;base64,<data>", param=param)
+    return inline_source(url[comma + 1 :], media_type=media_type, param=param, max_bytes=max_bytes)
+
+
+def _decoded_size(payload: str) -> int:
+    padding = 2 if payload.endswith("==") else 1 if payload.endswith("=") else 0
+    return (len(payload) - padding) * 3 // 4

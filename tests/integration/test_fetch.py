@@ -1,0 +1,644 @@
+"""The fetcher against real servers on 127.0.0.1. No name is ever resolved and no other address ever dialled."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import socket
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from mmprep.errors import (
+    Busy,
+    FetchBadGateway,
+    FetchError,
+    FetchTimeout,
+    Forbidden,
+    InvalidRequest,
+    MmprepError,
+    TooLarge,
+)
+from mmprep_frontend.media.fetch import Fetcher, SystemResolver
+from mmprep_frontend.media.policy import UrlPolicy
+
+try:
+    import uvloop
+
+    LOOPS: list[Callable[[], asyncio.AbstractEventLoop]] = [asyncio.new_event_loop, uvloop.new_event_loop]
+except ImportError:
+    LOOPS = [asyncio.new_event_loop]
+
+PARAM = "messages[0].content[1].image_url"
+MEDIUM = bytes(range(256)) * 40
+LIMIT = 100_000
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Raw = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@pytest.fixture(params=LOOPS, ids=lambda factory: factory.__module__)
+def run(request: pytest.FixtureRequest) -> Run:
+    def run_in_loop(main: Coroutine[Any, Any, None]) -> None:
+        with asyncio.Runner(loop_factory=request.param) as runner:
+            runner.run(main)
+
+    return run_in_loop
+
+
+class Table:
+    """A resolver that knows only what it was told, and says what it was asked."""
+
+    def __init__(self, **names: Sequence[str]) -> None:
+        self.names = {name.replace("_", "."): addresses for name, addresses in names.items()}
+        self.asked: list[str] = []
+
+    async def resolve(self, host: str) -> Sequence[str]:
+        self.asked.append(host)
+        if host not in self.names:
+            raise socket.gaierror(socket.EAI_NONAME, "unknown")
+        return self.names[host]
+
+    def close(self) -> None:
+        pass
+
+
+class Dialled:
+    """Opens sockets only for this machine, and remembers every address that was about to be dialled."""
+
+    def __init__(self) -> None:
+        self.addresses: list[str] = []
+
+    def __call__(self, address_info: aiohttp.AddrInfoType) -> socket.socket:
+        family, kind, protocol, _, address = address_info
+        self.addresses.append(str(address[0]))
+        assert address[0] == "127.0.0.1", "a test was about to leave this machine"
+        return socket.socket(family, kind, protocol)
+
+
+class ThisMachineIsPublic(UrlPolicy):
+    """The real policy, but for the one address that the tests' servers have."""
+
+    def judge_address(self, address: Any) -> None:
+        if str(address) != "127.0.0.1":
+            super().judge_address(address)
+
+
+PRIVATE = UrlPolicy(allow_private=True)
+LOCAL = ThisMachineIsPublic()
+
+
+@asynccontextmanager
+async def serving(handler: Handler) -> AsyncIterator[int]:
+    runner = web.ServerRunner(web.Server(handler, handler_cancellation=True))
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield site.port
+    finally:
+        await runner.cleanup()
+
+
+@asynccontextmanager
+async def serving_raw(handler: Raw) -> AsyncIterator[int]:
+    server = await asyncio.start_server(handler, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
+@asynccontextmanager
+async def fetching(policy: UrlPolicy = PRIVATE, **options: Any) -> AsyncIterator[tuple[Fetcher, Table, Dialled]]:
+    table = options.pop("resolver", Table(media_test=["127.0.0.1"]))
+    dialled = Dialled()
+    async with Fetcher(policy, **{"max_bytes": LIMIT, **options}, resolver=table, open_socket=dialled) as fetcher:
+        yield fetcher, table, dialled
+
+
+async def refused(fetcher: Fetcher, url: str, **options: Any) -> MmprepError:
+    with pytest.raises(MmprepError) as caught:
+        await fetcher.fetch(url, param=PARAM, **options)
+    assert caught.value.param == PARAM
+    assert "127.0.0" not in caught.value.message
+    return caught.value
+
+
+def answer(**options: Any) -> Handler:
+    async def handler(_request: web.BaseRequest) -> web.Response:
+        return web.Response(**options)
+
+    return handler
+
+
+async def drain_head(reader: asyncio.StreamReader) -> None:
+    await reader.readuntil(b"\r\n\r\n")
+
+
+def raw_answer(*chunks: bytes) -> Raw:
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await drain_head(reader)
+        writer.writelines(chunks)
+        writer.close()
+        await writer.wait_closed()
+
+    return handler
+
+
+def test_a_medium_is_fetched_with_one_resolution_and_plain_headers(run: Run) -> None:
+    async def main() -> None:
+        seen: list[web.BaseRequest] = []
+
+        async def handler(request: web.BaseRequest) -> web.Response:
+            seen.append(request)
+            response = web.Response(body=MEDIUM)
+            response.set_cookie("a", "b")
+            return response
+
+        async with serving(handler) as port, fetching() as (fetcher, table, dialled):
+            for _ in range(2):
+                assert await fetcher.fetch(f"http://Media.TEST.:{port}/a%2Fb?x=%20y#z") == MEDIUM
+            assert table.asked == ["media.test"] * 2
+            assert dialled.addresses == ["127.0.0.1"] * 2
+        assert seen[0].path_qs == "/a%2Fb?x=%20y"
+        assert seen[0].headers["Host"] == f"media.test:{port}"
+        assert seen[0].headers["Accept-Encoding"] == "identity"
+        assert "Cookie" not in seen[1].headers
+
+    run(main())
+
+
+def test_a_literal_address_is_fetched_without_the_resolver(run: Run) -> None:
+    async def main() -> None:
+        async with serving(answer(body=MEDIUM)) as port, fetching(LOCAL) as (fetcher, table, dialled):
+            assert await fetcher.fetch(f"http://127.0.0.1:{port}/") == MEDIUM
+            assert table.asked == []
+            assert dialled.addresses == ["127.0.0.1"]
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "code"),
+    [
+        (404, FetchError, 422),
+        (403, FetchError, 422),
+        (206, FetchError, 422),
+        (304, FetchError, 422),
+        (500, FetchBadGateway, 502),
+        (503, FetchBadGateway, 502),
+    ],
+)
+def test_a_status_of_the_host_is_told_with_the_place(run: Run, status: int, kind: type, code: int) -> None:
+    async def main() -> None:
+        async with serving(answer(status=status)) as port, fetching() as (fetcher, _, _):
+            error = await refused(fetcher, f"http://media.test:{port}/")
+            assert type(error) is kind
+            assert error.code == code
+            assert str(status) in error.message
+
+    run(main())
+
+
+def test_an_answer_without_content_is_refused(run: Run) -> None:
+    async def main() -> None:
+        async with serving(answer(body=b"")) as port, fetching() as (fetcher, _, _):
+            error = await refused(fetcher, f"http://media.test:{port}/")
+            assert type(error) is FetchError
+
+    run(main())
+
+
+@pytest.mark.parametrize("url", ["ftp://media.test/", "http://user@media.test/", "http://media.test /"])
+def test_a_bad_url_is_refused_before_anything_is_asked(run: Run, url: str) -> None:
+    async def main() -> None:
+        async with fetching() as (fetcher, table, dialled):
+            assert (await refused(fetcher, url)).code == 400
+            assert table.asked == dialled.addresses == []
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "addresses",
+    [
+        ["10.0.0.1"],
+        ["127.0.0.1", "10.0.0.1"],
+        ["8.8.8.8", "::1"],
+        ["127.0.0.1", "::ffff:192.168.0.1"],
+        ["127.0.0.1"] * 20 + ["169.254.169.254"],
+    ],
+)
+def test_a_name_with_one_inner_address_is_never_dialled(run: Run, addresses: list[str]) -> None:
+    async def main() -> None:
+        async with fetching(LOCAL, resolver=Table(rebind_test=addresses)) as (fetcher, table, dialled):
+            error = await refused(fetcher, "http://rebind.test/")
+            assert type(error) is Forbidden
+            assert not any(address in error.message for address in addresses)
+            assert table.asked == ["rebind.test"]
+            assert dialled.addresses == []
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "location", ["http://10.0.0.1/", "http://inner.test/", "http://[::1]/", "http://127.1/", "//u:p@media.test/"]
+)
+def test_a_redirect_to_a_forbidden_place_is_never_dialled(run: Run, location: str) -> None:
+    async def main() -> None:
+        table = Table(media_test=["127.0.0.1"], inner_test=["192.168.1.1"])
+        async with (
+            serving(answer(status=302, headers={"Location": location})) as port,
+            fetching(LOCAL, resolver=table) as (fetcher, _, dialled),
+        ):
+            error = await refused(fetcher, f"http://media.test:{port}/")
+            assert type(error) is Forbidden
+            assert dialled.addresses == ["127.0.0.1"]
+
+    run(main())
+
+
+def test_a_redirect_out_of_the_allowed_domains_is_not_followed(run: Run) -> None:
+    async def main() -> None:
+        policy = UrlPolicy(allowed_domains=("media.test",), allow_private=True)
+        table = Table(media_test=["127.0.0.1"], other_test=["127.0.0.1"])
+        async with (
+            serving(answer(status=307, headers={"Location": "http://other.test/"})) as port,
+            fetching(policy, resolver=table) as (fetcher, _, dialled),
+        ):
+            assert type(await refused(fetcher, f"http://media.test:{port}/")) is Forbidden
+            assert table.asked == ["media.test"]
+            assert dialled.addresses == ["127.0.0.1"]
+
+    run(main())
+
+
+def test_the_last_check_stands_even_where_the_url_was_not_judged(run: Run) -> None:
+    class BlindToLiterals(ThisMachineIsPublic):
+        def judge_url(self, url: str) -> Any:
+            return PRIVATE.judge_url(url)
+
+    async def main() -> None:
+        async with fetching(BlindToLiterals()) as (fetcher, _, dialled):
+            for url in ("http://10.0.0.1/", "http://[::1]/"):
+                assert type(await refused(fetcher, url)) is Forbidden
+            assert dialled.addresses == []
+
+    run(main())
+
+
+@pytest.mark.parametrize(("hops", "arrives"), [(5, True), (6, False)])
+def test_at_most_five_redirects_are_followed(run: Run, hops: int, arrives: bool) -> None:
+    async def handler(request: web.BaseRequest) -> web.Response:
+        left = int(request.path[1:])
+        return web.Response(status=301, headers={"Location": f"/{left - 1}"}) if left else web.Response(body=MEDIUM)
+
+    async def main() -> None:
+        async with serving(handler) as port, fetching() as (fetcher, _, dialled):
+            url = f"http://media.test:{port}/{hops}"
+            if arrives:
+                assert await fetcher.fetch(url) == MEDIUM
+            else:
+                assert type(await refused(fetcher, url)) is FetchError
+            assert len(dialled.addresses) == 6
+
+    run(main())
+
+
+@pytest.mark.parametrize("headers", [{}, {"Location": ""}, {"Location": "gopher://media.test/"}])
+def test_a_redirect_to_nowhere_is_the_hosts_fault(run: Run, headers: dict[str, str]) -> None:
+    async def main() -> None:
+        async with serving(answer(status=302, headers=headers)) as port, fetching() as (fetcher, _, _):
+            assert type(await refused(fetcher, f"http://media.test:{port}/")) is FetchError
+
+    run(main())
+
+
+@pytest.mark.parametrize("options", [{"timeout": 0.2}, {"read_timeout": 0.2}])
+def test_a_host_that_stays_silent_times_out(run: Run, options: dict[str, float]) -> None:
+    async def main() -> None:
+        async def handler(_request: web.BaseRequest) -> web.Response:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async with serving(handler) as port, fetching(**options) as (fetcher, _, _):
+            error = await refused(fetcher, f"http://media.test:{port}/")
+            assert type(error) is FetchTimeout
+            assert error.code == 504
+
+    run(main())
+
+
+def test_a_host_that_drips_for_ever_meets_the_deadline_of_the_call(run: Run) -> None:
+    async def main() -> None:
+        hung_up = asyncio.Event()
+
+        async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await drain_head(reader)
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 50000\r\n\r\n")
+            at_end = asyncio.ensure_future(reader.read())
+            while not at_end.done():
+                writer.write(b"x")
+                await asyncio.wait([at_end], timeout=0.02)
+            at_end.exception()
+            writer.close()
+            hung_up.set()
+
+        async with serving_raw(handler) as port, fetching(read_timeout=60, timeout=60) as (fetcher, _, _):
+            error = await refused(fetcher, f"http://media.test:{port}/", timeout=0.2)
+            assert type(error) is FetchTimeout
+            await hung_up.wait()
+
+    run(main())
+
+
+def test_a_resolver_that_hangs_meets_the_deadline(run: Run) -> None:
+    class Hanging(Table):
+        async def resolve(self, host: str) -> Sequence[str]:
+            await asyncio.Event().wait()
+            return [host]
+
+    async def main() -> None:
+        async with fetching(resolver=Hanging(), timeout=0.05) as (fetcher, _, dialled):
+            assert type(await refused(fetcher, "http://media.test/")) is FetchTimeout
+            assert dialled.addresses == []
+
+    run(main())
+
+
+def test_a_medium_that_is_announced_too_large_is_not_read(run: Run) -> None:
+    async def main() -> None:
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {LIMIT + 1}\r\n\r\n".encode()
+        async with serving_raw(raw_answer(head)) as port, fetching() as (fetcher, _, _):
+            error = await refused(fetcher, f"http://media.test:{port}/")
+            assert type(error) is TooLarge
+            assert "--max-media-size" in error.message
+
+    run(main())
+
+
+def test_an_endless_medium_is_cut_off_at_the_limit_and_the_host_is_hung_up_on(run: Run) -> None:
+    async def main() -> None:
+        hung_up = asyncio.Event()
+
+        async def handler(request: web.BaseRequest) -> web.StreamResponse:
+            response = web.StreamResponse()
+            await response.prepare(request)
+            try:
+                while True:
+                    await response.write(b"x" * 10_000)
+            finally:
+                hung_up.set()
+
+        async with serving(handler) as port, fetching() as (fetcher, _, _):
+            assert type(await refused(fetcher, f"http://media.test:{port}/")) is TooLarge
+            await hung_up.wait()
+
+    run(main())
+
+
+def test_a_medium_of_exactly_the_limit_is_fetched(run: Run) -> None:
+    async def main() -> None:
+        async with serving(answer(body=b"x" * LIMIT)) as port, fetching() as (fetcher, _, _):
+            assert len(await fetcher.fetch(f"http://media.test:{port}/")) == LIMIT
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b"short"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"5\r\nhello\r\n"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"zz\r\nhello\r\n"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello and more",),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n", b"hello"),
+        (b"HTTP/1.1 200 OK\r\n" + b"X-A: b\r\n" * 1000 + b"\r\n", b"hello"),
+        (b"HTTP/1.1 200 OK\r\nX-A: " + b"b" * 100_000 + b"\r\n\r\n", b"hello"),
+        (b"SSH-2.0-server\r\n",),
+        (),
+    ],
+)
+def test_an_answer_that_is_cut_off_or_broken_is_a_bad_gateway(run: Run, chunks: tuple[bytes, ...]) -> None:
+    async def main() -> None:
+        async with serving_raw(raw_answer(*chunks)) as port, fetching() as (fetcher, _, _):
+            error = await refused(fetcher, f"http://media.test:{port}/")
+            assert type(error) is FetchBadGateway
+            assert error.code == 502
+
+    run(main())
+
+
+@pytest.mark.parametrize(("coding", "compress"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+def test_a_compression_that_was_not_asked_for_is_undone(run: Run, coding: str, compress: Any) -> None:
+    async def main() -> None:
+        for medium in (MEDIUM, b"a", bytes(LIMIT)):
+            handler = answer(body=compress(medium), headers={"Content-Encoding": coding})
+            async with serving(handler) as port, fetching() as (fetcher, _, _):
+                assert await fetcher.fetch(f"http://media.test:{port}/") == medium
+
+    run(main())
+
+
+def test_a_compressed_medium_larger_than_one_step_arrives_whole(run: Run) -> None:
+    async def main() -> None:
+        medium = bytes(3 * 2**18)
+        handler = answer(body=gzip.compress(medium), headers={"Content-Encoding": "gzip"})
+        async with serving(handler) as port, fetching(max_bytes=2**20) as (fetcher, _, _):
+            assert await fetcher.fetch(f"http://media.test:{port}/") == medium
+
+    run(main())
+
+
+def test_a_decompression_bomb_is_cut_off_at_the_limit(run: Run) -> None:
+    async def main() -> None:
+        bomb = gzip.compress(bytes(60_000_000))
+        assert len(bomb) < LIMIT
+        async with (
+            serving(answer(body=bomb, headers={"Content-Encoding": "gzip"})) as port,
+            fetching() as (fetcher, _, _),
+        ):
+            assert type(await refused(fetcher, f"http://media.test:{port}/")) is TooLarge
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("coding", "body"),
+    [
+        ("gzip", b"not gzip"),
+        ("gzip", gzip.compress(MEDIUM)[:-10]),
+        ("gzip", gzip.compress(MEDIUM) + b"more"),
+        ("br", b"anything"),
+        ("gzip, gzip", gzip.compress(gzip.compress(MEDIUM))),
+    ],
+)
+def test_a_compression_that_cannot_be_undone_is_the_hosts_fault(run: Run, coding: str, body: bytes) -> None:
+    async def main() -> None:
+        head = f"HTTP/1.1 200 OK\r\nContent-Encoding: {coding}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        async with serving_raw(raw_answer(head, body)) as port, fetching() as (fetcher, _, _):
+            assert type(await refused(fetcher, f"http://media.test:{port}/")) is FetchError
+
+    run(main())
+
+
+def test_an_unknown_name_is_a_bad_gateway(run: Run) -> None:
+    async def main() -> None:
+        for table in (Table(), Table(media_test=[])):
+            async with fetching(resolver=table) as (fetcher, _, _):
+                error = await refused(fetcher, "http://media.test/")
+                assert type(error) is FetchBadGateway
+                assert "name" in error.message
+
+    run(main())
+
+
+def test_a_host_that_refuses_connections_is_a_bad_gateway(run: Run) -> None:
+    async def main() -> None:
+        with socket.socket() as bound:
+            bound.bind(("127.0.0.1", 0))
+            async with fetching() as (fetcher, _, _):
+                error = await refused(fetcher, f"http://media.test:{bound.getsockname()[1]}/")
+                assert type(error) is FetchBadGateway
+
+    run(main())
+
+
+def test_a_host_that_does_not_speak_tls_is_a_bad_gateway(run: Run) -> None:
+    async def main() -> None:
+        async with serving(answer(body=MEDIUM)) as port, fetching() as (fetcher, _, _):
+            error = await refused(fetcher, f"https://media.test:{port}/")
+            assert type(error) is FetchBadGateway
+
+    run(main())
+
+
+def test_cancelling_a_fetch_closes_its_connection_and_frees_its_slot(run: Run) -> None:
+    async def main() -> None:
+        asked, hung_up = asyncio.Event(), asyncio.Event()
+
+        async def handler(request: web.BaseRequest) -> web.Response:
+            if request.path == "/ok":
+                return web.Response(body=MEDIUM)
+            asked.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                hung_up.set()
+            raise AssertionError
+
+        async with serving(handler) as port, fetching(connections=1, waiting=0) as (fetcher, _, _):
+            task = asyncio.create_task(fetcher.fetch(f"http://media.test:{port}/"))
+            await asked.wait()
+            assert type(await refused(fetcher, f"http://media.test:{port}/ok")) is Busy
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await hung_up.wait()
+            assert await fetcher.fetch(f"http://media.test:{port}/ok") == MEDIUM
+
+    run(main())
+
+
+class Gate:
+    """A server whose answers wait to be let out, and which counts who waits."""
+
+    def __init__(self) -> None:
+        self.open = asyncio.Event()
+        self.inside = 0
+        self.changed = asyncio.Condition()
+
+    async def __call__(self, _request: web.BaseRequest) -> web.Response:
+        async with self.changed:
+            self.inside += 1
+            self.changed.notify_all()
+        await self.open.wait()
+        return web.Response(body=MEDIUM)
+
+    async def until_inside(self, count: int) -> None:
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.inside >= count)
+
+
+def test_one_host_cannot_take_every_connection_and_the_rest_waits(run: Run) -> None:
+    async def main() -> None:
+        gate = Gate()
+        table = Table(one_test=["127.0.0.1"], two_test=["127.0.0.1"])
+        async with (
+            serving(gate) as port,
+            fetching(connections=3, connections_per_host=2, waiting=2, resolver=table) as (fetcher, _, dialled),
+        ):
+            first = [asyncio.create_task(fetcher.fetch(f"http://one.test:{port}/")) for _ in range(3)]
+            await gate.until_inside(2)
+            other = asyncio.create_task(fetcher.fetch(f"http://two.test:{port}/"))
+            await gate.until_inside(3)
+            assert table.asked == ["one.test", "one.test", "two.test"]
+            fifth = asyncio.create_task(fetcher.fetch(f"http://two.test:{port}/"))
+            await asyncio.sleep(0)
+            error = await refused(fetcher, f"http://two.test:{port}/")
+            assert type(error) is Busy
+            assert error.code == 429
+            assert error.retry_after
+            gate.open.set()
+            assert await asyncio.gather(*first, other, fifth) == [MEDIUM] * 5
+            assert len(dialled.addresses) == 5
+
+    run(main())
+
+
+def test_who_waits_for_a_connection_can_give_up_or_run_out_of_time(run: Run) -> None:
+    async def main() -> None:
+        gate = Gate()
+        async with serving(gate) as port, fetching(connections=1, waiting=1) as (fetcher, _, _):
+            url = f"http://media.test:{port}/"
+            holder = asyncio.create_task(fetcher.fetch(url))
+            await gate.until_inside(1)
+            waiter = asyncio.create_task(fetcher.fetch(url))
+            await asyncio.sleep(0)
+            waiter.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiter
+            assert type(await refused(fetcher, url, timeout=0.02)) is Busy
+            gate.open.set()
+            assert await holder == await fetcher.fetch(url) == MEDIUM
+
+    run(main())
+
+
+def test_the_environment_has_no_say_in_where_a_fetch_goes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://10.0.0.1:3128")
+
+    async def main() -> None:
+        async with serving(answer(body=MEDIUM)) as port, fetching() as (fetcher, _, dialled):
+            assert await fetcher.fetch(f"http://media.test:{port}/") == MEDIUM
+            assert dialled.addresses == ["127.0.0.1"]
+
+    run(main())
+
+
+def test_the_systems_resolver_knows_this_machine_and_no_label_that_is_too_long(run: Run) -> None:
+    async def main() -> None:
+        resolver = SystemResolver()
+        assert "127.0.0.1" in await resolver.resolve("localhost")
+        with pytest.raises(OSError):
+            await resolver.resolve("a" * 64)
+        resolver.close()
+
+    run(main())
+
+
+def test_an_invalid_request_stays_one(run: Run) -> None:
+    async def main() -> None:
+        async with fetching() as (fetcher, _, _):
+            assert type(await refused(fetcher, "")) is InvalidRequest
+
+    run(main())

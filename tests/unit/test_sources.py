@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import base64
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmprep.errors import InvalidRequest, TooLarge
+from mmprep_frontend.media.sources import DataSource, HttpSource, inline_source, parse_source
+
+PARAM = "messages[0].content[1].image_url"
+
+
+def parse(url: str, max_bytes: int = 1000) -> DataSource | HttpSource:
+    return parse_source(url, param=PARAM, max_bytes=max_bytes)
+
+
+@pytest.mark.parametrize("url", ["http://a.example/x", "https://a.example/x", "HTTPS://a.example/x"])
+def test_an_http_url_is_kept_as_it_is(url: str) -> None:
+    assert parse(url) == HttpSource(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "media_type"),
+    [
+        ("data:image/png;base64,QUJD", "image/png"),
+        ("DATA:Image/PNG;BASE64,QUJD", "image/png"),
+        ("data:;base64,QUJD", ""),
+        ("data:audio/wav;codecs=1;rate=16000;base64,QUJD", "audio/wav"),
+        ("data:image/png; base64,QUJD", "image/png"),
+    ],
+)
+def test_a_data_url_gives_its_type_and_its_bytes(url: str, media_type: str) -> None:
+    source = parse(url)
+    assert isinstance(source, DataSource)
+    assert (source.media_type, source.decode(), source.size) == (media_type, b"ABC", 3)
+
+
+@given(st.binary(min_size=1, max_size=200), st.booleans())
+def test_padding_is_optional_and_the_size_is_known_before_decoding(data: bytes, padded: bool) -> None:
+    payload = base64.b64encode(data).decode()
+    source = inline_source(
+        payload if padded else payload.rstrip("="), media_type="image/png", param=None, max_bytes=len(data)
+    )
+    assert source.size == len(data)
+    assert source.decode() == data
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        "Q",
+        "QUJDR",
+        "QU JD",
+        "QUJD\n",
+        "QU\r\nJD",
+        "QUI_",
+        "QU-I",
+        "QUI%3D",
+        "Q=UJ",
+        "QUI==",
+        "====",
+        "QÜJD",
+        "=",
+        "QUJD*",
+    ],
+)
+def test_what_is_not_strict_base64_is_refused_and_the_place_is_named(payload: str) -> None:
+    source = parse(f"data:image/png;base64,{payload}")
+    assert isinstance(source, DataSource)
+    with pytest.raises(InvalidRequest, match="base64") as caught:
+        source.decode()
+    assert caught.value.param == PARAM
+
+
+def test_an_empty_data_url_is_refused() -> None:
+    source = parse("data:image/png;base64,")
+    assert isinstance(source, DataSource)
+    with pytest.raises(InvalidRequest, match="empty"):
+        source.decode()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "data:image/png,abc",
+        "data:,abc",
+        "data:text/plain;charset=utf-8,abc",
+        "data:base64,QUJD",
+        "data:image/png;base64x,QUJD",
+    ],
+)
+def test_a_data_url_that_is_not_base64_is_refused_with_the_form_that_works(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="data:<type>;base64,<data>") as caught:
+        parse(url)
+    assert caught.value.param == PARAM
+
+
+@pytest.mark.parametrize("url", ["data:image/png;base64", "data:" + "x" * 2000 + ";base64,QUJD"])
+def test_a_data_url_without_a_comma_near_its_start_is_malformed(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="malformed"):
+        parse(url)
+
+
+def test_data_above_the_limit_is_refused_before_it_is_decoded_and_the_option_is_named() -> None:
+    # Not base64 at all: only the length has been looked at.
+    with pytest.raises(TooLarge, match="--max-media-size") as caught:
+        parse("data:image/png;base64," + "*" * 1400)
+    assert caught.value.param == PARAM
+    assert isinstance(parse("data:image/png;base64," + "QUJD" * 333 + "QQ=="), DataSource)
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "FILE:/x", "ftp://a.example/x", "blob:abc", "s3://bucket/key"])
+def test_another_scheme_is_refused_with_those_that_are_supported(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="supported are http://, https:// and data:") as caught:
+        parse(url)
+    assert url.split(":", maxsplit=1)[0].lower() in caught.value.message
+    assert "passwd" not in caught.value.message
+
+
+@pytest.mark.parametrize("url", ["", "QUJD", "/etc/passwd", "iVBORw0KGgo=" * 50, ":", "//a.example/x"])
+def test_what_is_no_url_is_refused_with_what_raw_base64_needs(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="data:<type>;base64,"):
+        parse(url)
