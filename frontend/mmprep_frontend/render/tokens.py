@@ -48,18 +48,17 @@ class Tokenizer:
 
     Parameters
     ----------
-    directory: the model's, in Hugging Face layout.
+    loaded: from :func:`load_tokenizer`.
     card: of the model; names the placeholders.
     sentinels: of the card.
 
     Raises
     ------
     StartupError
-        The directory has no tokenizer with a fast backend, or the card's ids are not the tokenizer's.
+        The card's ids are not the tokenizer's.
     """
 
-    def __init__(self, directory: Path, card: ModelCard, sentinels: Sentinels) -> None:
-        loaded = _load(directory)
+    def __init__(self, loaded: Any, card: ModelCard, sentinels: Sentinels) -> None:
         self._backend = loaded.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -102,6 +101,15 @@ class Tokenizer:
         if [placed.modality for placed in placeholders] != [p.modality for p in self._sentinels.order(rendered)]:
             raise InvalidRequest("The text holds characters that the tokenizer takes for a placeholder of a medium.")
         return EncodedPrompt(token_ids, placeholders, "".join(pieces))
+
+    def encode_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the ids of a plain text, which may spell special tokens; raises InvalidRequest where there are none."""
+        token_ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        if add_special_tokens:
+            token_ids = [*self._before, *token_ids, *self._after]
+        if not token_ids:
+            raise InvalidRequest("The prompt is empty.", param="prompt")
+        return token_ids
 
     def check_ids(self, token_ids: Sequence[int], param: str) -> None:
         """Refuse ids that the model does not have, and an empty list.
@@ -160,7 +168,14 @@ class Tokenizer:
         raise StartupError("The tokenizer changes a text when special tokens are added; such a one is not supported.")
 
 
-def _load(directory: Path) -> Any:
+def load_tokenizer(directory: Path) -> Any:
+    """Return the tokenizer of a model directory in Hugging Face layout; takes a second.
+
+    Raises
+    ------
+    StartupError
+        The directory has none, or none with a fast backend.
+    """
     try:
         loaded = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,0 +1,132 @@
+"""Media of one request: from URLs and attachments to bytes with digests.
+
+Small data URLs are decoded and hashed in the request's one hop to the executor, together with the template; large ones in
+a hop of their own beside it, on other threads. Fetches start at once, on the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from mmprep.errors import InvalidRequest, MmprepError, TooLarge
+from mmprep_frontend.media.digest import Hasher
+from mmprep_frontend.media.fetch import Fetcher
+from mmprep_frontend.media.sources import DataSource, HttpSource, parse_source
+from mmprep_frontend.render.conversation import MediaPart
+
+_ATTACHMENT = "attachment:"
+
+#: Bytes of all data URLs of a request up to which they are hashed in the hop that renders.
+SMALL = 512 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Medium:
+    """One medium's encoded bytes and their digest."""
+
+    data: bytes | memoryview
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """A medium that travelled with the request as a frame of its own."""
+
+    data: memoryview
+
+
+Source = DataSource | HttpSource | Attached
+
+
+class Intake:
+    """Turns sources into media.
+
+    Parameters
+    ----------
+    fetcher:
+        For http(s).
+    hasher:
+        The content hash.
+    max_bytes:
+        Of one medium.
+    threads:
+        For decoding and hashing beside the render thread.
+    """
+
+    def __init__(self, fetcher: Fetcher, hasher: Hasher, max_bytes: int, threads: ThreadPoolExecutor) -> None:
+        self._fetcher = fetcher
+        self._hasher = hasher
+        self._max_bytes = max_bytes
+        self._threads = threads
+
+    def sources(self, parts: Sequence[MediaPart], attachments: Sequence[memoryview]) -> list[Source]:
+        """Return where each part's bytes are; raises InvalidRequest or TooLarge that names the part."""
+        return [self._source(part, attachments) for part in parts]
+
+    def _source(self, part: MediaPart, attachments: Sequence[memoryview]) -> Source:
+        if attachments and part.url.startswith(_ATTACHMENT):
+            number = part.url[len(_ATTACHMENT) :]
+            if not number.isdecimal() or int(number) >= len(attachments):
+                raise InvalidRequest("the part names an attachment that the request does not have", param=part.param)
+            data = attachments[int(number)]
+            if len(data) > self._max_bytes:
+                raise TooLarge(
+                    f"the medium is larger than {self._max_bytes:,} bytes, this service's limit (--max-media-size)",
+                    param=part.param,
+                )
+            return Attached(data)
+        return parse_source(part.url, param=part.param, max_bytes=self._max_bytes)
+
+    def read_now(self, sources: Sequence[Source]) -> list[Medium | None]:
+        """Return the media that need no network, on the calling thread; ``None`` for the others."""
+        return [self._decode(source) for source in sources]
+
+    async def read(self, sources: Sequence[Source], parts: Sequence[MediaPart], deadline: float) -> list[Medium]:
+        """Return all media, fetching and decoding side by side; the first failure cancels the rest."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._one(source, part, deadline))
+                    for source, part in zip(sources, parts, strict=True)
+                ]
+        except* MmprepError as failures:
+            raise first_error(failures) from None
+        return [task.result() for task in tasks]
+
+    async def _one(self, source: Source, part: MediaPart, deadline: float) -> Medium:
+        loop = asyncio.get_running_loop()
+        if isinstance(source, HttpSource):
+            data = await self._fetcher.fetch(source.url, param=part.param, timeout=max(0.001, deadline - loop.time()))
+            return await loop.run_in_executor(self._threads, self._hashed, data)
+        medium = await loop.run_in_executor(self._threads, self._decode, source)
+        assert medium is not None
+        return medium
+
+    def _decode(self, source: Source) -> Medium | None:
+        if isinstance(source, HttpSource):
+            return None
+        return self._hashed(source.decode() if isinstance(source, DataSource) else source.data)
+
+    def _hashed(self, data: bytes | memoryview) -> Medium:
+        return Medium(data, self._hasher.content_digest(data))
+
+
+def size(source: Source) -> int:
+    """Return the bytes that a source holds already; 0 for one that is fetched."""
+    if isinstance(source, DataSource):
+        return source.size
+    return len(source.data) if isinstance(source, Attached) else 0
+
+
+def first_error(group: BaseExceptionGroup[Any]) -> BaseException:
+    """Return the first error in a (nested) group."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+

@@ -1,0 +1,121 @@
+"""The served model as a frontend knows it: card, template, tokenizer, and the length of its context.
+
+All of it is used on the one render thread: the tokenizer is not to be shared, and one is all that the memory budget has
+room for.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmprep.card import ModelCard
+from mmprep.errors import InvalidRequest, NotFound, StartupError
+from mmprep_frontend.intake import Intake, Medium, Source
+from mmprep_frontend.render.conversation import Conversation, walk
+from mmprep_frontend.render.requests import ChatRequest, TokenizeRequest
+from mmprep_frontend.render.sentinels import Sentinels
+from mmprep_frontend.render.template import ChatTemplate, load_sources
+from mmprep_frontend.render.tokens import EncodedPrompt, Tokenizer
+
+_DEFAULT_LENGTH = 32_768
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One model, ready to render.
+
+    Attributes
+    ----------
+    name: under which it is served.
+    max_model_len: tokens of prompt and answer together.
+    """
+
+    name: str
+    card: ModelCard
+    sentinels: Sentinels
+    template: ChatTemplate
+    tokenizer: Tokenizer
+    max_model_len: int
+
+    def check_name(self, name: str | None) -> None:
+        """Refuse another model's name; raises NotFound."""
+        if name is not None and name != self.name:
+            raise NotFound(f"The model {name[:200]!r} is not served here; this service has {self.name!r}.", param="model")
+
+    def walk(self, request: ChatRequest | TokenizeRequest, limits: dict[str, int]) -> Conversation:
+        """Take the media out of a request's messages; raises InvalidRequest."""
+        assert request.messages is not None
+        conversation = walk(request.messages, self.card, self.template.format_for(request), self.sentinels)
+        counts: dict[str, int] = {}
+        for part in conversation.media:
+            counts[part.modality] = counts.get(part.modality, 0) + 1
+            limit = limits.get(part.modality)
+            if limit is not None and counts[part.modality] > limit:
+                raise InvalidRequest(
+                    f"At most {limit} of modality '{part.modality}' are allowed in one request (--limit-mm-per-prompt).",
+                    param=part.param,
+                )
+        return conversation
+
+    def encode_chat(self, conversation: Conversation, request: ChatRequest | TokenizeRequest) -> EncodedPrompt:
+        """Render and tokenize; on the render thread."""
+        special = request.add_special_tokens if isinstance(request, ChatRequest) else request.adds_special_tokens
+        rendered = self.template.render(conversation, request)
+        return self.tokenizer.encode_prompt(rendered, add_special_tokens=special)
+
+    def encode_chat_and_read(
+        self,
+        conversation: Conversation,
+        request: ChatRequest | TokenizeRequest,
+        intake: Intake,
+        sources: list[Source],
+    ) -> tuple[EncodedPrompt, list[Medium | None]]:
+        """As :meth:`encode_chat`, and decode and hash small media in the same hop."""
+        return self.encode_chat(conversation, request), intake.read_now(sources)
+
+
+def load_model(
+    directory: Path, card: ModelCard, loaded: Any, *, name: str, max_model_len: int | None, template: str | None
+) -> ServedModel:
+    """Put the parts of a model together.
+
+    Parameters
+    ----------
+    loaded:
+        The tokenizer, from :func:`~mmprep_frontend.render.tokens.load_tokenizer`.
+    max_model_len:
+        ``None``: what the model's configuration says.
+    template:
+        A chat template's text in place of the model's own, or ``None``.
+
+    Raises
+    ------
+    StartupError
+        A file of the model directory is missing or broken; the message names it.
+    """
+    sentinels = Sentinels(card)
+    tokenizer = Tokenizer(loaded, card, sentinels)
+    sources = load_sources(directory) if template is None else {"default": template}
+    return ServedModel(
+        name,
+        card,
+        sentinels,
+        ChatTemplate(sources, tokenizer.special_tokens, sentinels),
+        tokenizer,
+        max_model_len or _context_length(directory),
+    )
+
+
+def _context_length(directory: Path) -> int:
+    """Return ``max_position_embeddings`` of the text model, as config.json has it on the top or in a sub-configuration."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StartupError(f"config.json of the model directory cannot be read: {error}") from None
+    for part in (config, config.get("text_config"), config.get("llm_config")):
+        if isinstance(part, dict) and isinstance(part.get("max_position_embeddings"), int):
+            return int(part["max_position_embeddings"])
+    return _DEFAULT_LENGTH

@@ -1,0 +1,363 @@
+"""The life of a request in a frontend, whatever door it came through.
+
+Parse and walk on the loop; then, side by side, one hop to the render thread (template, tokens, small media) and the
+fetches; then the offer to the writer; then expansion. What leaves is a :class:`RenderedChat`, which the doors turn into
+JSON or frames.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+
+from mmprep.errors import InternalError, InvalidRequest, MmprepError, ServiceUnavailable
+from mmprep.items import ItemMeta, unpack_meta
+from mmprep.metrics import Metrics
+from mmprep.wire.messages import ItemAnswer, LeaseTo, Need
+from mmprep_frontend.dispatch import Offered, OfferItem, WriterLink
+from mmprep_frontend.intake import SMALL, Intake, Medium, Source, first_error, size
+from mmprep_frontend.media.digest import Hasher, item_key, scope
+from mmprep_frontend.media.sources import HttpSource
+from mmprep_frontend.model import ServedModel
+from mmprep_frontend.render.answer import check_length, generate_request
+from mmprep_frontend.render.conversation import Conversation, MediaPart
+from mmprep_frontend.render.expansion import Expanded, expand
+from mmprep_frontend.render.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    parse,
+)
+from mmprep_frontend.render.tokens import EncodedPrompt
+
+T = TypeVar("T")
+
+#: Requests above this size are parsed off the loop.
+_LARGE_BODY = 256 * 1024
+_PIXELS_A_BYTE = 4
+_ANONYMOUS = "anonymous"
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedItem:
+    """One medium of a rendered chat."""
+
+    part: MediaPart
+    key: bytes
+    answer: ItemAnswer
+    meta: ItemMeta
+
+
+@dataclass(slots=True)
+class RenderedChat:
+    """A rendered chat; its items may be pinned or leased: see ``offered``."""
+
+    request: ChatRequest
+    prompt: EncodedPrompt
+    expanded: Expanded
+    items: list[RenderedItem] = field(default_factory=list)
+    offered: Offered | None = None
+
+    def release(self) -> None:
+        """Let go of what is pinned."""
+        if self.offered is not None:
+            self.offered.release()
+
+
+class Service:
+    """What a frontend does, without its doors.
+
+    Parameters
+    ----------
+    writer, intake, hasher, metrics:
+        Its parts.
+    render_thread:
+        One thread; it alone uses the model's tokenizer and templates.
+    threads:
+        For serialising large answers.
+    tensor_dtype:
+        What requests without ``mm_dtype`` get.
+    limits:
+        Media a request, by modality.
+    request_timeout:
+        Seconds, for requests without ``deadline_ms``.
+    """
+
+    def __init__(
+        self,
+        *,
+        writer: WriterLink,
+        intake: Intake,
+        hasher: Hasher,
+        metrics: Metrics,
+        render_thread: ThreadPoolExecutor,
+        threads: ThreadPoolExecutor,
+        tensor_dtype: str,
+        limits: dict[str, int],
+        request_timeout: float,
+    ) -> None:
+        self.writer = writer
+        self.metrics = metrics
+        self.threads = threads
+        self.model: ServedModel | None = None
+        self.inflight = 0
+        self._intake = intake
+        self._hasher = hasher
+        self._render_thread = render_thread
+        self._tensor_dtype = tensor_dtype
+        self._limits = limits
+        self._request_timeout = request_timeout
+
+    def served(self) -> ServedModel:
+        """Return the model; raises ServiceUnavailable while it is not loaded."""
+        if self.model is None:
+            raise ServiceUnavailable("the service is starting; try again", retry_after=1.0)
+        return self.model
+
+    # --- chat -----------------------------------------------------------------------------------------------------
+
+    async def chat(self, body: bytes, attachments: Sequence[memoryview] = ()) -> RenderedChat:
+        """Render one chat request.
+
+        Parameters
+        ----------
+        body:
+            JSON.
+        attachments:
+            What ``attachment:<n>`` URLs name; only through the native door.
+
+        Raises
+        ------
+        MmprepError
+            With the place in the request as ``param``.
+        """
+        model = self.served()
+        request = await self._parse(body, lambda: parse(body, "chat"))
+        model.check_name(request.model)
+        deadline = self._deadline(request.deadline_ms)
+        conversation = model.walk(request, self._limits)
+        prompt, media = await self._prompt_and_media(model, request, conversation, attachments, deadline)
+        if not media:
+            return RenderedChat(request, prompt, expand(prompt.token_ids, prompt.placeholders, {}))
+        need: Need = "plan" if request.payload == "none" else "tensors"
+        lease = LeaseTo(request.backend_id or "", "copy") if request.payload == "shm" else None
+        dtype_name = request.mm_dtype or self._tensor_dtype
+        salt = request.cache_salt
+        priority = request.priority or 0
+        offered, items = await self._items(
+            model, conversation.media, media, need=need, lease=lease, dtype=dtype_name, salt=salt, priority=priority,
+            deadline=deadline,
+        )
+        try:
+            expanded = self._expand(prompt, items)
+            check_length(len(expanded.token_ids), model.max_model_len)
+        except BaseException:
+            self._give_back(offered, lease)
+            raise
+        return RenderedChat(request, prompt, expanded, items, offered)
+
+    async def _prompt_and_media(
+        self,
+        model: ServedModel,
+        request: ChatRequest | TokenizeRequest,
+        conversation: Conversation,
+        attachments: Sequence[memoryview],
+        deadline: float,
+    ) -> tuple[EncodedPrompt, list[Medium]]:
+        parts = conversation.media
+        sources = self._intake.sources(parts, attachments)
+        here = not any(isinstance(source, HttpSource) for source in sources)
+        if here and sum(map(size, sources)) <= SMALL:
+            prompt, media = await self._on_render_thread(
+                model.encode_chat_and_read, conversation, request, self._intake, sources
+            )
+            return prompt, [medium for medium in media if medium is not None]
+        return await self._side_by_side(model, request, conversation, sources, deadline)
+
+    async def _side_by_side(
+        self,
+        model: ServedModel,
+        request: ChatRequest | TokenizeRequest,
+        conversation: Conversation,
+        sources: list[Source],
+        deadline: float,
+    ) -> tuple[EncodedPrompt, list[Medium]]:
+        started = time.monotonic()
+        try:
+            async with asyncio.TaskGroup() as group:
+                reading = group.create_task(self._intake.read(sources, conversation.media, deadline))
+                encoding = group.create_task(self._on_render_thread(model.encode_chat, conversation, request))
+        except* MmprepError as failures:
+            raise first_error(failures) from None
+        self.metrics.observe("mmprep_stage_seconds", time.monotonic() - started, stage="fetch")
+        return encoding.result(), reading.result()
+
+    async def _items(
+        self,
+        model: ServedModel,
+        parts: Sequence[MediaPart],
+        media: Sequence[Medium],
+        *,
+        need: Need,
+        lease: LeaseTo | None,
+        dtype: str,
+        salt: str | None,
+        priority: int,
+        deadline: float,
+    ) -> tuple[Offered, list[RenderedItem]]:
+        scoped = scope(_ANONYMOUS, salt)
+        wanted = [
+            self._offer_item(model, scoped, part, medium, dtype) for part, medium in zip(parts, media, strict=True)
+        ]
+        offered = await self.writer.offer(wanted, need=need, deadline=deadline, priority=priority, lease=lease)
+        for answer, part in zip(offered.items, parts, strict=True):
+            if answer.fault is not None:
+                self._give_back(offered, lease)
+                raise answer.fault.error().at(part.param)
+        try:
+            items = [
+                RenderedItem(part, item.key, answer, unpack_meta(answer.meta))
+                for part, item, answer in zip(parts, wanted, offered.items, strict=True)
+            ]
+        except ValueError:
+            self._give_back(offered, lease)
+            raise InternalError("an item's metadata cannot be read") from None
+        return offered, items
+
+    def _offer_item(
+        self, model: ServedModel, scoped: bytes, part: MediaPart, medium: Medium, dtype_name: str
+    ) -> OfferItem:
+        dtypes = model.card.dtypes[part.modality]
+        dtype = dtypes[0] if dtype_name == "auto" else dtype_name
+        if dtype not in dtypes:
+            raise InvalidRequest(
+                f"This model's tensors of modality '{part.modality}' come as {', '.join(dtypes)}, not as {dtype}.",
+                param="mm_dtype",
+            )
+        key = item_key(
+            scope=scoped,
+            digest=medium.digest,
+            hash_name=self._hasher.name,
+            modality=part.modality,
+            fingerprint=model.card.fingerprint,
+            dtype=dtype,
+            options=b"",
+        )
+        cost = max(4096, len(medium.data) * _PIXELS_A_BYTE)
+        return OfferItem(key, part.modality, medium.data, medium.digest, msgspec.msgpack.encode((dtype,)), cost)
+
+    def _expand(self, prompt: EncodedPrompt, items: Sequence[RenderedItem]) -> Expanded:
+        plans: dict[str, list[Any]] = {}
+        for item in items:
+            plans.setdefault(item.part.modality, []).append(item.meta.plan)
+        return expand(prompt.token_ids, prompt.placeholders, plans)
+
+    def _give_back(self, offered: Offered, lease: LeaseTo | None) -> None:
+        """Let go of an answer that will not reach anybody."""
+        offered.release()
+        leases = tuple(answer.lease for answer in offered.items if answer.lease is not None)
+        if lease is not None and leases:
+            self.writer.release_soon(lease.backend, leases)
+
+    # --- the rest -------------------------------------------------------------------------------------------------
+
+    async def completions(self, body: bytes, request_id: str) -> list[dict[str, Any]]:
+        """Render a completion request; one GenerateRequest a prompt."""
+        model = self.served()
+        request = await self._parse(body, lambda: parse(body, "completion"))
+        model.check_name(request.model)
+        encoded = await self._on_render_thread(_encode_prompts, model, request)
+        numbered = request.is_batch
+        return [
+            generate_request(
+                request,
+                request_id=f"{request_id}-{index}" if numbered else request_id,
+                model=model.name,
+                token_ids=token_ids,
+                max_model_len=model.max_model_len,
+                prompt_text=text,
+            )
+            for index, (token_ids, text) in enumerate(encoded)
+        ]
+
+    async def tokenize(self, body: bytes, attachments: Sequence[memoryview] = ()) -> dict[str, Any]:
+        """Tokenize a text or a chat; media are expanded, and only their plans are computed."""
+        model = self.served()
+        request = await self._parse(body, lambda: parse(body, "tokenize"))
+        model.check_name(request.model)
+        if request.prompt is not None:
+            prompt = await self._on_render_thread(
+                lambda: model.tokenizer.encode_text(request.prompt or "", add_special_tokens=request.adds_special_tokens)
+            )
+            token_ids = prompt
+        else:
+            token_ids = await self._tokenize_chat(model, request, attachments)
+        strings = None
+        if request.return_token_strs:
+            strings = await self._on_render_thread(model.tokenizer.token_strs, token_ids)
+        return {
+            "count": len(token_ids),
+            "max_model_len": model.max_model_len,
+            "tokens": token_ids,
+            "token_strs": strings,
+        }
+
+    async def _tokenize_chat(
+        self, model: ServedModel, request: TokenizeRequest, attachments: Sequence[memoryview]
+    ) -> list[int]:
+        deadline = self._deadline(None)
+        conversation = model.walk(request, self._limits)
+        prompt, media = await self._prompt_and_media(model, request, conversation, attachments, deadline)
+        if not media:
+            return expand(prompt.token_ids, prompt.placeholders, {}).token_ids
+        offered, items = await self._items(
+            model, conversation.media, media, need="plan", lease=None, dtype=self._tensor_dtype, salt=None, priority=0,
+            deadline=deadline,
+        )
+        with offered:
+            return self._expand(prompt, items).token_ids
+
+    async def detokenize(self, body: bytes) -> dict[str, Any]:
+        """Return the text of token ids."""
+        model = self.served()
+        request: DetokenizeRequest = await self._parse(body, lambda: parse(body, "detokenize"))
+        model.check_name(request.model)
+        model.tokenizer.check_ids(request.tokens, "tokens")
+        return {"prompt": await self._on_render_thread(model.tokenizer.decode, request.tokens)}
+
+    # --- steps ----------------------------------------------------------------------------------------------------
+
+    def _deadline(self, deadline_ms: int | None) -> float:
+        seconds = self._request_timeout if deadline_ms is None else min(deadline_ms / 1000, self._request_timeout)
+        return asyncio.get_running_loop().time() + seconds
+
+    async def _parse(self, body: bytes, work: Callable[[], T]) -> T:
+        if len(body) <= _LARGE_BODY:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+
+    async def _on_render_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        started = time.monotonic()
+        result = await asyncio.get_running_loop().run_in_executor(self._render_thread, work, *arguments)
+        self.metrics.observe("mmprep_stage_seconds", time.monotonic() - started, stage="tokenize")
+        return result
+
+
+def _encode_prompts(model: ServedModel, request: CompletionRequest) -> list[tuple[list[int], str | None]]:
+    """Return ids and text of every prompt; on the render thread."""
+    encoded: list[tuple[list[int], str | None]] = []
+    for index, prompt in enumerate(request.prompts()):
+        if isinstance(prompt, str):
+            ids = model.tokenizer.encode_text(prompt, add_special_tokens=request.add_special_tokens)
+            encoded.append((ids, prompt))
+        else:
+            model.tokenizer.check_ids(prompt, f"prompt[{index}]" if request.is_batch else "prompt")
+            encoded.append((prompt, None))
+    return encoded
