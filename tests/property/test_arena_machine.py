@@ -67,8 +67,8 @@ class ArenaMachine(RuleBasedStateMachine):
             del self.lengths[offset]
         for answers in self.asked.values():
             assert answers.count(Verdict.SPARE) <= 1
-        blocks = 2 * (len(before) + len(before) + 1)
-        assert allocation.steps <= 2 * blocks
+        blocks = 2 * len(before) + 1
+        assert allocation.steps <= 3 * blocks, "two revolutions, and the run that was open"
         self.marked -= set(hit)
         self.lengths[allocation.offset] = allocation.length
         if held:
@@ -105,7 +105,8 @@ class ArenaMachine(RuleBasedStateMachine):
         except ValueError:
             assert not (inside and clear), "a good extent was refused"
         else:
-            assert inside and clear, "a bad extent was accepted"
+            assert inside, "an extent outside was accepted"
+            assert clear, "an overlapping extent was accepted"
             self.lengths[start] = length
 
     @rule(restart=st.booleans())

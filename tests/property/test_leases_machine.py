@@ -36,7 +36,8 @@ class LeasesMachine(RuleBasedStateMachine):
         try:
             new = self.leases.deliver(lease_id, owner, slot, 64 << slot, kind, now=self.now, seconds=length)
         except ValueError:
-            assert known is not None and not same
+            assert known is not None
+            assert not same
             return
         assert new == (known is None)
         if same:
