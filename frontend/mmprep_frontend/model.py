@@ -6,6 +6,7 @@ room for.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from mmprep.card import ModelCard
 from mmprep.errors import InvalidRequest, NotFound, StartupError
 from mmprep_frontend.intake import Intake, Medium, Source
 from mmprep_frontend.render.conversation import Conversation, walk
-from mmprep_frontend.render.requests import ChatRequest, TokenizeRequest
+from mmprep_frontend.render.requests import ChatRequest, TokenizeRequest, parse
 from mmprep_frontend.render.sentinels import Sentinels
 from mmprep_frontend.render.template import ChatTemplate, load_sources
 from mmprep_frontend.render.tokens import EncodedPrompt, Tokenizer
@@ -59,6 +60,16 @@ class ServedModel:
                     param=part.param,
                 )
         return conversation
+
+    def warm_up(self) -> None:
+        """Render and tokenize once, so that the first request pays for nothing lazy; on the render thread.
+
+        A template may refuse the conversation that is tried here: that is its right, and no reason not to start.
+        """
+        with contextlib.suppress(InvalidRequest):
+            request = parse(b'{"messages":[{"role":"user","content":"Hello"}]}', "chat")
+            self.encode_chat(self.walk(request, {}), request)
+        self.tokenizer.decode(self.tokenizer.encode_text("Hello", add_special_tokens=True))
 
     def encode_chat(self, conversation: Conversation, request: ChatRequest | TokenizeRequest) -> EncodedPrompt:
         """Render and tokenize; on the render thread."""

@@ -65,6 +65,14 @@ class RenderedChat:
     items: list[RenderedItem] = field(default_factory=list)
     offered: Offered | None = None
 
+    def in_order(self) -> list[RenderedItem]:
+        """Return the items in the order of the prompt's ranges."""
+        waiting: dict[str, list[RenderedItem]] = {}
+        for item in self.items:
+            waiting.setdefault(item.part.modality, []).append(item)
+        queues = {modality: iter(items) for modality, items in waiting.items()}
+        return [next(queues[placed.modality]) for placed in self.expanded.ranges]
+
     def release(self) -> None:
         """Let go of what is pinned."""
         if self.offered is not None:

@@ -1,0 +1,85 @@
+"""The HTTP form of a rendered chat: one GenerateRequest as JSON. Encoding tensors is work for a thread."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from mmprep.address import Address, address_fields
+from mmprep.items import align
+from mmprep_frontend.model import ServedModel
+from mmprep_frontend.render.answer import features, generate_request, kwargs_data, mm_metadata
+from mmprep_frontend.service import RenderedChat, RenderedItem
+
+
+def encode_chat_answer(chat: RenderedChat, model: ServedModel, request_id: str) -> bytes:
+    """Return the answer's JSON."""
+    answer = generate_request(
+        chat.request,
+        request_id=request_id,
+        model=model.name,
+        token_ids=chat.expanded.token_ids,
+        max_model_len=model.max_model_len,
+        features=_features(chat),
+        prompt_text=chat.prompt.text,
+    )
+    return msgspec.json.encode(answer)
+
+
+def _features(chat: RenderedChat) -> dict[str, Any] | None:
+    by_modality: dict[str, list[RenderedItem]] = {}
+    for item in chat.in_order():
+        by_modality.setdefault(item.part.modality, []).append(item)
+    payload = chat.request.payload
+    tensors = metadata = addresses = None
+    if payload != "none":
+        metadata = {m: [mm_metadata(i.meta, batch_size=len(items)) for i in items] for m, items in by_modality.items()}
+    if payload == "tensors":
+        tensors = {
+            m: [kwargs_data(i.meta, _region(chat, i), batch_size=len(items)) for i in items]
+            for m, items in by_modality.items()
+        }
+    if payload == "shm":
+        addresses = {m: [_address(chat, i) for i in items] for m, items in by_modality.items()}
+    return features(
+        chat.expanded.ranges,
+        {m: [i.key.hex() for i in items] for m, items in by_modality.items()},
+        kwargs_data=_text(tensors),
+        mm_metadata=_text(metadata),
+        mm_addresses=addresses,
+    )
+
+
+def _text(encoded: dict[str, list[Any]] | None) -> dict[str, list[Any]] | None:
+    """Return base64 bytes as strings, which is how JSON shall hold them."""
+    if encoded is None:
+        return None
+    return {
+        modality: [None if one is None else msgspec.Raw(b'"' + one + b'"') for one in items]
+        for modality, items in encoded.items()
+    }
+
+
+def _region(chat: RenderedChat, item: RenderedItem) -> memoryview:
+    """Return the tensors as they lie in the ring; pinned until the chat is released."""
+    assert chat.offered is not None
+    answer = item.answer
+    return chat.offered.mapping.segment.buffer[answer.offset + align(len(answer.meta)) : answer.offset + answer.length]
+
+
+def _address(chat: RenderedChat, item: RenderedItem) -> Address:
+    assert chat.offered is not None
+    answer = item.answer
+    return Address(
+        segment=chat.offered.mapping.name,
+        epoch=chat.offered.mapping.epoch,
+        slot=answer.slot,
+        offset=answer.offset,
+        length=answer.length,
+        generation=answer.generation,
+        metadata_length=len(answer.meta),
+        fields=address_fields(item.meta, len(answer.meta)),
+        lease=answer.lease.hex() if answer.lease is not None else None,
+        lease_seconds=chat.offered.lease_ms // 1000,
+    )

@@ -1,0 +1,154 @@
+"""What stands behind the HTTP routes: the service, with bodies in and JSON out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from mmprep.errors import InvalidRequest, MmprepError
+from mmprep.metrics import Snapshot
+from mmprep.wire.messages import Name
+from mmprep_frontend.answers import encode_chat_answer
+from mmprep_frontend.http.exposition import expose
+from mmprep_frontend.metrics_form import numbers
+from mmprep_frontend.service import Service
+
+T = TypeVar("T")
+
+#: Bytes of tensors in an answer from which on it is encoded on a thread.
+_LARGE_ANSWER = 64 * 1024
+
+
+class LeaseRequest(msgspec.Struct):
+    """What ``/leases/renew`` and ``/leases/release`` take."""
+
+    backend_id: Name
+    leases: Annotated[list[Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]], msgspec.Meta(max_length=1024)]
+
+
+class HttpDoor:
+    """Implements :class:`mmprep_frontend.http.ports.Service`.
+
+    Parameters
+    ----------
+    not_ready:
+        Returns why the service takes no requests, or ``None``.
+    collect:
+        Returns the whole service's metrics.
+    """
+
+    def __init__(
+        self, service: Service, *, not_ready: Callable[[], str | None], collect: Callable[[], Awaitable[Snapshot]]
+    ) -> None:
+        self._service = service
+        self._not_ready = not_ready
+        self._collect = collect
+        self._started = int(time.time())
+
+    async def render_chat(self, body: bytes, request_id: str) -> bytes:
+        return await self._counted("/v1/chat/completions/render", self._render_chat(body, request_id))
+
+    async def render_completions(self, body: bytes, request_id: str) -> bytes:
+        return await self._counted("/v1/completions/render", self._json(self._service.completions(body, request_id)))
+
+    async def tokenize(self, body: bytes) -> bytes:
+        return await self._counted("/tokenize", self._json(self._service.tokenize(body)))
+
+    async def detokenize(self, body: bytes) -> bytes:
+        return await self._counted("/detokenize", self._json(self._service.detokenize(body)))
+
+    async def renew_leases(self, body: bytes) -> bytes:
+        request = _lease_request(body)
+        renewed = await self._service.writer.renew(request.backend_id, _ids(request))
+        lost = [lease.hex() for lease in renewed.lost]
+        return msgspec.json.encode({"lost": lost, "lease_seconds": renewed.lease_ms // 1000})
+
+    async def release_leases(self, body: bytes) -> bytes:
+        request = _lease_request(body)
+        await self._service.writer.release(request.backend_id, _ids(request))
+        return b'{"released":true}'
+
+    async def metrics(self) -> bytes:
+        return expose(numbers(await self._collect()))
+
+    def models(self) -> dict[str, Any]:
+        model = self._service.model
+        if model is None:
+            return {"object": "list", "data": []}
+        entry = {
+            "id": model.name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "mmprep",
+            "root": model.name,
+            "parent": None,
+            "max_model_len": model.max_model_len,
+        }
+        return {"object": "list", "data": [entry]}
+
+    def ready(self) -> str | None:
+        return self._not_ready()
+
+    async def _render_chat(self, body: bytes, request_id: str) -> bytes:
+        chat = await self._service.chat(body)
+        try:
+            model = self._service.served()
+            started = time.monotonic()
+            heavy = chat.request.payload == "tensors" and sum(item.answer.length for item in chat.items) > _LARGE_ANSWER
+            if heavy:
+                loop = asyncio.get_running_loop()
+                work = loop.run_in_executor(self._service.threads, encode_chat_answer, chat, model, request_id)
+                answer = await _through(work)
+            else:
+                answer = encode_chat_answer(chat, model, request_id)
+            self._service.metrics.observe("mmprep_stage_seconds", time.monotonic() - started, stage="serialize")
+        finally:
+            chat.release()
+        return answer
+
+    @staticmethod
+    async def _json(work: Awaitable[Any]) -> bytes:
+        return msgspec.json.encode(await work)
+
+    async def _counted(self, path: str, work: Awaitable[T]) -> T:
+        service, started, outcome = self._service, time.monotonic(), "ok"
+        service.inflight += 1
+        try:
+            return await work
+        except MmprepError as error:
+            outcome = error.type
+            raise
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        except Exception:
+            outcome = "InternalServerError"
+            raise
+        finally:
+            service.inflight -= 1
+            service.metrics.count("mmprep_requests_total", path=path, outcome=outcome)
+            service.metrics.observe("mmprep_request_seconds", time.monotonic() - started, path=path)
+
+
+async def _through(work: asyncio.Future[T]) -> T:
+    """Await work on a thread to its end, also when cancelled: it reads memory that is pinned only until we return."""
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])
+        raise
+
+
+def _lease_request(body: bytes) -> LeaseRequest:
+    try:
+        return msgspec.json.decode(body, type=LeaseRequest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the body must be JSON with 'backend_id' and 'leases' (32 hex digits each): {error}") from None
+
+
+def _ids(request: LeaseRequest) -> tuple[bytes, ...]:
+    return tuple(bytes.fromhex(lease) for lease in request.leases)

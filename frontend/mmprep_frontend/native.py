@@ -1,0 +1,216 @@
+"""The native door: requests of clients over ZeroMQ, on a socket of this frontend's own in the runtime directory.
+
+A request is JSON, its media may be further frames; a chat's answer is a packed head and, where tensors travel inline, one
+frame an item.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+import zmq
+
+import mmprep
+from mmprep.errors import InternalError, MmprepError, ProtocolError
+from mmprep.items import align
+from mmprep.result import Head, HeadItem, Place, ids_to_bytes
+from mmprep.wire import messages
+from mmprep.wire.codec import PROTOCOL, pack, unpack
+from mmprep.wire.sockets import Pump, router
+from mmprep_frontend.render.answer import new_request_id, sampling_params
+from mmprep_frontend.service import RenderedChat, RenderedItem, Service
+
+_log = logging.getLogger("mmprep.native")
+
+_OUTBOX_BYTES = 1 << 30
+
+
+class NativeDoor:
+    """Serves clients of one socket.
+
+    Parameters
+    ----------
+    endpoint:
+        Where to bind; the caller owns the path.
+    max_body_size:
+        Of one frame of a request, in bytes.
+    not_ready:
+        Returns why the service is not ready, or ``None``.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        endpoint: str,
+        service: Service,
+        *,
+        max_body_size: int,
+        not_ready: Callable[[], MmprepError | None],
+    ) -> None:
+        self._service = service
+        self._not_ready = not_ready
+        self._tasks: dict[tuple[bytes, int], asyncio.Task[None]] = {}
+        self._pump = Pump(
+            router(context, endpoint, frame_limit=max_body_size),
+            self._on_message,
+            outbox_bytes=_OUTBOX_BYTES,
+            copy=False,
+        )
+
+    async def close(self, seconds: float) -> None:
+        """Let what is under way end, for at most ``seconds``, then close."""
+        if self._tasks:
+            await asyncio.wait(self._tasks.values(), timeout=seconds)
+        for task in list(self._tasks.values()):
+            task.cancel()
+        self._pump.close()
+
+    # --- in -------------------------------------------------------------------------------------------------------
+
+    def _on_message(self, frames: list[zmq.Frame]) -> None:
+        peer = frames[0].bytes
+        try:
+            if len(frames) < 2:  # noqa: PLR2004 -- identity and message
+                raise ProtocolError("a message without a header")
+            message = unpack(frames[1].buffer, messages.ToFrontend)
+            match message:
+                case messages.Hello():
+                    self._hello(peer, message)
+                case messages.Request():
+                    self._start(peer, message, [frame.buffer for frame in frames[2:]])
+                case messages.Cancel():
+                    task = self._tasks.get((peer, message.call))
+                    if task is not None:
+                        task.cancel()
+        except ProtocolError as error:
+            self._send(peer, messages.Refused(messages.Fault.of(error)))
+
+    def _hello(self, peer: bytes, hello: messages.Hello) -> None:
+        if hello.protocol != PROTOCOL:
+            raise ProtocolError(f"this service speaks protocol {PROTOCOL}, the client {hello.protocol}; use one version")
+        self._send(peer, messages.FrontendWelcome(PROTOCOL, mmprep.__version__))
+
+    def _start(self, peer: bytes, request: messages.Request, frames: list[memoryview]) -> None:
+        if not frames or (peer, request.call) in self._tasks:
+            raise ProtocolError("a request without a body, or with the number of another one")
+        task = asyncio.create_task(self._serve(peer, request, bytes(frames[0]), frames[1:]))
+        self._tasks[peer, request.call] = task
+        task.add_done_callback(lambda _: self._tasks.pop((peer, request.call), None))
+
+    # --- out ------------------------------------------------------------------------------------------------------
+
+    async def _serve(
+        self, peer: bytes, request: messages.Request, body: bytes, attachments: list[memoryview]
+    ) -> None:
+        service = self._service
+        started = time.monotonic()
+        outcome = "ok"
+        service.inflight += 1
+        try:
+            error = self._not_ready()
+            if error is not None:
+                raise error
+            await self._operations[request.operation](self, peer, request.call, body, attachments)
+        except MmprepError as failure:
+            outcome = failure.type
+            self._send(peer, messages.Failed(request.call, messages.Fault.of(failure)))
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+        except Exception:
+            outcome = "InternalServerError"
+            _log.exception("a native request failed")
+            fault = messages.Fault.of(InternalError("the request failed in the service; its log says why"))
+            self._send(peer, messages.Failed(request.call, fault))
+        finally:
+            service.inflight -= 1
+            path = f"native/{request.operation}"
+            service.metrics.count("mmprep_requests_total", path=path, outcome=outcome)
+            service.metrics.observe("mmprep_request_seconds", time.monotonic() - started, path=path)
+
+    async def _chat(self, peer: bytes, call: int, body: bytes, attachments: list[memoryview]) -> None:
+        chat = await self._service.chat(body, attachments)
+        try:
+            frames = self._frames(chat)
+            self._send(peer, messages.Rendered(call), *frames)
+        finally:
+            chat.release()
+
+    def _frames(self, chat: RenderedChat) -> list[Any]:
+        model = self._service.served()
+        inline: list[Any] = []
+        items = []
+        for item, placed in zip(chat.in_order(), chat.expanded.ranges, strict=True):
+            frame = -1
+            if chat.request.payload == "tensors":
+                inline.append(self._region(chat, item))
+                frame = len(inline)
+            items.append(_head_item(item, placed.offset, placed.length, frame))
+        room = model.max_model_len - len(chat.expanded.token_ids)
+        mapping = chat.offered.mapping if chat.offered is not None else None
+        head = Head(
+            request_id=new_request_id("chatcmpl"),
+            token_ids=ids_to_bytes(chat.expanded.token_ids),
+            unexpanded_token_ids=ids_to_bytes(chat.prompt.token_ids),
+            items=tuple(items),
+            lease_ms=chat.offered.lease_ms if chat.offered is not None else 0,
+            segment=mapping.name if mapping is not None else "",
+            epoch=bytes.fromhex(mapping.epoch) if mapping is not None else bytes(16),
+            max_tokens=sampling_params(chat.request, room)["max_tokens"],
+            prompt_text=chat.prompt.text if chat.request.return_prompt_text else None,
+        )
+        return [head.pack(), *inline]
+
+    @staticmethod
+    def _region(chat: RenderedChat, item: RenderedItem) -> bytes:
+        """Return a copy of the tensors: the frame outlives the pin."""
+        assert chat.offered is not None
+        answer = item.answer
+        start = answer.offset + align(len(answer.meta))
+        return bytes(chat.offered.mapping.segment.buffer[start : answer.offset + answer.length])
+
+    async def _completions(self, peer: bytes, call: int, body: bytes, _: list[memoryview]) -> None:
+        self._json(peer, call, await self._service.completions(body, new_request_id("cmpl")))
+
+    async def _tokenize(self, peer: bytes, call: int, body: bytes, attachments: list[memoryview]) -> None:
+        self._json(peer, call, await self._service.tokenize(body, attachments))
+
+    async def _detokenize(self, peer: bytes, call: int, body: bytes, _: list[memoryview]) -> None:
+        self._json(peer, call, await self._service.detokenize(body))
+
+    def _json(self, peer: bytes, call: int, answer: Any) -> None:
+        self._send(peer, messages.Response(call), msgspec.json.encode(answer))
+
+    def _send(self, peer: bytes, message: msgspec.Struct, *frames: Any) -> None:
+        try:
+            self._pump.send([peer, pack(message), *frames])
+        except (zmq.ZMQError, MmprepError):
+            _log.debug("an answer could not be delivered: the client is gone or does not read")
+
+    _operations: dict[str, Callable[..., Awaitable[None]]] = {
+        "chat": _chat,
+        "completions": _completions,
+        "tokenize": _tokenize,
+        "detokenize": _detokenize,
+    }
+
+
+def _head_item(item: RenderedItem, offset: int, length: int, frame: int) -> HeadItem:
+    answer = item.answer
+    place = None
+    if answer.lease is not None:
+        place = Place(answer.slot, answer.offset, answer.length, answer.generation, answer.lease)
+    return HeadItem(
+        modality=item.part.modality,
+        hash=item.key,
+        offset=offset,
+        length=length,
+        cached=answer.outcome == "hit",
+        meta=answer.meta,
+        place=place,
+        frame=frame,
+    )

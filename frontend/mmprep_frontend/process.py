@@ -1,0 +1,200 @@
+"""One frontend process: puts the parts together, warms them, opens the doors, and drains."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import uvloop
+import zmq
+
+import mmprep
+from mmprep.card import ModelCard
+from mmprep.errors import MmprepError, ServiceUnavailable, StartupError
+from mmprep.metrics import Metrics, ProcessReport
+from mmprep.runtime import RuntimeDir
+from mmprep.settings import FrontendSettings, read_settings
+from mmprep.wire import messages
+from mmprep_frontend.dispatch import WriterLink
+from mmprep_frontend.http.app import make_app
+from mmprep_frontend.http.server import HttpServer, serve_http
+from mmprep_frontend.http_door import HttpDoor
+from mmprep_frontend.intake import Intake
+from mmprep_frontend.media.digest import Hasher
+from mmprep_frontend.media.fetch import Fetcher
+from mmprep_frontend.media.policy import UrlPolicy
+from mmprep_frontend.model import load_model
+from mmprep_frontend.native import NativeDoor
+from mmprep_frontend.service import Service
+from mmprep_frontend.supervision import SupervisorLink
+
+_log = logging.getLogger("mmprep.frontend")
+
+_INPUT = 0
+_THREADS = 2
+#: The interpreter's switch interval: with the default of 5 ms a busy thread starves the loop.
+_SWITCH_SECONDS = 0.0005
+
+
+class Frontend:
+    """Everything of one frontend, on the running loop."""
+
+    def __init__(self, settings: FrontendSettings) -> None:
+        self._settings = settings
+        self._runtime = RuntimeDir(settings.runtime_dir)
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._render_thread = ThreadPoolExecutor(1, thread_name_prefix="render")
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="media")
+        self._metrics = Metrics()
+        self._draining = False
+        self._reason: str | None = "the model is being loaded"
+        self._stop = asyncio.Event()
+        self._loading: asyncio.Task[None] | None = None
+        hasher = Hasher(settings.hash)  # type: ignore[arg-type]
+        policy = UrlPolicy(settings.allowed_media_domains, settings.allow_private_networks)
+        self._fetcher = Fetcher(policy, max_bytes=settings.max_media_size, timeout=settings.fetch_timeout)
+        self._supervisor = SupervisorLink(self._context, self._runtime.supervisor, settings.index, self._report)
+        self._tokenizer = asyncio.get_running_loop().run_in_executor(
+            self._render_thread, _load_tokenizer, Path(settings.model)
+        )
+        self._writer = WriterLink(
+            self._context, self._runtime, settings.index, hasher=settings.hash, on_card=self._on_card
+        )
+        self._service = Service(
+            writer=self._writer,
+            intake=Intake(self._fetcher, hasher, settings.max_media_size, self._threads),
+            hasher=hasher,
+            metrics=self._metrics,
+            render_thread=self._render_thread,
+            threads=self._threads,
+            tensor_dtype=settings.tensor_dtype,
+            limits=settings.limit_mm_per_prompt,
+            request_timeout=settings.request_timeout,
+        )
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or until the supervisor is gone, then drain."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._stop.set)
+        loop.add_reader(_INPUT, self._input_ready)
+        door = HttpDoor(self._service, not_ready=self._not_ready, collect=self._supervisor.metrics)
+        app = make_app(door, version=mmprep.__version__, max_body=self._settings.max_body_size)
+        http = await serve_http(app, self._settings.host, self._settings.port)
+        native = NativeDoor(
+            self._context,
+            self._runtime.frontend(self._settings.index),
+            self._service,
+            max_body_size=self._settings.max_body_size,
+            not_ready=self._refusal,
+        )
+        try:
+            await self._stop.wait()
+        finally:
+            await self._drain(http, native)
+
+    # --- readiness ------------------------------------------------------------------------------------------------
+
+    def _not_ready(self) -> str | None:
+        if self._draining:
+            return "the service is stopping"
+        if self._reason is None and not self._writer.connected:
+            return "the preprocessing worker is being replaced"
+        return self._reason
+
+    def _refusal(self) -> MmprepError | None:
+        reason = self._not_ready()
+        # A worker that is being replaced is waited for, within the request's deadline.
+        if reason is None or (self._reason is None and not self._draining):
+            return None
+        return ServiceUnavailable(reason, retry_after=1.0)
+
+    def _on_card(self, card: ModelCard) -> None:
+        if self._service.model is not None and self._service.model.card == card:
+            return
+        self._loading = asyncio.create_task(self._load(card))
+
+    async def _load(self, card: ModelCard) -> None:
+        settings = self._settings
+        try:
+            loaded = await self._tokenizer
+            model = await asyncio.get_running_loop().run_in_executor(
+                self._render_thread,
+                lambda: load_model(
+                    Path(settings.model),
+                    card,
+                    loaded,
+                    name=settings.served_model_name,
+                    max_model_len=settings.max_model_len,
+                    template=settings.chat_template,
+                ),
+            )
+            await asyncio.get_running_loop().run_in_executor(self._render_thread, model.warm_up)
+        except MmprepError as error:
+            self._reason = str(error)
+            self._supervisor.say(messages.StateChange(False, self._reason[:2000], isinstance(error, StartupError)))
+            return
+        except Exception as error:
+            _log.exception("the model could not be loaded")
+            self._reason = f"the model could not be loaded: {type(error).__name__}"
+            self._supervisor.say(messages.StateChange(False, self._reason, True))
+            return
+        self._service.model = model
+        self._reason = None
+        self._supervisor.say(messages.StateChange(True, ""))
+
+    def _report(self) -> ProcessReport:
+        self._metrics.gauge("mmprep_inflight", self._service.inflight)
+        return ProcessReport(
+            os.getpid(), self._metrics.snapshot(), {"pid": os.getpid(), "inflight": self._service.inflight}
+        )
+
+    # --- the end --------------------------------------------------------------------------------------------------
+
+    def _input_ready(self) -> None:
+        if not os.read(_INPUT, 4096):
+            asyncio.get_running_loop().remove_reader(_INPUT)
+            self._stop.set()
+
+    async def _drain(self, http: HttpServer, native: NativeDoor) -> None:
+        self._draining = True
+        self._supervisor.say(messages.StateChange(False, "the service is stopping"))
+        grace = self._settings.drain_timeout
+        await asyncio.gather(http.close(grace), native.close(grace))
+        await self._fetcher.close()
+        self._writer.close()
+        self._supervisor.close()
+        self._render_thread.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._context.destroy(linger=100)
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    from mmprep_frontend.render.tokens import load_tokenizer
+
+    return load_tokenizer(directory)
+
+
+async def _run(settings: FrontendSettings) -> None:
+    frontend = Frontend(settings)
+    await frontend.run()
+
+
+def main() -> None:
+    """Run one frontend; the orders come on standard input."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    settings: FrontendSettings = read_settings(FrontendSettings)
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    try:
+        uvloop.run(_run(settings))
+    except MmprepError as error:
+        print(f"mmprep: {error}", file=sys.stderr, flush=True)  # noqa: T201 -- before there is a log
+        sys.exit(78)
+
+

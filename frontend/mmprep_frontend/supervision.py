@@ -1,0 +1,92 @@
+"""The frontend's link to the supervisor: tells its state, reports when asked, and asks for the whole service's metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import zmq
+
+import mmprep
+from mmprep.errors import ServiceUnavailable
+from mmprep.metrics import ProcessReport, Snapshot
+from mmprep.wire import messages
+from mmprep.wire.calls import CallTable
+from mmprep.wire.codec import PROTOCOL, pack, unpack
+from mmprep.wire.sockets import Link
+
+_ANSWER_SECONDS = 5.0
+_FRAME_LIMIT = 16 << 20
+
+
+class SupervisorLink:
+    """One process's connection to its supervisor.
+
+    Parameters
+    ----------
+    report:
+        Makes the process's report.
+    """
+
+    def __init__(
+        self, context: zmq.Context[Any], endpoint: str, index: int, report: Callable[[], ProcessReport]
+    ) -> None:
+        self._id = str(index)
+        self._report = report
+        self._calls = CallTable()
+        self._state = messages.StateChange(False, "the frontend is starting")
+        self._link = Link(
+            context,
+            endpoint,
+            f"frontend:{self._id}",
+            greeting=self._greeting,
+            on_message=self._on_message,
+            on_down=self._on_down,
+            frame_limit=_FRAME_LIMIT,
+        )
+
+    def say(self, state: messages.StateChange) -> None:
+        """Tell the supervisor this process's state; again is no message."""
+        if state != self._state:
+            self._state = state
+            self._link.send([pack(state)])
+
+    async def metrics(self) -> Snapshot:
+        """Return the whole service's metrics; raises ServiceUnavailable where the supervisor does not answer."""
+        number, future = self._calls.open()
+        try:
+            self._link.send([pack(messages.Ask(number, "metrics"))])
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                frame = await future
+        except TimeoutError:
+            raise ServiceUnavailable("the supervisor did not answer", retry_after=1.0) from None
+        finally:
+            self._calls.forget(number)
+        return msgspec.json.decode(frame, type=Snapshot)
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._link.close()
+
+    def _greeting(self) -> list[bytes]:
+        return [pack(messages.Hello(PROTOCOL, mmprep.__version__, "frontend", self._id, os.getpid()))]
+
+    def _on_down(self) -> None:
+        self._calls.fail_all(ServiceUnavailable, "the supervisor went away")
+
+    def _on_message(self, frames: list[Any]) -> None:
+        message = unpack(frames[0], messages.FromSupervisor)
+        match message:
+            case messages.SupervisorWelcome():
+                self._link.send([pack(self._state)])
+            case messages.Collect():
+                self._link.send([pack(messages.Report(message.call)), msgspec.json.encode(self._report())])
+            case messages.Told():
+                self._calls.resolve(message.call, frames[1])
+            case messages.Failed():
+                self._calls.resolve(message.call, message.fault.error())
+            case _:
+                pass
