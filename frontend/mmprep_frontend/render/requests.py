@@ -340,7 +340,8 @@ def _check(request: Request) -> None:
         if getattr(request, name, None) is not None:
             raise InvalidRequest(f"'{name}' is not accepted from requests by this service; leave it out.", param=name)
     for name in _NOT_YET:
-        if getattr(request, name, None) not in (None, False):
+        value = getattr(request, name, None)
+        if value is not None and value is not False:
             raise InvalidRequest(f"'{name}' is not supported yet; leave it out.", param=name)
     if isinstance(request, _Generating):
         _check_delivery(request)

@@ -117,9 +117,7 @@ class ChatTemplate:
             # Asking for an effort turns thinking on, or off, in templates that leave it to a switch.
             thinking = request.reasoning_effort != "none"
             extra = {"enable_thinking": thinking, "reasoning_effort": request.reasoning_effort, **extra}
-        sent = (conversation.messages, request.tools, request.documents, extra)
-        if self._sentinels.count(msgspec.json.encode(sent)) != conversation.sentinels:
-            raise InvalidRequest("The text holds a word that is reserved by this service.", param="messages")
+        self._refuse_sentinels(conversation, request, extra)
         return {
             **self._special_tokens,
             **extra,
@@ -128,6 +126,17 @@ class ChatTemplate:
             "documents": request.documents,
             "add_generation_prompt": request.add_generation_prompt,
         }
+
+    def _refuse_sentinels(
+        self, conversation: Conversation, request: ChatRequest | TokenizeRequest, extra: dict[str, Any]
+    ) -> None:
+        """Refuse a request that holds sentinels which the walk did not put there."""
+        try:
+            sent = msgspec.json.encode((conversation.messages, request.tools, request.documents, extra))
+        except RecursionError:
+            raise InvalidRequest("The request is nested too deeply.") from None
+        if self._sentinels.count(sent) != conversation.sentinels:
+            raise InvalidRequest("The text holds a word that is reserved by this service.", param="messages")
 
     def _open_ended(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return ``messages`` with a tail on the last one's last text, so that the prompt can be cut there.

@@ -1,0 +1,126 @@
+import json
+
+import jinja2
+import pytest
+from tiny_tokenizer import CHAT_TEMPLATE, STRING_TEMPLATE, build, card
+
+from mmprep.card import ModelCard
+from mmprep.errors import InvalidRequest
+from mmprep_frontend.render.conversation import MediaPart, detect_format, walk
+from mmprep_frontend.render.requests import parse
+from mmprep_frontend.render.sentinels import Sentinels
+
+PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return card(build(tmp_path_factory.mktemp("model")))
+
+
+def walked(messages, model, content_format="both"):
+    request = parse(json.dumps({"messages": messages}).encode(), "chat")
+    return walk(request.messages, model, content_format, Sentinels(model))
+
+
+def test_media_are_taken_out_in_order_with_their_places(model):
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, PICTURE]},
+        {"role": "user", "content": [{"type": "input_image", "image_url": "http://x/"}, PICTURE]},
+    ]
+    conversation = walked(messages, model)
+    assert conversation.media == [
+        MediaPart("image", PICTURE["image_url"]["url"], "messages[0].content[1].image_url"),
+        MediaPart("image", "http://x/", "messages[1].content[0].image_url"),
+        MediaPart("image", PICTURE["image_url"]["url"], "messages[1].content[1].image_url"),
+    ]
+    assert conversation.messages[0]["content"] == [{"type": "text", "text": "a"}, {"type": "image"}]
+    assert conversation.sentinels == 0
+
+
+def test_a_string_template_gets_joined_text_with_sentinels(model):
+    messages = [{"role": "user", "content": [PICTURE, {"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    conversation = walked(messages, model, "string")
+    content = conversation.messages[0]["content"]
+    assert "<|image_pad|>" not in content
+    assert content.startswith("<|vision_start|>")
+    assert content.endswith("<|vision_end|>\na\nb")
+    assert conversation.sentinels == 1
+
+
+def test_a_template_of_parts_gets_strings_as_parts(model):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]
+    assert [m["content"] for m in walked(messages, model, "parts").messages] == [[{"type": "text", "text": "a"}], []]
+    assert [m["content"] for m in walked(messages, model, "both").messages] == ["a", ""]
+
+
+def test_tool_calls_get_their_arguments_as_objects(model):
+    calls = [
+        {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"b": 1, "a": [2.5, null]}'}},
+        {"id": "2", "type": "function", "function": {"name": "g", "arguments": ""}},
+        {"function": {"name": "h", "arguments": {"x": 1}}},
+    ]
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "content": "r", "tool_call_id": "1", "name": "f"},
+    ]
+    converted = walked(messages, model).messages
+    functions = [call["function"] for call in converted[1]["tool_calls"]]
+    assert [f["arguments"] for f in functions] == [{"b": 1, "a": [2.5, None]}, {}, {"x": 1}]
+    assert converted[2] == {"role": "tool", "content": "r", "name": "f", "tool_call_id": "1"}
+
+
+def test_reasoning_is_given_under_every_name_that_templates_read(model):
+    converted = walked([{"role": "assistant", "content": "c", "reasoning": "why"}], model).messages[0]
+    assert converted["reasoning_content"] == converted["thinking"] == converted["reasoning"] == "why"
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([{"role": "user"}], "messages[0].content"),
+        ([{"role": "user", "content": [{"type": "video_url", "video_url": {}}]}], "messages[0].content[0].type"),
+        ([{"role": "user", "content": [{"type": "audio_url"}]}], "messages[0].content[0].type"),
+        ([{"role": "user", "content": [{"type": "input_audio"}]}], "messages[0].content[0].type"),
+        ([{"role": "user", "content": [{"type": "image_embeds"}]}], "messages[0].content[0].type"),
+        ([{"role": "user", "content": [{**PICTURE, "uuid": "u"}]}], "messages[0].content[0].uuid"),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}],
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+    ],
+)
+def test_what_cannot_be_rendered_is_refused_at_its_place(messages, param, model):
+    with pytest.raises(InvalidRequest) as caught:
+        walked(messages, model)
+    assert caught.value.param == param
+
+
+def test_a_model_without_images_refuses_them():
+    with pytest.raises(InvalidRequest, match="takes no images"):
+        walked([{"role": "user", "content": [PICTURE]}], ModelCard("text", b"", (), {}, {}))
+
+
+@pytest.mark.parametrize(
+    ("source", "content_format"),
+    [
+        (CHAT_TEMPLATE, "both"),
+        (STRING_TEMPLATE, "string"),
+        ("{% for m in messages %}{% for c in m['content'] %}{{ c.text }}{% endfor %}{% endfor %}", "parts"),
+        ("{% for m in messages %}{% for c in m.content | selectattr('type') %}{% endfor %}{% endfor %}", "parts"),
+        ("{% for m in messages %}{% set c = m.content %}{% for p in c %}{% endfor %}{% endfor %}", "parts"),
+        (
+            """{% macro show(body) %}{% if body is string %}{% else %}{% for p in body %}{% endfor %}{% endif %}
+            {% endmacro %}{% for m in messages %}{{ show(m.content) }}{% endfor %}""",
+            "both",
+        ),
+        ("{% for m in messages %}{{ m.content.split('x')[-1] }}{% for t in tools %}{% endfor %}{% endfor %}", "string"),
+    ],
+)
+def test_what_a_template_takes_is_read_from_its_syntax(source, content_format):
+    assert detect_format(jinja2.Environment().parse(source)) == content_format
