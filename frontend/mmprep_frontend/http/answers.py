@@ -1,0 +1,71 @@
+"""Answers of the HTTP edge: JSON, errors, and the request id that goes in and out.
+
+The one place where an error becomes a status and a body:
+``{"error": {"message", "type", "code", "param"}}``, with ``Retry-After`` where another try makes sense.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import uuid
+from typing import Any, Final
+
+import msgspec
+from aiohttp import web
+
+from mmprep.errors import InternalError, InvalidRequest, MethodNotAllowed, MmprepError, NotFound
+
+REQUEST_ID_HEADER: Final = "X-Request-Id"
+#: What a fault of ours looks like from outside; its details are in the log.
+INTERNAL_ERROR: Final = "the service failed on this request; its operator finds the reason in the log"
+
+_REQUEST_ID = re.compile(r"[!-~]{1,128}", re.ASCII)
+
+
+def json_answer(body: bytes, status: int = 200) -> web.Response:
+    """Return an answer with ``body``, JSON that is encoded already."""
+    return web.Response(body=body, status=status, content_type="application/json")
+
+
+def plain_answer(data: Any) -> web.Response:
+    """Return an answer with ``data``, of dicts, lists, strings and numbers, as JSON."""
+    return json_answer(msgspec.json.encode(data))
+
+
+def error_answer(error: MmprepError) -> web.Response:
+    """Return the answer that tells ``error``."""
+    answer = json_answer(
+        msgspec.json.encode(
+            {"error": {"message": error.message, "type": error.type, "code": error.code, "param": error.param}}
+        ),
+        error.code,
+    )
+    if error.retryable and error.retry_after is not None:
+        answer.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    return answer
+
+
+def internal_error() -> web.Response:
+    """Return the answer for what is no error of the tree."""
+    return error_answer(InternalError(INTERNAL_ERROR))
+
+
+def routing_error(error: web.HTTPException) -> web.Response:
+    """Return the answer for what the HTTP library itself refuses: an unknown path, a method, a header."""
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        answer = error_answer(MethodNotAllowed(f"this path takes {allowed}, not {error.method[:32]}"))
+        answer.headers["Allow"] = allowed
+        return answer
+    if error.status == NotFound.code:
+        return error_answer(NotFound("there is no such path"))
+    if error.status < InternalError.code:
+        return error_answer(InvalidRequest("the request is not one that this service can read"))
+    return internal_error()
+
+
+def request_id_of(request: web.BaseRequest) -> str:
+    """Return the id that the client chose, 1 to 128 printable ASCII characters without blanks, else a fresh one."""
+    chosen = request.headers.get(REQUEST_ID_HEADER, "")
+    return chosen if _REQUEST_ID.fullmatch(chosen) else uuid.uuid4().hex

@@ -1,0 +1,164 @@
+"""The routes of the HTTP edge. It reads a body within bounds, hands it on, and tells the answer or the error.
+
+``/health`` answers at once, always: it touches nothing. ``/ready`` and the routes that need the model answer 503 with
+the reason until the service is warm, and again while it drains; leases can be renewed and released all the time, since
+those who hold some must be able to give them back while the service drains.
+
+Every answer carries ``X-Request-Id``: the client's own, or a fresh one. A client that hangs up cancels what runs for
+it. Whatever goes wrong, the connection stays usable for the next request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from aiohttp import web
+
+from mmprep.errors import MmprepError, ServiceUnavailable
+from mmprep_frontend.http.answers import (
+    REQUEST_ID_HEADER,
+    error_answer,
+    internal_error,
+    json_answer,
+    plain_answer,
+    request_id_of,
+    routing_error,
+)
+from mmprep_frontend.http.exposition import CONTENT_TYPE
+from mmprep_frontend.http.intake import RETRY_AFTER, Intake
+from mmprep_frontend.http.ports import Service
+
+_log = logging.getLogger(__name__)
+_REQUEST_ID: Final = web.RequestKey("request_id", str)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def make_app(
+    service: Service,
+    *,
+    version: str,
+    max_body: int = 64 * 2**20,
+    max_held: int = 512 * 2**20,
+    max_requests: int = 1024,
+    body_seconds: float = 60.0,
+) -> web.Application:
+    """Return the application, to be served by :func:`mmprep_frontend.http.server.serve_http`.
+
+    Parameters
+    ----------
+    service:
+        What answers.
+    version:
+        What ``/version`` tells.
+    max_body, max_held, max_requests, body_seconds:
+        As :class:`mmprep_frontend.http.intake.Intake` has them.
+    """
+    intake = Intake(max_body=max_body, max_held=max_held, max_requests=max_requests, seconds=body_seconds)
+    edge = _Edge(service, version, intake)
+    app = web.Application(middlewares=[_tell])
+    for path, handler in (
+        ("/v1/chat/completions/render", edge.rendering(service.render_chat, "chatcmpl-")),
+        ("/v1/completions/render", edge.rendering(service.render_completions, "cmpl-")),
+        ("/tokenize", edge.answering(service.tokenize, needs_model=True)),
+        ("/detokenize", edge.answering(service.detokenize, needs_model=True)),
+        ("/leases/renew", edge.answering(service.renew_leases, needs_model=False)),
+        ("/leases/release", edge.answering(service.release_leases, needs_model=False)),
+    ):
+        app.router.add_post(path, handler, expect_handler=edge.go_on)
+    app.router.add_get("/v1/models", edge.models)
+    app.router.add_get("/health", edge.health)
+    app.router.add_get("/ready", edge.ready)
+    app.router.add_get("/metrics", edge.metrics)
+    app.router.add_get("/version", edge.version)
+    return app
+
+
+class _Edge:
+    """The handlers of one application."""
+
+    def __init__(self, service: Service, version: str, intake: Intake) -> None:
+        self._service = service
+        self._version = version
+        self._intake = intake
+
+    def rendering(self, render: Callable[[bytes, str], Awaitable[bytes]], prefix: str) -> Handler:
+        """Return a handler that renders a body under the request's id behind ``prefix``."""
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            self._check_ready()
+            async with self._intake.body(request) as body:
+                return json_answer(await render(body, prefix + request[_REQUEST_ID]))
+
+        return handler
+
+    def answering(self, answer: Callable[[bytes], Awaitable[bytes]], *, needs_model: bool) -> Handler:
+        """Return a handler that answers a body; one that ``needs_model`` only while the service is ready."""
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            if needs_model:
+                self._check_ready()
+            async with self._intake.body(request) as body:
+                return json_answer(await answer(body))
+
+        return handler
+
+    async def go_on(self, request: web.Request) -> None:
+        """Tell a client that asks whether to send its body to do so, unless its length speaks against it."""
+        expected = request.headers.get("Expect", "").lower() == "100-continue"
+        if expected and (request.content_length or 0) <= self._intake.max_body:
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            # The answer itself has not begun.
+            request.writer.output_size = 0
+
+    async def health(self, _request: web.Request) -> web.StreamResponse:
+        return json_answer(b'{"status":"ok"}')
+
+    async def ready(self, _request: web.Request) -> web.StreamResponse:
+        self._check_ready()
+        return json_answer(b'{"status":"ready"}')
+
+    async def models(self, _request: web.Request) -> web.StreamResponse:
+        return plain_answer(self._service.models())
+
+    async def version(self, _request: web.Request) -> web.StreamResponse:
+        return plain_answer({"version": self._version})
+
+    async def metrics(self, _request: web.Request) -> web.StreamResponse:
+        return web.Response(body=await self._service.metrics(), headers={"Content-Type": CONTENT_TYPE})
+
+    def _check_ready(self) -> None:
+        reason = self._service.ready()
+        if reason is not None:
+            raise ServiceUnavailable(reason, retry_after=RETRY_AFTER)
+
+
+@web.middleware
+async def _tell(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give the request its id, and turn whatever is raised for it into an answer."""
+    request[_REQUEST_ID] = request_id = request_id_of(request)
+    try:
+        answer = await handler(request)
+    except MmprepError as error:
+        answer = error_answer(error)
+    except web.HTTPException as error:
+        answer = routing_error(error)
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # Something inside was cancelled, not this request: the client is still there and waits.
+        answer = _fault(request, request_id)
+    except Exception:  # noqa: BLE001
+        answer = _fault(request, request_id)
+    answer.headers[REQUEST_ID_HEADER] = request_id
+    answer.headers["Server"] = "mmprep"
+    return answer
+
+
+def _fault(request: web.Request, request_id: str) -> web.Response:
+    _log.exception("request %s failed: %s %s", request_id, request.method, request.rel_url.raw_path)
+    return internal_error()

@@ -1,0 +1,157 @@
+"""The text form of the metrics: one table of what there is, and the way from plain numbers to Prometheus text.
+
+Processes count in plain dicts, which the supervisor adds up. Only here do they become metrics, in a registry of their
+own that is thrown away after each answer: nothing is counted in this library, so nothing is locked or kept twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal, TypedDict
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
+
+#: A metric's name and the values of its labels, in the order of the table.
+Series = tuple[str, tuple[str, ...]]
+
+
+class HistogramData(TypedDict):
+    """One histogram.
+
+    ``buckets``: upper bounds, rising, without infinity. ``counts``: how many fell into each, not cumulated, with one
+    more at the end for what is above all. ``sum``: of all values.
+    """
+
+    buckets: list[float]
+    counts: list[int]
+    sum: float
+
+
+class Numbers(TypedDict):
+    """All numbers of a service, added up over its processes."""
+
+    counters: Mapping[Series, float]
+    gauges: Mapping[Series, float]
+    histograms: Mapping[Series, HistogramData]
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """One row of the table; ``alias`` is a second name that boards made for an engine know."""
+
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    alias: str | None = None
+
+
+METRICS: Final[Mapping[str, MetricSpec]] = {
+    "mmprep_requests_total": MetricSpec("counter", "Requests that were answered.", ("path", "outcome")),
+    "mmprep_request_seconds": MetricSpec("histogram", "Seconds from a request to its answer.", ("path",)),
+    "mmprep_stage_seconds": MetricSpec(
+        "histogram",
+        "Seconds in one stage: fetch, hash, template, tokenize, queue, decode, process, publish, expand, serialize.",
+        ("stage",),
+    ),
+    "mmprep_mm_cache_queries_total": MetricSpec(
+        "counter", "Items that were looked up, on every path.", ("modality",), "vllm:mm_cache_queries_total"
+    ),
+    "mmprep_mm_cache_hits_total": MetricSpec(
+        "counter", "Items that were found, injected and joined ones too.", ("modality",), "vllm:mm_cache_hits_total"
+    ),
+    "mmprep_singleflight_joins_total": MetricSpec("counter", "Items that joined a computation under way."),
+    "mmprep_media_cache_hits_total": MetricSpec("counter", "Fetches that the disk cache answered."),
+    "mmprep_media_cache_misses_total": MetricSpec("counter", "Fetches that the disk cache did not answer."),
+    "mmprep_media_cache_evictions_total": MetricSpec("counter", "Media dropped from the disk cache."),
+    "mmprep_ring_bytes": MetricSpec("gauge", "Bytes of the ring: free, ready, leased, filling.", ("state",)),
+    "mmprep_ring_evictions_total": MetricSpec("counter", "Entries dropped from the ring to make room."),
+    "mmprep_leases": MetricSpec("gauge", "Leases that hold."),
+    "mmprep_leases_revoked_total": MetricSpec("counter", "Leases taken back after their time."),
+    "mmprep_leases_overdue": MetricSpec("gauge", "Leases past their time that cannot be taken back yet."),
+    "mmprep_lanes": MetricSpec("gauge", "Lanes.", ("state",)),
+    "mmprep_lane_restarts_total": MetricSpec("counter", "Lanes that were replaced."),
+    "mmprep_queue_depth": MetricSpec("gauge", "Jobs in a queue.", ("queue",)),
+    "mmprep_inflight": MetricSpec("gauge", "Requests under way."),
+    "mmprep_quarantined": MetricSpec("gauge", "Media that are refused for a time because they broke a lane."),
+}
+
+
+def expose(numbers: Numbers) -> bytes:
+    """Return ``numbers`` as Prometheus text, of :data:`CONTENT_TYPE`.
+
+    Every metric of the table is named, also one without a series.
+
+    Raises
+    ------
+    ValueError
+        A series that is not in the table, is of another kind, or has another number of labels or counts.
+    """
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Once(numbers))
+    return generate_latest(registry)
+
+
+class _Once(Collector):
+    """Gives a registry the numbers of one moment."""
+
+    def __init__(self, numbers: Numbers) -> None:
+        self._families: list[Metric] = list(_families(numbers))
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+def _families(numbers: Numbers) -> Iterator[Metric]:
+    by_name: dict[str, list[tuple[tuple[str, ...], float | HistogramData]]] = {name: [] for name in METRICS}
+    for kind, series in (
+        ("counter", numbers["counters"]),
+        ("gauge", numbers["gauges"]),
+        ("histogram", numbers["histograms"]),
+    ):
+        for (name, labels), value in series.items():
+            spec = METRICS.get(name)
+            if spec is None or spec.kind != kind or len(labels) != len(spec.labels):
+                raise ValueError(f"no {kind} {name} with {len(labels)} labels is in the table of metrics")
+            by_name[name].append((labels, value))
+    for name, spec in METRICS.items():
+        for exposed in (name, spec.alias) if spec.alias else (name,):
+            yield _family(exposed, spec, by_name[name])
+
+
+def _family(name: str, spec: MetricSpec, samples: list[tuple[tuple[str, ...], float | HistogramData]]) -> Metric:
+    family: CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
+    match spec.kind:
+        case "counter":
+            family = CounterMetricFamily(name, spec.help, labels=spec.labels)
+        case "gauge":
+            family = GaugeMetricFamily(name, spec.help, labels=spec.labels)
+        case "histogram":
+            family = HistogramMetricFamily(name, spec.help, labels=spec.labels)
+    for labels, value in sorted(samples, key=lambda sample: sample[0]):
+        if isinstance(family, HistogramMetricFamily):
+            assert isinstance(value, dict)
+            family.add_metric(labels, _cumulated(name, value), value["sum"])
+        else:
+            assert not isinstance(value, dict)
+            family.add_metric(labels, value)
+    return family
+
+
+def _cumulated(name: str, data: HistogramData) -> list[tuple[str, float]]:
+    if len(data["counts"]) != len(data["buckets"]) + 1:
+        raise ValueError(f"{name} has {len(data['counts'])} counts for {len(data['buckets'])} buckets")
+    bounds = [*(repr(float(bound)) for bound in data["buckets"]), "+Inf"]
+    total = 0
+    cumulated: list[tuple[str, float]] = []
+    for bound, count in zip(bounds, data["counts"], strict=True):
+        total += count
+        cumulated.append((bound, total))
+    return cumulated

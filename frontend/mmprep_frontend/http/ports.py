@@ -1,0 +1,40 @@
+"""What the HTTP edge needs of the rest of the frontend. It knows bodies, ids and readiness; not what is in a body."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class Service(Protocol):
+    """What answers behind the routes.
+
+    Every coroutine takes a body as it came and returns the answer's JSON, encoded. It raises errors of
+    :mod:`mmprep.errors`, which the edge turns into statuses, and is cancelled when the client hangs up.
+    """
+
+    async def render_chat(self, body: bytes, request_id: str) -> bytes:
+        """Answer a chat completion request with its GenerateRequest."""
+
+    async def render_completions(self, body: bytes, request_id: str) -> bytes:
+        """Answer a completion request with a list of GenerateRequests."""
+
+    async def tokenize(self, body: bytes) -> bytes:
+        """Answer with the tokens of a text or a chat."""
+
+    async def detokenize(self, body: bytes) -> bytes:
+        """Answer with the text of tokens."""
+
+    async def renew_leases(self, body: bytes) -> bytes:
+        """Extend leases."""
+
+    async def release_leases(self, body: bytes) -> bytes:
+        """End leases."""
+
+    async def metrics(self) -> bytes:
+        """Return the whole service's metrics as Prometheus text, see :mod:`mmprep_frontend.http.exposition`."""
+
+    def models(self) -> dict[str, Any]:
+        """Return the answer of ``/v1/models``, as data that JSON can hold."""
+
+    def ready(self) -> str | None:
+        """Return ``None``, or why no request can be taken at the moment, as a sentence for the sender."""

@@ -1,0 +1,163 @@
+"""Serving the HTTP edge: the listening socket, its limits, and the graceful end.
+
+Several frontend processes share one port: each binds its own socket with SO_REUSEPORT, and the kernel deals the
+connections out. The supervisor keeps the port taken, and chooses it where 0 was asked for, with a socket that is bound
+and never listens (:func:`reserve_port`); the kernel gives such a one no connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import Any, Final
+
+from aiohttp import web
+from aiohttp.log import access_logger
+
+from mmprep.errors import InvalidRequest, StartupError
+from mmprep_frontend.http.answers import error_answer, internal_error
+
+_log = logging.getLogger(__name__)
+
+#: Bytes of the request line, and of one header.
+MAX_LINE: Final = 8190
+MAX_HEADERS: Final = 100
+_BACKLOG: Final = 1024
+#: Seconds that an answered request's unread body is still taken in, so that the client reads the answer.
+_LINGER: Final = 3.0
+#: Bytes that are read ahead of a handler.
+_READ_AHEAD: Final = 2**18
+
+
+class HttpServer:
+    """An application that is being served; made by :func:`serve_http`.
+
+    Attributes
+    ----------
+    host, port: where it listens.
+    """
+
+    def __init__(self, runner: web.AppRunner, listener: asyncio.Server, address: tuple[Any, ...]) -> None:
+        self._runner = runner
+        self._listener = listener
+        self.host: str = address[0]
+        self.port: int = address[1]
+
+    async def close(self, grace: float) -> None:
+        """Stop listening at once, let requests under way end for ``grace`` seconds, then cancel them."""
+        self._listener.close()
+        # Requests that have arrived begin before connections without one are closed.
+        await asyncio.sleep(0)
+        server = self._runner.server
+        if server is not None:
+            server.pre_shutdown()
+            # The library waits this long twice: for the handler, then for the end of its connection.
+            await server.shutdown(max(grace / 2, 0.01))
+        await self._runner.cleanup()
+        await self._listener.wait_closed()
+
+
+def reserve_port(host: str, port: int) -> socket.socket:
+    """Return a socket bound to ``host`` and ``port`` that others can bind beside, and that does not listen.
+
+    Raises
+    ------
+    mmprep.errors.StartupError
+        The host is no address of this machine, or the port is taken.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError):
+        raise StartupError(f"--host {host}: neither an IP address nor a name of this machine") from None
+    try:
+        # REUSEADDR too: connections of a previous run that still time out would hold the port.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise StartupError(f"--host {host} --port {port}: cannot listen there ({error.strerror})") from None
+    bound.setblocking(False)
+    return bound
+
+
+async def serve_http(
+    app: web.Application, host: str, port: int, *, keep_alive: float = 75.0, access_log: bool = False
+) -> HttpServer:
+    """Serve ``app`` and return at once.
+
+    Parameters
+    ----------
+    app:
+        From :func:`mmprep_frontend.http.app.make_app`.
+    host, port:
+        Where to listen, beside others that do with the same user's SO_REUSEPORT; port 0 lets the kernel choose.
+    keep_alive:
+        Seconds that a connection may wait for its next, or for its first, complete request head.
+    access_log:
+        Whether each request is written to the logger ``aiohttp.access``.
+
+    Raises
+    ------
+    mmprep.errors.StartupError
+        Nothing can listen there.
+    """
+    bound = reserve_port(host, port)
+    runner = web.AppRunner(app, handler_cancellation=True)
+    try:
+        await runner.setup()
+        server = runner.server
+        assert server is not None
+
+        def connection() -> _Connection:
+            return _Connection(
+                server,
+                loop=loop,
+                keepalive_timeout=keep_alive,
+                access_log=access_logger if access_log else None,  # type: ignore[arg-type]
+                max_line_size=MAX_LINE,
+                max_field_size=MAX_LINE,
+                max_headers=MAX_HEADERS,
+                lingering_time=_LINGER,
+                read_bufsize=_READ_AHEAD,
+                auto_decompress=False,
+            )
+
+        loop = asyncio.get_running_loop()
+        listener = await loop.create_server(connection, sock=bound, backlog=_BACKLOG)
+    except BaseException:
+        bound.close()
+        await runner.cleanup()
+        raise
+    return HttpServer(runner, listener, listener.sockets[0].getsockname())
+
+
+class _Connection(web.RequestHandler):
+    """A connection whose errors below the application are JSON as well."""
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,  # noqa: ARG002
+    ) -> web.StreamResponse:
+        """Answer what the application never saw: what is no HTTP, or a fault below it. The connection is closed."""
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer has begun; no other can be sent")
+        if status < 500:
+            answer = error_answer(
+                InvalidRequest(
+                    "the request is not valid HTTP/1.1, or its line or a header is longer than "
+                    f"{MAX_LINE:,} bytes, or it has more than {MAX_HEADERS} headers"
+                )
+            )
+        else:
+            _log.error("a request failed below the application", exc_info=exc)
+            answer = internal_error()
+        answer.force_close()
+        return answer
