@@ -9,7 +9,7 @@ import msgspec
 from mmprep.address import Address, address_fields
 from mmprep.items import align
 from mmprep_frontend.model import ServedModel
-from mmprep_frontend.render.answer import features, generate_request, kwargs_data, mm_metadata
+from mmprep_frontend.render.answer import features, generate_request, json_string, kwargs_data, mm_metadata
 from mmprep_frontend.service import RenderedChat, RenderedItem
 
 
@@ -52,13 +52,10 @@ def _features(chat: RenderedChat) -> dict[str, Any] | None:
 
 
 def _text(encoded: dict[str, list[Any]] | None) -> dict[str, list[Any]] | None:
-    """Return base64 bytes as strings, which is how JSON shall hold them."""
+    """Return base64 bytes as the JSON strings that they are."""
     if encoded is None:
         return None
-    return {
-        modality: [None if one is None else msgspec.Raw(b'"' + one + b'"') for one in items]
-        for modality, items in encoded.items()
-    }
+    return {m: [None if one is None else json_string(one) for one in items] for m, items in encoded.items()}
 
 
 def _region(chat: RenderedChat, item: RenderedItem) -> memoryview:

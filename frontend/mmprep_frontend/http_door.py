@@ -10,11 +10,10 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from mmprep.errors import InvalidRequest, MmprepError
-from mmprep.metrics import Snapshot
+from mmprep.metrics import BUCKETS, Labels, Snapshot
 from mmprep.wire.messages import Name
 from mmprep_frontend.answers import encode_chat_answer
-from mmprep_frontend.http.exposition import expose
-from mmprep_frontend.metrics_form import numbers
+from mmprep_frontend.http.exposition import METRICS, HistogramData, Numbers, Series, expose
 from mmprep_frontend.service import Service
 
 T = TypeVar("T")
@@ -73,7 +72,7 @@ class HttpDoor:
         return b'{"released":true}'
 
     async def metrics(self) -> bytes:
-        return expose(numbers(await self._collect()))
+        return expose(_numbers(await self._collect()))
 
     def models(self) -> dict[str, Any]:
         model = self._service.model
@@ -152,3 +151,21 @@ def _lease_request(body: bytes) -> LeaseRequest:
 
 def _ids(request: LeaseRequest) -> tuple[bytes, ...]:
     return tuple(bytes.fromhex(lease) for lease in request.leases)
+
+
+def _numbers(snapshot: Snapshot) -> Numbers:
+    """Return a snapshot in the form that the exposition takes."""
+    histograms: dict[Series, HistogramData] = {
+        _series(name, labels): {"buckets": list(BUCKETS), "counts": histogram.counts, "sum": histogram.sum}
+        for name, labels, histogram in snapshot.histograms
+    }
+    return {
+        "counters": {_series(name, labels): value for name, labels, value in snapshot.counters},
+        "gauges": {_series(name, labels): value for name, labels, value in snapshot.gauges},
+        "histograms": histograms,
+    }
+
+
+def _series(name: str, labels: Labels) -> Series:
+    values = dict(labels)
+    return name, tuple(values[label] for label in METRICS[name].labels)

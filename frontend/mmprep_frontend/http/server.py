@@ -2,7 +2,7 @@
 
 Several frontend processes share one port: each binds its own socket with SO_REUSEPORT, and the kernel deals the
 connections out. The supervisor keeps the port taken, and chooses it where 0 was asked for, with a socket that is bound
-and never listens (:func:`reserve_port`); the kernel gives such a one no connections.
+and never listens (:mod:`mmprep.ports`); the kernel gives such a one no connections.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any, Final
 from aiohttp import web
 from aiohttp.log import access_logger
 
-from mmprep.errors import InvalidRequest, StartupError
+from mmprep.errors import InvalidRequest
+from mmprep.ports import reserve_port
 from mmprep_frontend.http.answers import error_answer, internal_error
 
 _log = logging.getLogger(__name__)
@@ -56,33 +57,6 @@ class HttpServer:
             await server.shutdown(max(grace / 2, 0.01))
         await self._runner.cleanup()
         await self._listener.wait_closed()
-
-
-def reserve_port(host: str, port: int) -> socket.socket:
-    """Return a socket bound to ``host`` and ``port`` that others can bind beside, and that does not listen.
-
-    Raises
-    ------
-    mmprep.errors.StartupError
-        The host is no address of this machine, or the port is taken.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        bound = socket.socket(family, kind, protocol)
-    except (OSError, UnicodeError):
-        raise StartupError(f"--host {host}: neither an IP address nor a name of this machine") from None
-    try:
-        # REUSEADDR too: connections of a previous run that still time out would hold the port.
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        bound.bind(address)
-    except OSError as error:
-        bound.close()
-        raise StartupError(f"--host {host} --port {port}: cannot listen there ({error.strerror})") from None
-    bound.setblocking(False)
-    return bound
 
 
 async def serve_http(

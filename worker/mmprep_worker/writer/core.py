@@ -439,6 +439,7 @@ class WriterCore:
                 wants.append(messages.Want(position, joined.flight_id))
             else:
                 self.metrics.count("mmprep_singleflight_joins_total")
+                self.metrics.count("mmprep_mm_cache_hits_total", modality=item.modality)
             if joined.priority is not None:
                 self.queue.reprioritise(joined.flight_id, joined.priority)
             pending.by_flight.setdefault(joined.flight_id, []).append(position)

@@ -1,0 +1,1 @@
+"""``mmprep serve``: the process that starts, watches and stops the others, and speaks for all of them."""

@@ -1,0 +1,157 @@
+"""Where processes report to the supervisor and where questions about the whole service are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import zmq
+
+from mmprep.errors import MmprepError, ProtocolError
+from mmprep.metrics import ProcessReport, Snapshot, merge, without_gauges
+from mmprep.wire import messages
+from mmprep.wire.calls import CallTable
+from mmprep.wire.codec import PROTOCOL, pack, unpack
+from mmprep.wire.sockets import Pump, router
+
+_COLLECT_SECONDS = 2.0
+_FRAME_LIMIT = 16 << 20
+_EMPTY = Snapshot([], [], [])
+
+
+class Reporter(msgspec.Struct):
+    """A process that reports here."""
+
+    identity: bytes
+    role: str
+    id: str
+    state: messages.StateChange
+    last: Snapshot
+
+
+class Desk:
+    """The supervisor's socket.
+
+    Parameters
+    ----------
+    on_state:
+        Called after every change of a process's state.
+    """
+
+    def __init__(self, context: zmq.Context[Any], endpoint: str, on_state: Callable[[], None]) -> None:
+        self._on_state = on_state
+        self._reporters: dict[bytes, Reporter] = {}
+        self._calls = CallTable()
+        self._gone: list[Snapshot] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._pump = Pump(router(context, endpoint, frame_limit=_FRAME_LIMIT), self._on_message)
+
+    def close(self) -> None:
+        """Close the socket."""
+        for task in self._tasks:
+            task.cancel()
+        self._pump.close()
+
+    def state(self, role: str, reporter_id: str) -> messages.StateChange | None:
+        """Return what a process last said of itself."""
+        return next(
+            (r.state for r in self._reporters.values() if (r.role, r.id) == (role, reporter_id)), None
+        )
+
+    def gone(self, role: str, reporter_id: str) -> None:
+        """A process has exited: keep what it had counted."""
+        for reporter in [r for r in self._reporters.values() if (r.role, r.id) == (role, reporter_id)]:
+            del self._reporters[reporter.identity]
+            self._gone = [merge([*self._gone, without_gauges(reporter.last)])]
+
+    async def metrics(self) -> Snapshot:
+        """Return the whole service's metrics, of this moment."""
+        await self._collect()
+        return merge([*self._gone, *(r.last for r in self._reporters.values())])
+
+    async def status(self) -> dict[str, Any]:
+        """Return the whole service's status, as ``mmprep status --json`` prints it."""
+        reports = await self._collect()
+        status: dict[str, Any] = {"supervisor": {"pid": os.getpid()}, "frontends": []}
+        for reporter, report in reports:
+            if reporter.role == "frontend":
+                status["frontends"].append({**report.status, "ready": reporter.state.ready})
+            else:
+                status.update(report.status)
+        status["frontends"].sort(key=lambda frontend: frontend["pid"])
+        status["metrics"] = _totals(merge([*self._gone, *(r.last for r in self._reporters.values())]))
+        return status
+
+    # --- messages -------------------------------------------------------------------------------------------------
+
+    async def _collect(self) -> list[tuple[Reporter, ProcessReport]]:
+        asked = []
+        for reporter in list(self._reporters.values()):
+            number, future = self._calls.open()
+            self._send(reporter.identity, messages.Collect(number))
+            asked.append((reporter, number, future))
+        if asked:
+            await asyncio.wait([future for _, _, future in asked], timeout=_COLLECT_SECONDS)
+        reports = []
+        for reporter, number, future in asked:
+            self._calls.forget(number)
+            if future.done() and not future.cancelled() and future.exception() is None:
+                report: ProcessReport = future.result()
+                reporter.last = report.metrics
+                reports.append((reporter, report))
+        return reports
+
+    def _on_message(self, frames: list[bytes]) -> None:
+        identity = frames[0]
+        try:
+            if len(frames) < 2:  # noqa: PLR2004 -- identity and message
+                raise ProtocolError("a message without a header")
+            message = unpack(frames[1], messages.ToSupervisor)
+            match message:
+                case messages.Hello():
+                    self._hello(identity, message)
+                case messages.StateChange():
+                    self._changed(identity, message)
+                case messages.Report():
+                    self._calls.resolve(message.call, msgspec.json.decode(frames[2], type=ProcessReport))
+                case messages.Ask():
+                    task = asyncio.create_task(self._answer(identity, message))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
+        except (MmprepError, msgspec.MsgspecError, IndexError):
+            self._send(identity, messages.Refused(messages.Fault.of(ProtocolError("not a message of this protocol"))))
+
+    def _hello(self, identity: bytes, hello: messages.Hello) -> None:
+        if hello.protocol != PROTOCOL:
+            raise ProtocolError("another version of the protocol")
+        if hello.role in {"frontend", "writer"}:
+            state = messages.StateChange(False, "starting")
+            self._reporters[identity] = Reporter(identity, hello.role, hello.id, state, _EMPTY)
+        self._send(identity, messages.SupervisorWelcome(PROTOCOL))
+
+    def _changed(self, identity: bytes, change: messages.StateChange) -> None:
+        reporter = self._reporters.get(identity)
+        if reporter is not None:
+            reporter.state = change
+            self._on_state()
+
+    async def _answer(self, identity: bytes, ask: messages.Ask) -> None:
+        answer: Any = await (self.status() if ask.subject == "status" else self.metrics())
+        self._send(identity, messages.Told(ask.call), msgspec.json.encode(answer))
+
+    def _send(self, identity: bytes, message: msgspec.Struct, *frames: bytes) -> None:
+        try:
+            self._pump.send([identity, pack(message), *frames])
+        except (zmq.ZMQError, MmprepError):
+            self._reporters.pop(identity, None)
+
+
+def _totals(snapshot: Snapshot) -> dict[str, float]:
+    """Return the counters, added up over their labels."""
+    totals: dict[str, float] = {}
+    for name, _, value in snapshot.counters:
+        totals[name] = totals.get(name, 0) + value
+    return totals

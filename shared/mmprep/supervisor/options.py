@@ -1,0 +1,81 @@
+"""What ``mmprep serve`` can be told: resolved options, ready for the processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from mmprep.settings import FrontendSettings, WriterSettings
+
+
+class ServeOptions(msgspec.Struct, frozen=True):
+    """Everything that was decided about a service before it starts. Sizes in bytes, times in seconds."""
+
+    model: Path
+    served_model_name: str
+    runtime_dir: Path | None
+    host: str
+    port: int
+    frontends: int
+    lanes: int
+    cache_size: int
+    max_object_size: int
+    max_media_size: int
+    max_body_size: int
+    max_image_pixels: int
+    max_model_len: int | None
+    limit_mm_per_prompt: dict[str, int]
+    tensor_dtype: str
+    hash: str
+    lease_seconds: float
+    queue_limit: int
+    request_timeout: float
+    drain_timeout: float
+    allowed_media_domains: tuple[str, ...]
+    allow_private_networks: bool
+    chat_template: str | None
+    log_level: str
+
+    def writer(self, runtime_dir: Path) -> WriterSettings:
+        """Return the writer's part."""
+        return WriterSettings(
+            runtime_dir=str(runtime_dir),
+            model=str(self.model),
+            lanes=self.lanes,
+            cache_size=self.cache_size,
+            max_object_size=self.max_object_size,
+            max_media_size=self.max_media_size,
+            max_image_pixels=self.max_image_pixels,
+            queue_limit=self.queue_limit,
+            queue_bytes=max(self.max_media_size, 1 << 30),
+            lease_seconds=self.lease_seconds,
+            upload_seconds=5.0,
+            task_seconds=60.0,
+            lane_memory=4 << 30,
+            log_level=self.log_level,
+        )
+
+    def frontend(self, index: int, runtime_dir: Path, port: int) -> FrontendSettings:
+        """Return the part of frontend ``index``."""
+        return FrontendSettings(
+            index=index,
+            runtime_dir=str(runtime_dir),
+            model=str(self.model),
+            served_model_name=self.served_model_name,
+            host=self.host,
+            port=port,
+            hash=self.hash,
+            tensor_dtype=self.tensor_dtype,
+            max_model_len=self.max_model_len,
+            limit_mm_per_prompt=self.limit_mm_per_prompt,
+            max_media_size=self.max_media_size,
+            max_body_size=self.max_body_size,
+            request_timeout=self.request_timeout,
+            fetch_timeout=min(30.0, self.request_timeout),
+            drain_timeout=self.drain_timeout,
+            allowed_media_domains=self.allowed_media_domains,
+            allow_private_networks=self.allow_private_networks,
+            chat_template=self.chat_template,
+            log_level=self.log_level,
+        )
