@@ -78,7 +78,7 @@ class RuntimeDir:
             It cannot be made, is another user's, can be written by others, or its path is too long for sockets.
         """
         runtime = cls(default_path() if path is None else path)
-        _check_length(runtime.path)
+        runtime.check()
         try:
             runtime._made_here = not runtime.path.exists()
             runtime.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -89,6 +89,28 @@ class RuntimeDir:
                 f"--runtime-dir: {runtime.path} cannot be used ({error.strerror}); give a directory that this user may write"
             ) from error
         return runtime
+
+    def check(self) -> None:
+        """Check whether a service can use the directory or make it; changes nothing.
+
+        Raises
+        ------
+        mmprep.errors.StartupError
+            As :meth:`prepare`.
+        """
+        _check_length(self.path)
+        try:
+            if os.path.lexists(self.path):
+                _check_owner(self.path)
+                place = self.path
+            else:
+                place = next(parent for parent in self.path.parents if parent.exists())
+        except OSError as error:
+            raise StartupError(
+                f"--runtime-dir: {self.path} cannot be used ({error.strerror}); give another one"
+            ) from error
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise StartupError(f"--runtime-dir: this user may not write in {place}; give a directory that it may write")
 
     def take(self) -> None:
         """Take the service lock, for as long as this process lives or until :meth:`clean` or :meth:`leave`.
