@@ -24,12 +24,11 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
-from mmprep.errors import DecodeError, TooLarge, UnsupportedMedia
+from mmprep.errors import DecodeError, MmprepError, TooLarge, UnsupportedMedia
 
 #: Pillow's plug-ins that a sender may reach. Not EPS (starts Ghostscript), nor anything rare enough to be unfuzzed.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(("AVIF",) if features.check("avif") else ()))
 
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error, OverflowError)
 #: Rows that are converted at a time: bounds the memory beside Pillow's own buffer and the result.
 _STRIP = 64
 _TURNS = {
@@ -173,7 +172,9 @@ def _limited(max_pixels: int) -> Iterator[None]:
             raise
         except UnidentifiedImageError:
             raise UnsupportedMedia(f"not a picture of a kind that is read; send one of {', '.join(FORMATS)}") from None
-        except _BROKEN as error:
+        except (MmprepError, MemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001, on broken data the plug-ins raise whatever they stumble over
             raise DecodeError(f"the picture is broken or truncated: {_reason(error)}") from None
 
 
@@ -192,7 +193,9 @@ def _orientation(image: Image.Image, data: bytes | memoryview) -> int:
         plain = image.format == "PNG" and not _has_late_exif(data)
         exif = Image.Image.getexif(image) if plain else image.getexif()
         value = exif.get(ExifTags.Base.Orientation, 1)
-    except _BROKEN:
+    except (MemoryError, Image.DecompressionBombError):
+        raise
+    except Exception:  # noqa: BLE001, as in _limited; a broken tag is none
         return 1
     return value if isinstance(value, int) and value in _TURNS else 1
 

@@ -11,6 +11,7 @@ white), else as RGB.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,10 @@ class GenericFamily:
     def _process(self, image: Image.Image) -> tuple[Plan, dict[str, NDArray[Any]]]:
         """Return the plan of one picture, and the processor's arrays without their batch dimension."""
         try:
-            returned = self.processor(images=[image], text=self._token, add_special_tokens=False, return_tensors="np")
+            with warnings.catch_warnings(action="ignore"):  # Pillow's and the processor's remarks on single pictures
+                returned = self.processor(
+                    images=[image], text=self._token, add_special_tokens=False, return_tensors="np"
+                )
         except (ValueError, ZeroDivisionError, IndexError) as error:
             raise DecodeError(
                 f"the model's processor refuses a picture of {image.width} by {image.height} pixels "
