@@ -12,12 +12,16 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
-from numba import njit, types
+from numba import njit
+from numba import types as _types
 
 #: Fraction bits of a coefficient: 32 less 8 for the pixel and 2 for sums beyond its range (Pillow's Resample.c).
 PRECISION = 22
 #: Bytes of a row that are added up at a time, so that their sums stay in the first-level cache.
 _CHUNK = 2048
+
+#: numba annotates only parts of itself.
+types: Any = _types
 
 _Loop = TypeVar("_Loop", bound=Callable[..., Any])
 
@@ -49,20 +53,20 @@ def _array(element: Any, dimensions: int, *, readonly: bool = False) -> Any:
         _array(types.int32, 2, readonly=True),
     )
 )
-def combine(
-    source: Any, above: int, out: Any, top: int, rows: int, length: int, first: Any, count: Any, weight: Any
+def combine(  # noqa: C901, PLR0917, one loop nest, compiled as a whole; compiled loops take no keywords
+    source: Any, above: int, out: Any, top: int, rows: int, length: int, first: Any, counts: Any, weight: Any
 ) -> None:
     """Fill ``out[:rows]`` with the target rows from ``top``: weighted sums of rows of ``source``, rounded and clipped.
 
-    ``source`` begins with row ``above`` of the whole; ``length`` bytes of each row are used; ``first``, ``count`` and
-    ``weight`` are :class:`mmprep_worker.images.resample.Coefficients`. The 32-bit sums cannot overflow: a row's weights
+    ``source`` begins with row ``above`` of the whole; ``length`` bytes of each row are used; ``first``, ``counts`` and
+    ``weight`` are the arrays of :class:`mmprep_worker.images.resample.Coefficients`. The 32-bit sums cannot overflow: a row's weights
     add up to 1.0 and none of bicubic's exceeds 1.2 in the sum of the positive ones, so that 2 spare bits are enough.
     """
     sums = np.empty(_CHUNK, np.int32)
     half = np.int32(1 << (PRECISION - 1))
     for y in range(rows):
         begin = first[top + y] - above
-        taps = count[top + y]
+        taps = counts[top + y]
         w = weight[top + y]
         for start in range(0, length, _CHUNK):
             n = min(_CHUNK, length - start)
@@ -107,7 +111,7 @@ def _swap(low: Any, high: Any, shift: Any, mask: Any) -> Any:
         _array(types.uint64, 2, readonly=True), types.intp, types.intp, types.intp, _array(types.uint64, 2), types.intp
     )
 )
-def turn(source: Any, start: int, step: int, blocks: int, out: Any, column: int) -> None:
+def turn(source: Any, start: int, step: int, blocks: int, out: Any, column: int) -> None:  # noqa: PLR0917, as above
     """Transpose bytes; ``source`` and ``out`` are bytes seen as 64-bit words.
 
     Byte ``i`` of row ``start + step * r`` of ``source`` goes to byte ``8 * column + r`` of row ``i`` of ``out``, for
@@ -160,7 +164,7 @@ def patch_writer(element: str, patch: int) -> Callable[..., None]:
             types.intp,
         )
     )
-    def write(planes: Any, out: Any, tables: Any, band: int, merge: int, across: int) -> None:
+    def write(planes: Any, out: Any, tables: Any, band: int, merge: int, across: int) -> None:  # noqa: PLR0917, as above
         for v in range(planes.shape[0] // patch):
             group, inside = divmod(band + v, merge)
             for u in range(across):

@@ -24,12 +24,11 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
-from mmprep.errors import DecodeError, TooLarge, UnsupportedMedia
+from mmprep.errors import DecodeError, MmprepError, TooLarge, UnsupportedMedia
 
 #: Pillow's plug-ins that a sender may reach. Not EPS (starts Ghostscript), nor anything rare enough to be unfuzzed.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(("AVIF",) if features.check("avif") else ()))
 
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error, OverflowError)
 #: Rows that are converted at a time: bounds the memory beside Pillow's own buffer and the result.
 _STRIP = 64
 _TURNS = {
@@ -41,6 +40,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+#: Steps down and across; orientations from 5 on are transposed first.
+_FLIPS = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 5: (1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}
 
 
 class Picture:
@@ -79,6 +80,8 @@ class Picture:
         if pixels is None:
             with _limited(self._max_pixels):
                 pixels = _strips(self._loaded())
+        self._image = None
+        pixels = _upright(pixels, self._orientation)
         if pixels.shape[:2] != (self.height, self.width):
             raise DecodeError("the picture's pixels do not have the size that its header says; send it encoded anew")
         return pixels
@@ -93,17 +96,17 @@ class Picture:
         """
         with _limited(self._max_pixels):
             image = self._loaded()
-            return Image.fromarray(_scaled(image)) if _is_deep_grey(image) else image
+            if _is_deep_grey(image):
+                image = Image.fromarray(_scaled(image))
+            turn = _TURNS.get(self._orientation)
+            return image if turn is None else image.transpose(turn)
 
     def _loaded(self) -> Image.Image:
-        """Return the decoded image, upright."""
+        """Return the decoded image, as stored; the reference to it is given up."""
         image, self._image = self._image, None
         assert image is not None, "a picture is decoded once"
         image.load()
-        if image.format == "TIFF":  # its plug-in has turned it while loading
-            return image
-        turn = _TURNS.get(self._orientation)
-        return image if turn is None else image.transpose(turn)
+        return image
 
     def _jpeg(self) -> NDArray[np.uint8] | None:
         """Return a JPEG's pixels by simplejpeg, ``None`` where this is none, or one for Pillow."""
@@ -113,9 +116,7 @@ class Picture:
             pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(self._data, "RGB", strict=True)
         except ValueError:
             return None
-        self._image = None
-        turn = _TURNS.get(self._orientation)
-        return pixels if turn is None else _strips(Image.fromarray(pixels).transpose(turn))
+        return pixels
 
 
 def open_picture(data: bytes | memoryview, *, max_pixels: int) -> Picture:
@@ -171,7 +172,9 @@ def _limited(max_pixels: int) -> Iterator[None]:
             raise
         except UnidentifiedImageError:
             raise UnsupportedMedia(f"not a picture of a kind that is read; send one of {', '.join(FORMATS)}") from None
-        except _BROKEN as error:
+        except (MmprepError, MemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001, on broken data the plug-ins raise whatever they stumble over
             raise DecodeError(f"the picture is broken or truncated: {_reason(error)}") from None
 
 
@@ -186,13 +189,13 @@ def _orientation(image: Image.Image, data: bytes | memoryview) -> int:
     if image.format == "TIFF":  # its plug-in applies the orientation, and announces the size after it
         return 1
     try:
-        if image.format == "PNG" and not _has_late_exif(data):
-            # The plug-in's own method would decode the picture to look for chunks after the pixels.
-            exif = Image.Image.getexif(image)
-        else:
-            exif = image.getexif()
+        # The PNG plug-in's own method would decode the picture to look for chunks after the pixels.
+        plain = image.format == "PNG" and not _has_late_exif(data)
+        exif = Image.Image.getexif(image) if plain else image.getexif()
         value = exif.get(ExifTags.Base.Orientation, 1)
-    except _BROKEN:
+    except (MemoryError, Image.DecompressionBombError):
+        raise
+    except Exception:  # noqa: BLE001, as in _limited; a broken tag is none
         return 1
     return value if isinstance(value, int) and value in _TURNS else 1
 
@@ -233,3 +236,14 @@ def _strips(image: Image.Image) -> NDArray[np.uint8]:
         else:
             into[:] = np.asarray(strip.convert("RGB"))
     return pixels
+
+
+def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """Return uint8 (h, w, 3) pixels with an EXIF orientation applied, C-contiguous."""
+    if orientation not in _TURNS:
+        return pixels
+    whole = pixels.view("V3")[:, :, 0]  # moved as one element, a pixel costs a third
+    if orientation >= 5:
+        whole = whole.T
+    down, across = _FLIPS[orientation]
+    return np.ascontiguousarray(whole[::down, ::across]).view(np.uint8).reshape(*whole.shape, 3)

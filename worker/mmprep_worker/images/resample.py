@@ -46,12 +46,12 @@ class Coefficients(NamedTuple):
     Attributes
     ----------
     first: int32 (m,), the first source pixel of each target pixel.
-    count: int32 (m,), how many source pixels each has.
-    weight: int32 (m, taps), fixed point with 22 fraction bits, zero from ``count`` on.
+    taps: int32 (m,), how many source pixels each has.
+    weight: int32 (m, most taps), fixed point with 22 fraction bits, zero from ``taps`` on.
     """
 
     first: NDArray[np.int32]
-    count: NDArray[np.int32]
+    taps: NDArray[np.int32]
     weight: NDArray[np.int32]
 
 

@@ -1,0 +1,127 @@
+"""The generic family gives what the model's own processor gives, for LLaVA-1.5."""
+
+import io
+
+import numpy as np
+import pytest
+from model_fixtures import write_llava, write_qwen2_vl
+from PIL import Image, ImageOps
+from transformers import AutoProcessor
+
+from mmprep.errors import DecodeError, InvalidRequest, StartupError
+from mmprep.items import Plan, Run, storage_dtype, unpack_meta
+from mmprep_worker.models.family import ItemOptions
+from mmprep_worker.models.registry import load_family
+
+RANDOM = np.random.default_rng(5)
+LIMIT = 100_000_000
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("llava")
+    write_llava(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def family(model):
+    return load_family(model, max_image_pixels=LIMIT)
+
+
+@pytest.fixture(scope="module")
+def processor(model):
+    return AutoProcessor.from_pretrained(model)
+
+
+def encoded(image, kind="PNG", **options):
+    into = io.BytesIO()
+    image.save(into, kind, **options)
+    return into.getvalue()
+
+
+def drawn(width, height):
+    return Image.fromarray(RANDOM.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def processed(family, data, dtype="float32"):
+    prepared = family.open("image", data, ItemOptions(dtype))
+    tensors = {spec.name: np.full(spec.shape, 7, storage_dtype(spec.dtype)) for spec in prepared.meta.fields}
+    prepared.fill(tensors)
+    return prepared.meta, tensors
+
+
+@pytest.mark.parametrize("size", [(640, 480), (30, 500), (336, 336), (7, 5)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+def test_fields_equal_the_processors(family, processor, size, mode):
+    data = encoded(drawn(*size).convert("RGBA").convert(mode))
+    _, tensors = processed(family, data)
+    expected = processor.image_processor(images=[Image.open(io.BytesIO(data))], return_tensors="np")
+    assert tensors.keys() == {"pixel_values"}
+    assert tensors["pixel_values"].tobytes() == np.ascontiguousarray(expected["pixel_values"][0]).tobytes()
+
+
+def test_a_palette_with_transparency_does_not_warn(family):
+    data = encoded(drawn(90, 60).convert("P"), transparency=bytes(range(256)))
+    assert processed(family, data)[1]["pixel_values"].shape == (3, 336, 336)
+
+
+def test_orientation_is_applied_first(family, processor):
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    data = encoded(drawn(400, 350), "JPEG", exif=tags)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    expected = processor.image_processor(images=[upright], return_tensors="np")
+    assert np.array_equal(processed(family, data)[1]["pixel_values"], expected["pixel_values"][0])
+
+
+def test_the_plan_is_the_processors_expansion_and_known_from_the_header(family, processor):
+    data = encoded(drawn(640, 480))
+    ids = processor(images=[drawn(640, 480)], text="<image>", add_special_tokens=False)["input_ids"][0]
+    meta, _ = processed(family, data)
+    assert meta.plan.token_ids() == list(ids)
+    token_id = family.card.placeholder("image").token_id
+    assert meta.plan == Plan((Run(token_id, 576),))
+    header = data[:200]
+    assert family.plan("image", header, ItemOptions("float32")) == meta.plan
+
+
+def test_narrow_types_are_float32_rounded(family):
+    data = encoded(drawn(100, 80))
+    exact = processed(family, data)[1]["pixel_values"]
+    half = processed(family, data, "float16")[1]["pixel_values"]
+    assert half.tobytes() == exact.astype(np.float16).tobytes()
+    brain = processed(family, data, "bfloat16")[1]["pixel_values"]
+    wide = (brain.astype(np.uint32) << 16).view(np.float32)
+    assert np.abs(wide - exact).max() <= np.abs(exact).max() / 256
+
+
+def test_the_card_and_the_metadata_describe_the_model(family):
+    assert family.card.family == "hf:llava"
+    assert family.card.placeholder("image").token == "<image>"
+    assert family.card.dtypes == {"image": ("float32", "bfloat16", "float16")}
+    meta, _ = processed(family, encoded(drawn(64, 64)))
+    assert unpack_meta(meta.pack()) == meta
+    assert [(spec.name, spec.shape, spec.kind) for spec in meta.fields] == [("pixel_values", (3, 336, 336), "batched")]
+
+
+def test_errors_are_those_of_the_seam(family):
+    with pytest.raises(InvalidRequest, match="float32, bfloat16, float16"):
+        family.open("image", encoded(drawn(8, 8)), ItemOptions("uint8"))
+    with pytest.raises(InvalidRequest, match="not audio"):
+        family.plan("audio", b"x", ItemOptions("float32"))
+    with pytest.raises(DecodeError):
+        family.open("image", encoded(drawn(80, 80))[:-3000], ItemOptions("float32"))
+
+
+def test_a_processor_that_needs_torch_is_refused_at_the_start(tmp_path):
+    write_qwen2_vl(tmp_path, processor={"image_processor_type": "Qwen2VLImageProcessor", "resample": 2})
+    with pytest.raises(StartupError, match="needs torch"):
+        load_family(tmp_path, max_image_pixels=LIMIT)
+
+
+def test_a_broken_processor_is_refused_at_the_start(tmp_path):
+    write_llava(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(StartupError, match=r"preprocessor_config\.json"):
+        load_family(tmp_path, max_image_pixels=LIMIT)
