@@ -146,7 +146,9 @@ def _lease_request(body: bytes) -> LeaseRequest:
     try:
         return msgspec.json.decode(body, type=LeaseRequest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the body must be JSON with 'backend_id' and 'leases' (32 hex digits each): {error}") from None
+        raise InvalidRequest(
+            f"the body must be JSON with 'backend_id' and 'leases' (32 hex digits each): {error}"
+        ) from None
 
 
 def _ids(request: LeaseRequest) -> tuple[bytes, ...]:

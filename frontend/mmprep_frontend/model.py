@@ -44,7 +44,9 @@ class ServedModel:
     def check_name(self, name: str | None) -> None:
         """Refuse another model's name; raises NotFound."""
         if name is not None and name != self.name:
-            raise NotFound(f"The model {name[:200]!r} is not served here; this service has {self.name!r}.", param="model")
+            raise NotFound(
+                f"The model {name[:200]!r} is not served here; this service has {self.name!r}.", param="model"
+            )
 
     def walk(self, request: ChatRequest | TokenizeRequest, limits: dict[str, int]) -> Conversation:
         """Take the media out of a request's messages; raises InvalidRequest."""

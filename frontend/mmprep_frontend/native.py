@@ -75,7 +75,7 @@ class NativeDoor:
     def _on_message(self, frames: list[zmq.Frame]) -> None:
         peer = frames[0].bytes
         try:
-            if len(frames) < 2:  # noqa: PLR2004 -- identity and message
+            if len(frames) < 2:
                 raise ProtocolError("a message without a header")
             message = unpack(frames[1].buffer, messages.ToFrontend)
             match message:
@@ -92,7 +92,9 @@ class NativeDoor:
 
     def _hello(self, peer: bytes, hello: messages.Hello) -> None:
         if hello.protocol != PROTOCOL:
-            raise ProtocolError(f"this service speaks protocol {PROTOCOL}, the client {hello.protocol}; use one version")
+            raise ProtocolError(
+                f"this service speaks protocol {PROTOCOL}, the client {hello.protocol}; use one version"
+            )
         self._send(peer, messages.FrontendWelcome(PROTOCOL, mmprep.__version__))
 
     def _start(self, peer: bytes, request: messages.Request, frames: list[memoryview]) -> None:
@@ -104,9 +106,7 @@ class NativeDoor:
 
     # --- out ------------------------------------------------------------------------------------------------------
 
-    async def _serve(
-        self, peer: bytes, request: messages.Request, body: bytes, attachments: list[memoryview]
-    ) -> None:
+    async def _serve(self, peer: bytes, request: messages.Request, body: bytes, attachments: list[memoryview]) -> None:
         service = self._service
         started = time.monotonic()
         outcome = "ok"

@@ -196,5 +196,3 @@ def main() -> None:
     except MmprepError as error:
         print(f"mmprep: {error}", file=sys.stderr, flush=True)  # noqa: T201 -- before there is a log
         sys.exit(78)
-
-

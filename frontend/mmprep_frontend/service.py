@@ -160,7 +160,14 @@ class Service:
         salt = request.cache_salt
         priority = request.priority or 0
         offered, items = await self._items(
-            model, conversation.media, media, need=need, lease=lease, dtype=dtype_name, salt=salt, priority=priority,
+            model,
+            conversation.media,
+            media,
+            need=need,
+            lease=lease,
+            dtype=dtype_name,
+            salt=salt,
+            priority=priority,
             deadline=deadline,
         )
         try:
@@ -302,7 +309,9 @@ class Service:
         model.check_name(request.model)
         if request.prompt is not None:
             prompt = await self._on_render_thread(
-                lambda: model.tokenizer.encode_text(request.prompt or "", add_special_tokens=request.adds_special_tokens)
+                lambda: model.tokenizer.encode_text(
+                    request.prompt or "", add_special_tokens=request.adds_special_tokens
+                )
             )
             token_ids = prompt
         else:
@@ -326,7 +335,14 @@ class Service:
         if not media:
             return expand(prompt.token_ids, prompt.placeholders, {}).token_ids
         offered, items = await self._items(
-            model, conversation.media, media, need="plan", lease=None, dtype=self._tensor_dtype, salt=None, priority=0,
+            model,
+            conversation.media,
+            media,
+            need="plan",
+            lease=None,
+            dtype=self._tensor_dtype,
+            salt=None,
+            priority=0,
             deadline=deadline,
         )
         with offered:

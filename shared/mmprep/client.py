@@ -391,9 +391,7 @@ class Client:
             raise
 
     async def _open(self, endpoint: str | None, backend_id: str | None, request_timeout: float) -> AsyncClient:
-        client = AsyncClient(
-            endpoint, backend_id=backend_id, request_timeout=request_timeout, _run=self._thread.run
-        )
+        client = AsyncClient(endpoint, backend_id=backend_id, request_timeout=request_timeout, _run=self._thread.run)
         await client.open()
         return client
 

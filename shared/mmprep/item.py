@@ -202,7 +202,12 @@ class Item:
 
 
 def item_from_address(
-    registration: Registration, address: Address, lease: Lease, *, run: Runner | None, hash: str = ""  # noqa: A002
+    registration: Registration,
+    address: Address,
+    lease: Lease,
+    *,
+    run: Runner | None,
+    hash: str = "",  # noqa: A002
 ) -> Item:
     """Return the item that lies at ``address``; its metadata is read from the extent. Raises StaleAddress."""
     mapping = registration.mapping
@@ -221,4 +226,3 @@ def item_from_address(
         address=address,
         run=run,
     )
-

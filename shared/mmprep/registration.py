@@ -141,7 +141,9 @@ class Registration:
             async with asyncio.timeout(seconds):
                 await self._up.wait()
         except TimeoutError:
-            raise ServiceUnavailable("no service answers in this runtime directory; start it with: mmprep serve") from None
+            raise ServiceUnavailable(
+                "no service answers in this runtime directory; start it with: mmprep serve"
+            ) from None
         if self._refused is not None:
             raise self._refused
         assert self.mapping is not None

@@ -26,9 +26,7 @@ class Child:
         Called on the loop with this child once it has exited and been reaped.
     """
 
-    def __init__(
-        self, name: str, module: str, settings: msgspec.Struct, on_exit: Callable[[Child], None]
-    ) -> None:
+    def __init__(self, name: str, module: str, settings: msgspec.Struct, on_exit: Callable[[Child], None]) -> None:
         self.name = name
         self.status: int | None = None
         self.exited = asyncio.Event()

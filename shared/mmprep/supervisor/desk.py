@@ -57,9 +57,7 @@ class Desk:
 
     def state(self, role: str, reporter_id: str) -> messages.StateChange | None:
         """Return what a process last said of itself."""
-        return next(
-            (r.state for r in self._reporters.values() if (r.role, r.id) == (role, reporter_id)), None
-        )
+        return next((r.state for r in self._reporters.values() if (r.role, r.id) == (role, reporter_id)), None)
 
     def gone(self, role: str, reporter_id: str) -> None:
         """A process has exited: keep what it had counted."""
@@ -107,7 +105,7 @@ class Desk:
     def _on_message(self, frames: list[bytes]) -> None:
         identity = frames[0]
         try:
-            if len(frames) < 2:  # noqa: PLR2004 -- identity and message
+            if len(frames) < 2:
                 raise ProtocolError("a message without a header")
             message = unpack(frames[1], messages.ToSupervisor)
             match message:

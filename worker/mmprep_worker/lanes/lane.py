@@ -88,7 +88,9 @@ class Lane:
             raise
         except Exception as error:  # noqa: BLE001 -- a decoder's fault must not end the lane silently
             print(f"lane {self._config.lane}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            self._send(messages.TaskFailed(task.task, messages.Fault.of(InternalError("the medium broke a lane's code"))))
+            self._send(
+                messages.TaskFailed(task.task, messages.Fault.of(InternalError("the medium broke a lane's code")))
+            )
 
     def _process(self, family: Family, task: messages.Task, medium: memoryview) -> None:
         _check_digest(task, medium)

@@ -77,7 +77,19 @@ class Peer:
 class PendingCall:
     """An offer that has no answer yet, or one whose entries are still pinned."""
 
-    __slots__ = ("answers", "answered", "by_flight", "holder", "lease", "missing", "need", "number", "offered", "opened", "peer")
+    __slots__ = (
+        "answered",
+        "answers",
+        "by_flight",
+        "holder",
+        "lease",
+        "missing",
+        "need",
+        "number",
+        "offered",
+        "opened",
+        "peer",
+    )
 
     def __init__(self, peer: Peer, offer: messages.Offer) -> None:
         self.peer = peer
@@ -343,9 +355,7 @@ class WriterCore:
             raise errors.InvalidRequest("only a registered backend can hold leases")
         lease = self._new_id()
         self.ring.deliver(lease, peer.id, message.slot, message.generation, message.kind, now, self.lease_seconds)
-        self._out.append(
-            Send(peer.identity, messages.Acquired(message.call, lease, int(self.lease_seconds * 1000)))
-        )
+        self._out.append(Send(peer.identity, messages.Acquired(message.call, lease, int(self.lease_seconds * 1000))))
 
     # --- calls ----------------------------------------------------------------------------------------------------
 
@@ -536,7 +546,9 @@ class WriterCore:
         pending = self._calls.get(action.call)
         if pending is not None:
             self._drop(pending)
-            fault = messages.Fault.of(errors.DeadlineExceeded("the request's time was over before its media were processed"))
+            fault = messages.Fault.of(
+                errors.DeadlineExceeded("the request's time was over before its media were processed")
+            )
             self._out.append(Send(pending.peer.identity, messages.Failed(pending.number, fault)))
             self._carry_out(self.flights.cancel(action.call, now), now)
 

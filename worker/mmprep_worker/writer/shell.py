@@ -207,11 +207,13 @@ class WriterShell:
     def _control_message(self, frames: list[bytes]) -> None:
         identity = frames[0]
         try:
-            if len(frames) != 2:  # noqa: PLR2004 -- identity and message
+            if len(frames) != 2:
                 raise ProtocolError("a control message is one frame")
             message = unpack(frames[1], messages.ToWriter)
             if isinstance(message, messages.Hello) and message.protocol != PROTOCOL:
-                raise ProtocolError(f"this service speaks protocol {PROTOCOL}, the peer {message.protocol}; use one version")
+                raise ProtocolError(
+                    f"this service speaks protocol {PROTOCOL}, the peer {message.protocol}; use one version"
+                )
         except MmprepError as error:
             self._core.unreachable(identity, time.monotonic())
             self._send_frames(identity, [pack(messages.Refused(messages.Fault.of(error)))])
@@ -224,7 +226,7 @@ class WriterShell:
         except MmprepError as error:
             _log.warning("a bulk message was refused: %s", error)
             return
-        if len(frames) == 2:  # noqa: PLR2004 -- header and medium
+        if len(frames) == 2:
             self._core.put(put, frames[1], len(frames[1]), time.monotonic())
 
     def _lane_message(self, frames: list[bytes]) -> None:

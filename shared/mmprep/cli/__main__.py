@@ -1,0 +1,5 @@
+"""``python -m mmprep.cli``."""
+
+from mmprep.cli import main
+
+main()

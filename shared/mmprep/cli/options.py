@@ -1,0 +1,222 @@
+"""The options of ``mmprep serve``: one table for the command line, the environment and the TOML file.
+
+The command line wins, then the environment (``MMPREP_CACHE_SIZE``), then the file that ``--config`` names. A wrong value is
+an error that names the option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmprep import embedded
+from mmprep.cli.models import find_model
+from mmprep.errors import StartupError
+from mmprep.sizes import parse_duration, parse_size
+from mmprep.supervisor.options import ServeOptions
+
+_DTYPES = ("auto", "uint8", "float32", "bfloat16", "float16")
+_HASHES = ("blake3", "sha256")
+_LEVELS = ("debug", "info", "warning", "error")
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"0", "false", "no", "off"}
+
+
+class Option(NamedTuple):
+    """One option: its name without dashes, how its text is read, its default as text, and its help."""
+
+    name: str
+    read: Callable[[str, str], Any]
+    default: str
+    help: str
+    flag: bool = False
+
+
+def _text(text: str, _option: str) -> str:
+    return text
+
+
+def _optional(text: str, _option: str) -> str | None:
+    return text or None
+
+
+def _whole(low: int, high: int) -> Callable[[str, str], int]:
+    def read(text: str, option: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = low - 1
+        if not low <= number <= high:
+            raise StartupError(f"{option}: {text!r} is no whole number from {low} to {high}")
+        return number
+
+    return read
+
+
+def _optional_whole(text: str, option: str) -> int | None:
+    return _whole(1, 1 << 31)(text, option) if text else None
+
+
+def _choice(*allowed: str) -> Callable[[str, str], str]:
+    def read(text: str, option: str) -> str:
+        if text not in allowed:
+            raise StartupError(f"{option}: {text!r} is none of {', '.join(allowed)}")
+        return text
+
+    return read
+
+
+def _switch(text: str, option: str) -> bool:
+    if text.lower() in _TRUE | _FALSE:
+        return text.lower() in _TRUE
+    raise StartupError(f"{option}: {text!r} is neither true nor false")
+
+
+def _limits(text: str, option: str) -> dict[str, int]:
+    limits = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        modality, equals, number = part.partition("=")
+        if modality not in {"image", "video", "audio"} or not equals:
+            raise StartupError(f"{option}: {part!r} is not of the form image=8,video=1,audio=4")
+        limits[modality] = _whole(0, 256)(number, option)
+    return limits
+
+
+def _domains(text: str, _option: str) -> tuple[str, ...]:
+    return tuple(filter(None, (piece.strip() for piece in text.split(","))))
+
+
+OPTIONS = (
+    Option("host", _text, "127.0.0.1", "address to listen on"),
+    Option("port", _whole(0, 65535), "8790", "port to listen on; 0: a free one"),
+    Option("frontends", _whole(1, 256), "2", "frontend processes, which share the port"),
+    Option("lanes", _whole(0, 256), "0", "processes that decode; 0: one a core, at least 2"),
+    Option("cache-size", parse_size, "1GiB", "shared memory for processed items"),
+    Option("max-object-size", _text, "", "largest item in the cache; default, and most: a quarter of it"),
+    Option("runtime-dir", _optional, "", "directory for sockets and locks; default: $XDG_RUNTIME_DIR/mmprep"),
+    Option("served-model-name", _optional, "", "name of the model in requests; default: the directory's"),
+    Option("limit-mm-per-prompt", _limits, "image=8,video=1,audio=4", "media a request, by modality"),
+    Option("max-model-len", _optional_whole, "", "tokens of prompt and answer; default: the model's"),
+    Option("tensor-dtype", _choice(*_DTYPES), "auto", "dtype of pixels where a request names none"),
+    Option("hash", _choice(*_HASHES), "blake3", "hash of the media's bytes"),
+    Option("lease-seconds", parse_duration, "30s", "how long a lease holds without renewal"),
+    Option("queue-limit", _whole(1, 1_000_000), "1024", "media that may wait or be in work"),
+    Option("request-timeout", parse_duration, "60s", "longest time for one request"),
+    Option("drain-timeout", parse_duration, "10s", "time for requests under way when the service stops"),
+    Option("max-media-size", parse_size, "256MiB", "largest medium, encoded"),
+    Option("max-body-size", parse_size, "384MiB", "largest request body"),
+    Option("max-image-pixels", _whole(1, 1 << 31), "178956970", "most pixels of one picture"),
+    Option("allowed-media-domains", _domains, "", "only fetch media from these: a.example,*.b.example"),
+    Option("allow-private-networks", _switch, "false", "fetch media from private addresses too", flag=True),
+    Option("chat-template", _optional, "", "file with a chat template in place of the model's"),
+    Option("log-level", _choice(*_LEVELS), "warning", "debug, info, warning or error"),
+)
+
+
+def parser(command: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser with every option of ``serve``; values are read later, by :func:`resolve`."""
+    made = argparse.ArgumentParser(prog=f"mmprep {command}", description=description)
+    made.add_argument("--config", help="TOML file with options, by the same names")
+    for option in OPTIONS:
+        default = f" (default: {option.default})" if option.default and not option.flag else ""
+        text = (option.help + default).replace("%", "%%")
+        if option.flag:
+            made.add_argument(f"--{option.name}", action="store_const", const="true", help=text)
+        else:
+            made.add_argument(f"--{option.name}", help=text, metavar=option.name.rpartition("-")[2].upper())
+    return made
+
+
+def resolve(
+    arguments: argparse.Namespace, model: str | None, environment: Mapping[str, str] = os.environ
+) -> ServeOptions:
+    """Return the decided options.
+
+    Parameters
+    ----------
+    arguments:
+        From :func:`parser`.
+    model:
+        A directory, a hub id, or ``None`` for the embedded model.
+
+    Raises
+    ------
+    StartupError
+        A value is wrong, the file cannot be read, or the model is not there.
+    """
+    texts = _texts(arguments, environment)
+    values: dict[str, Any] = {}
+    for option in OPTIONS:
+        values[option.name.replace("-", "_")] = option.read(texts[option.name], f"--{option.name}")
+    return _decide(values, model)
+
+
+def _texts(arguments: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, str]:
+    file = _read_file(arguments.config or environment.get("MMPREP_CONFIG"))
+    texts = {}
+    for option in OPTIONS:
+        given = getattr(arguments, option.name.replace("-", "_"))
+        if given is None:
+            given = environment.get(f"MMPREP_{option.name.replace('-', '_').upper()}")
+        if given is None:
+            given = file.get(option.name)
+        texts[option.name] = option.default if given is None else given
+    return texts
+
+
+def _read_file(path: str | None) -> dict[str, str]:
+    if path is None:
+        return {}
+    try:
+        plain = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StartupError(f"--config: {path} cannot be read: {error}") from None
+    known = {option.name for option in OPTIONS}
+    texts = {}
+    for name, value in plain.items():
+        dashed = name.replace("_", "-")
+        if dashed not in known:
+            raise StartupError(f"--config: {path} has an unknown option {name!r}")
+        texts[dashed] = _as_text(value)
+    return texts
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return ",".join(f"{key}={number}" for key, number in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ",".join(map(str, value))
+    return str(value)
+
+
+def _decide(values: dict[str, Any], model: str | None) -> ServeOptions:
+    cache_size = values["cache_size"]
+    if cache_size < 1 << 20:
+        raise StartupError("--cache-size: at least 1MiB is needed")
+    largest = values["max_object_size"]
+    largest = cache_size // 4 if not largest else parse_size(largest, "--max-object-size")
+    if not 4096 <= largest <= cache_size // 4:
+        raise StartupError("--max-object-size: it must be from 4KiB to a quarter of --cache-size")
+    directory, name = (embedded.path(), "mmprep-demo") if model is None else find_model(model)
+    values["max_object_size"] = largest
+    values["lanes"] = max(2, values["lanes"] or len(os.sched_getaffinity(0)))
+    values["model"] = directory
+    values["served_model_name"] = values["served_model_name"] or name
+    values["runtime_dir"] = Path(values["runtime_dir"]) if values["runtime_dir"] else None
+    values["chat_template"] = _read_template(values["chat_template"])
+    return ServeOptions(**values)
+
+
+def _read_template(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"--chat-template: {path} cannot be read: {error}") from None

@@ -1,0 +1,39 @@
+"""``mmprep serve``: run the service in the foreground until SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+
+from mmprep import __version__
+from mmprep.cli.options import parser, resolve
+from mmprep.runtime import RuntimeDir
+from mmprep.sizes import format_size
+from mmprep.supervisor.supervise import supervise
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command; returns the exit status."""
+    made = parser("serve", "Run the service: one writer with its lanes, and the frontends.")
+    made.add_argument("model", nargs="?", help="model directory or hub id; none: the embedded demonstration model")
+    parsed = made.parse_args(arguments)
+    options = resolve(parsed, parsed.model)
+    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    started = time.monotonic()
+    print(
+        f"mmprep {__version__}: starting {options.frontends} frontends, {options.lanes} lanes and a ring of "
+        f"{format_size(options.cache_size)} for {options.served_model_name}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+    def on_ready(port: int, runtime: RuntimeDir) -> None:
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        print(
+            f"mmprep: ready after {time.monotonic() - started:.1f} s: http://{host}:{port} and ipc://{runtime.path}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    return supervise(options, on_ready)
