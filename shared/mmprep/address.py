@@ -104,7 +104,7 @@ def check_against(address: Address, *, segment: str, epoch: str, geometry: layou
             raise InvalidRequest(f"the address's field {field.name!r} ends behind its extent", param="address")
 
 
-def check_record(address: Address, record: bytes) -> None:
+def check_record(address: Address, record: bytes, geometry: layout.Geometry) -> None:
     """Check an address against its slot's record in the directory.
 
     Raises
@@ -113,13 +113,17 @@ def check_record(address: Address, record: bytes) -> None:
         The slot holds something else now.
     """
     try:
-        found = layout.unpack_record(record, address.slot)
+        found = layout.unpack_record(record, address.slot, geometry)
     except ValueError:
         found = None
-    if found is None or (found.state, found.generation, found.offset, found.length) != (
-        layout.READY,
-        address.generation,
-        address.offset,
-        address.length,
+    if (
+        found is None
+        or not found.readable
+        or (found.generation, found.offset, found.length)
+        != (
+            address.generation,
+            address.offset,
+            address.length,
+        )
     ):
         raise StaleAddress("the item was evicted or replaced since; ask for it again")

@@ -169,7 +169,7 @@ class AsyncClient:
 
     async def open(self) -> None:
         """Connect to every frontend of the runtime directory; raises ServiceUnavailable where none answers."""
-        endpoints = self._runtime.frontend_endpoints()
+        endpoints = self._runtime.frontends()
         if not endpoints:
             raise ServiceUnavailable("no service runs in this runtime directory; start it with: mmprep serve")
         self._context = zmq.Context()

@@ -41,7 +41,7 @@ class Mapping:
         self.segment = Segment.attach(info.name, writable=False)
         self.name = info.name
         self.epoch = info.epoch.hex()
-        header = layout.unpack_header(bytes(self.segment.buffer[: layout.HEADER_SIZE]))
+        header = layout.unpack_header(bytes(self.segment.buffer[: layout.PAGE]))
         if header.epoch != info.epoch:
             raise ProtocolError("the segment's header is not of the epoch that the writer names")
         self.geometry = header.geometry
@@ -50,7 +50,7 @@ class Mapping:
         """Check ``address`` against this mapping as it is at this moment; raises StaleAddress or InvalidRequest."""
         check_against(address, segment=self.name, epoch=self.epoch, geometry=self.geometry)
         start = self.geometry.record_offset(address.slot)
-        check_record(address, bytes(self.segment.buffer[start : start + layout.RECORD_SIZE]))
+        check_record(address, bytes(self.segment.buffer[start : start + layout.RECORD_SIZE]), self.geometry)
 
     def extent(self, address: Address) -> memoryview:
         """Return the extent's bytes as they lie there; read-only, not copied."""
@@ -119,7 +119,7 @@ class Registration:
             )
         self._link = Link(
             context,
-            runtime.endpoint("writer"),
+            runtime.writer,
             f"backend:{backend_id}",
             greeting=self._greeting,
             on_message=self._on_message,

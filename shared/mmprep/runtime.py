@@ -183,6 +183,10 @@ class RuntimeDir:
             raise ValueError(f"there is no frontend {number}")
         return self._endpoint(f"frontend-{number}.sock")
 
+    def frontends(self) -> list[str]:
+        """Return the endpoints of the frontends whose sockets are there."""
+        return [self._endpoint(path.name) for path in self._sockets() if _FRONTEND_SOCKET.fullmatch(path.name)]
+
     def _endpoint(self, name: str) -> str:
         return f"ipc://{self.path / name}"
 
@@ -301,13 +305,13 @@ def default_path(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(f"/tmp/mmprep-{uid}")  # noqa: S108 - checked for its owner before use
 
 
-def parse_endpoint(endpoint: str) -> RuntimeDir:
+def parse_endpoint(endpoint: str | None) -> RuntimeDir:
     """Return the runtime directory that a client's ``endpoint`` names. Makes nothing.
 
     Parameters
     ----------
     endpoint:
-        ``ipc:///run/user/0/mmprep`` or the path alone.
+        ``ipc:///run/user/0/mmprep`` or the path alone; ``None`` is :func:`default_path`.
 
     Raises
     ------
@@ -316,6 +320,7 @@ def parse_endpoint(endpoint: str) -> RuntimeDir:
     mmprep.errors.ServiceUnavailable
         There is no such directory, or it is another user's: no service of this user runs there.
     """
+    endpoint = f"ipc://{default_path()}" if endpoint is None else endpoint
     path = endpoint.removeprefix("ipc://")
     if not path.startswith("/"):
         raise InvalidRequest(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import zmq
@@ -46,7 +46,7 @@ class DeskClient:
             self.close()
             raise
 
-    def __enter__(self) -> DeskClient:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

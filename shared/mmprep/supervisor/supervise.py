@@ -76,7 +76,7 @@ class Supervisor:
         finally:
             self._runtime.clean()
         if self._failed:
-            print(f"mmprep: {self._failed}", file=sys.stderr, flush=True)
+            print(f"mmprep: {self._failed}", file=sys.stderr, flush=True)  # noqa: T201 -- for the person who starts the service
             return 1
         return 0
 

@@ -8,6 +8,7 @@ nowhere else.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import resource
 import signal
@@ -32,6 +33,8 @@ from mmprep_worker.lanes.config import LaneConfig
 from mmprep_worker.lanes.warmup import warm_up
 from mmprep_worker.models.family import Family, ItemOptions, Prepared
 from mmprep_worker.models.registry import load_family
+
+_log = logging.getLogger("mmprep.lane")
 
 _INPUT = 0
 
@@ -82,12 +85,12 @@ class Lane:
         except MmprepError as error:
             self._send(messages.TaskFailed(task.task, messages.Fault.of(error)))
         except MemoryError:
-            error = TooLarge("the medium needs more memory than one lane may use")
-            self._send(messages.TaskFailed(task.task, messages.Fault.of(error)))
+            too_large = TooLarge("the medium needs more memory than one lane may use")
+            self._send(messages.TaskFailed(task.task, messages.Fault.of(too_large)))
         except (WriterGoneError, zmq.ZMQError):
             raise
-        except Exception as error:  # noqa: BLE001 -- a decoder's fault must not end the lane silently
-            print(f"lane {self._config.lane}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        except Exception:  # noqa: BLE001 -- a decoder's fault must not end the lane silently
+            _log.exception("lane %d: a medium broke the code", self._config.lane)
             self._send(
                 messages.TaskFailed(task.task, messages.Fault.of(InternalError("the medium broke a lane's code")))
             )

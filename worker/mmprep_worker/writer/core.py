@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal
 
 import msgspec
 
@@ -21,117 +21,30 @@ from mmprep.wire import messages
 from mmprep.wire.codec import pack
 from mmprep.wire.messages import ItemAnswer
 from mmprep_worker.ring.directory import Entry
-from mmprep_worker.ring.ring import Grant, Ring
+from mmprep_worker.ring.ring import Ring
 from mmprep_worker.scheduling import flights as flight_events
-from mmprep_worker.scheduling.admission import Admission
+from mmprep_worker.scheduling.admission import Admission, Quarantine
 from mmprep_worker.scheduling.flights import Flights, Waiter
 from mmprep_worker.scheduling.queue import Entry as Queued
 from mmprep_worker.scheduling.queue import FairQueue
 from mmprep_worker.writer.plans import PlanStore
+from mmprep_worker.writer.state import (
+    Action,
+    KillLane,
+    LaneState,
+    MakeAnswer,
+    Peer,
+    PendingCall,
+    Send,
+    ToLane,
+    failing,
+)
 
 #: Estimated pixels above which an item is slow work, which one lane never takes.
 HEAVY_COST = 16_000_000
 
 #: A request's hits may pin this part of the ring, so that two requests can always go on side by side.
 _PIN_SHARE = 2
-
-
-class Send(NamedTuple):
-    """Send to a connected peer."""
-
-    peer: bytes
-    message: msgspec.Struct
-    frames: tuple[bytes, ...] = ()
-
-
-class ToLane(NamedTuple):
-    """Send to a lane; ``medium`` is the reference that came with the upload."""
-
-    lane: int
-    message: msgspec.Struct
-    medium: Any = None
-
-
-class KillLane(NamedTuple):
-    """The lane is beyond its time: kill it; ``lane_exited`` follows."""
-
-    lane: int
-
-
-Action: TypeAlias = Send | ToLane | KillLane
-
-
-class Peer:
-    """A connected frontend, backend or control process."""
-
-    __slots__ = ("calls", "id", "identity", "pid", "role")
-
-    def __init__(self, identity: bytes, role: str, peer_id: str, pid: int) -> None:
-        self.identity = identity
-        self.role = role
-        self.id = peer_id
-        self.pid = pid
-        self.calls: dict[int, PendingCall] = {}
-
-
-class PendingCall:
-    """An offer that has no answer yet, or one whose entries are still pinned."""
-
-    __slots__ = (
-        "answered",
-        "answers",
-        "by_flight",
-        "holder",
-        "lease",
-        "missing",
-        "need",
-        "number",
-        "offered",
-        "opened",
-        "peer",
-    )
-
-    def __init__(self, peer: Peer, offer: messages.Offer) -> None:
-        self.peer = peer
-        self.number = offer.call
-        self.need = offer.need
-        self.lease = offer.lease
-        self.offered = offer.items
-        self.holder = f"{peer.identity.decode('ascii', 'replace')}#{offer.call}"
-        self.answers: list[ItemAnswer | None] = [None] * len(offer.items)
-        self.by_flight: dict[int, list[int]] = {}
-        self.opened: set[int] = set()
-        self.missing = 0
-        self.answered = False
-
-    @property
-    def call(self) -> tuple[str, int]:
-        """How flights know this call."""
-        return (self.peer.identity.decode("ascii", "replace"), self.number)
-
-
-class LaneState:
-    """One lane as the writer sees it."""
-
-    __slots__ = ("deadline", "flight", "grant", "heavy_allowed", "pid", "ready")
-
-    def __init__(self, *, heavy_allowed: bool) -> None:
-        self.heavy_allowed = heavy_allowed
-        self.ready = False
-        self.pid = 0
-        self.flight: int | None = None
-        self.grant: Grant | None = None
-        self.deadline = math.inf
-
-    @property
-    def name(self) -> str:
-        """``starting``, ``idle`` or ``busy``."""
-        if not self.ready:
-            return "starting"
-        return "idle" if self.flight is None else "busy"
-
-
-MakeAnswer: TypeAlias = Callable[[PendingCall], ItemAnswer]
 
 
 class WriterCore:
@@ -154,6 +67,7 @@ class WriterCore:
         flights: Flights,
         queue: FairQueue,
         admission: Admission,
+        quarantine: Quarantine,
         plans: PlanStore,
         metrics: Metrics,
         segment: messages.SegmentInfo,
@@ -167,6 +81,7 @@ class WriterCore:
         self.flights = flights
         self.queue = queue
         self.admission = admission
+        self.quarantine = quarantine
         self.plans = plans
         self.metrics = metrics
         self.segment = segment
@@ -354,7 +269,9 @@ class WriterCore:
         if peer.role != "backend":
             raise errors.InvalidRequest("only a registered backend can hold leases")
         lease = self._new_id()
-        self.ring.deliver(lease, peer.id, message.slot, message.generation, message.kind, now, self.lease_seconds)
+        self.ring.deliver(
+            lease, peer.id, message.slot, message.generation, message.kind, now=now, seconds=self.lease_seconds
+        )
         self._out.append(Send(peer.identity, messages.Acquired(message.call, lease, int(self.lease_seconds * 1000))))
 
     # --- calls ----------------------------------------------------------------------------------------------------
@@ -479,7 +396,13 @@ class WriterCore:
             lease_id = self._new_id()
             try:
                 self.ring.deliver(
-                    lease_id, lease.backend, answer.slot, answer.generation, lease.kind, now, self.lease_seconds
+                    lease_id,
+                    lease.backend,
+                    answer.slot,
+                    answer.generation,
+                    lease.kind,
+                    now=now,
+                    seconds=self.lease_seconds,
                 )
             except errors.MmprepError as error:
                 pending.answers[position] = ItemAnswer("failed", fault=messages.Fault.of(error))
@@ -524,9 +447,8 @@ class WriterCore:
                 case flight_events.Expire():
                     self._expire(action, now)
                 case flight_events.Fail():
-                    fault = messages.Fault.of(action.error)
                     for call in action.calls:
-                        self._settle(call, action.flight_id, lambda _: ItemAnswer("failed", fault=fault), now)
+                        self._settle(call, action.flight_id, failing(action.error), now)
                     if action.ended:
                         self._flight_over(action.flight_id, now)
                 case flight_events.Abandon():
@@ -561,8 +483,7 @@ class WriterCore:
             self.queue.push(Queued(flight_id, client, flight.cost, flight.priority, flight.nbytes, heavy))
         except errors.Busy as busy:
             waiters = self.flights.failed(flight_id, None) or []
-            fault = messages.Fault.of(busy)
-            self._end_flight(flight_id, waiters, lambda _: ItemAnswer("failed", fault=fault), now)
+            self._end_flight(flight_id, waiters, failing(busy), now)
 
     def _flight_over(self, flight_id: int, now: float) -> None:
         """Drop what was kept for a flight that has ended."""
@@ -629,7 +550,7 @@ class WriterCore:
             self._end_flight(flight_id, waiters, lambda pending: self._computed(pending, flight_id, entry), now)
 
     def _computed(self, pending: PendingCall, flight_id: int, entry: Entry) -> ItemAnswer:
-        outcome = "computed" if flight_id in pending.opened else "joined"
+        outcome: Literal["computed", "joined"] = "computed" if flight_id in pending.opened else "joined"
         if pending.need == "plan":
             return ItemAnswer(outcome, meta=self._read(entry.offset, entry.meta_len))
         return self._entry_answer(pending, entry, outcome)
@@ -662,8 +583,7 @@ class WriterCore:
             return
         waiters = self.flights.failed(flight_id, number)
         if waiters is not None:
-            fault = messages.Fault.of(error)
-            self._end_flight(flight_id, waiters, lambda _: ItemAnswer("failed", fault=fault), now)
+            self._end_flight(flight_id, waiters, failing(error), now)
 
     def _lane_lost(self, flight_id: int, number: int, now: float) -> None:
         outcome = self.flights.lane_lost(flight_id, number, now)

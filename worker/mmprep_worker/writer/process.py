@@ -20,7 +20,7 @@ def main() -> None:
     try:
         shell = WriterShell(settings)
     except MmprepError as error:
-        print(f"mmprep: {error}", file=sys.stderr, flush=True)
+        print(f"mmprep: {error}", file=sys.stderr, flush=True)  # noqa: T201 -- for the person who starts the service
         sys.exit(CANNOT_START)
     try:
         shell.run()

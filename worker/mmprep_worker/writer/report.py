@@ -19,7 +19,7 @@ def report(core: WriterCore, segment: str) -> ProcessReport:
     metrics.gauge("mmprep_leases", stats.leases)
     metrics.gauge("mmprep_leases_overdue", stats.overdue)
     metrics.gauge("mmprep_queue_depth", len(core.queue), queue="media")
-    metrics.gauge("mmprep_quarantined", core.quarantined)
+    metrics.gauge("mmprep_quarantined", len(core.quarantine))
     states = [lane.name for lane in core.lanes]
     for state in ("starting", "idle", "busy"):
         metrics.gauge("mmprep_lanes", states.count(state), state=state)

@@ -36,12 +36,13 @@ from mmprep_worker.lanes.config import LaneConfig
 from mmprep_worker.lanes.pool import LanePool
 from mmprep_worker.ring.policy import Clock
 from mmprep_worker.ring.ring import Ring
-from mmprep_worker.scheduling.admission import Admission
+from mmprep_worker.scheduling.admission import Admission, Quarantine
 from mmprep_worker.scheduling.flights import Flights
 from mmprep_worker.scheduling.queue import FairQueue
-from mmprep_worker.writer.core import KillLane, Send, ToLane, WriterCore
+from mmprep_worker.writer.core import WriterCore
 from mmprep_worker.writer.plans import PlanStore
 from mmprep_worker.writer.report import report
+from mmprep_worker.writer.state import KillLane, Send, ToLane
 
 _log = logging.getLogger("mmprep.writer")
 
@@ -49,6 +50,10 @@ _BATCH = 128
 _CHECK_LOCKS_EVERY = 0.25
 _SLOT_BYTES = 64 * 1024
 _PLAN_BYTES = 32 << 20
+_QUARANTINED = 1024
+_QUARANTINE_SECONDS = 60.0
+#: Calls that may wait, for each medium that may be in work.
+_WAITERS = 16
 
 
 class WriterShell:
@@ -98,9 +103,15 @@ class WriterShell:
     def _make_core(self) -> WriterCore:
         settings = self._settings
         largest = min(settings.max_object_size, self._geometry.arena_capacity // 4)
+        quarantine = Quarantine(max_keys=_QUARANTINED, seconds=_QUARANTINE_SECONDS)
         return WriterCore(
-            ring=Ring(self._geometry, 1, Clock(), largest),
-            flights=Flights(max_waiting=settings.queue_limit * 4, upload_seconds=settings.upload_seconds),
+            ring=Ring(self._geometry, 1, Clock(self._geometry.slots), largest),
+            flights=Flights(
+                max_waiting=settings.queue_limit * _WAITERS,
+                upload_seconds=settings.upload_seconds,
+                quarantine=quarantine,
+            ),
+            quarantine=quarantine,
             queue=FairQueue(max_items=settings.queue_limit, max_bytes=settings.queue_bytes),
             admission=Admission(
                 max_items=settings.queue_limit,
@@ -269,9 +280,9 @@ class WriterShell:
     def _supervisor_message(self, frames: list[bytes]) -> None:
         message = unpack(frames[0], messages.FromSupervisor)
         if isinstance(message, messages.Collect):
-            report = msgspec.json.encode(report(self._core, self._segment.name))
+            encoded = msgspec.json.encode(report(self._core, self._segment.name))
             with contextlib.suppress(zmq.Again):
-                self._supervisor.send_multipart([pack(messages.Report(message.call)), report], zmq.NOBLOCK)
+                self._supervisor.send_multipart([pack(messages.Report(message.call)), encoded], zmq.NOBLOCK)
 
     # --- what goes out --------------------------------------------------------------------------------------------
 
