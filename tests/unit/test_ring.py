@@ -453,7 +453,7 @@ def test_a_restart_drops_damaged_overlapping_and_future_records():
     records = [
         record(0, 0, 64),
         record(1, 64, 512),
-        record(2, 512, 64),  # within the one before
+        record(2, 448, 64),  # within the one before
         record(3, 640, 128, state=State.GRANTED),
         record(4, 704, 64),  # a lane may have written into it
         record(5, 1024, 64, number=generation(2, 0)),
@@ -461,10 +461,11 @@ def test_a_restart_drops_damaged_overlapping_and_future_records():
         record(7, 1152, 64, name=77),
         bytes(RECORD_SIZE),
         record(0, 2048, 64),  # another slot's
+        record(10, 512, 64),  # within the long one, behind the short one
     ]
     records += [pack_free(slot) for slot in range(len(records), 16)]
     assert ring.restore(b"".join(records)) == 2
-    assert [slot for slot, _ in ring.take_writes()] == [1, 2, 3, 4, 5, 6, 8, 9]
+    assert [slot for slot, _ in ring.take_writes()] == [1, 2, 3, 4, 5, 6, 8, 9, 10]
     assert ring.lookup(key(0)).slot == 0
     assert ring.lookup(key(77)).slot == 7
     ring.validate()
