@@ -142,7 +142,7 @@ class Arena:
         block.free = True
         self.free_bytes += block.length
         self._join_next(block)
-        if block is not self._first and block.prev.free:
+        if block.prev.free:
             self._join_next(block.prev)
 
     def insert(self, offset: int, length: int) -> None:

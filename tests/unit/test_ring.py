@@ -94,6 +94,20 @@ def test_used_entries_outlive_a_grant_and_unused_ones_go():
     assert ring.stats().evictions == 1
 
 
+def test_a_new_entry_does_not_inherit_the_use_of_the_one_before_it():
+    ring = new_ring()
+    for n in range(4):
+        store(ring, n)
+    ring.lookup(key(0))
+    ring.remove(key(0))
+    store(ring, 4)
+    ring.lookup(key(1))
+    store(ring, 5)
+    store(ring, 6)
+    store(ring, 7)
+    assert found(ring, 1, 4) == [1]
+
+
 @pytest.mark.parametrize("hold", ["pin", "lease", "grant"])
 def test_what_is_held_is_never_granted_again_and_a_full_ring_says_so(hold):
     ring = new_ring()
@@ -136,6 +150,16 @@ def test_fragments_that_do_not_fit_evict_nothing_until_something_is_let_go():
     assert len(found(ring, *range(64))) == 64
     ring.unpin("call-7")
     assert ring.grant(key(99), 0, 128).evicted == 2
+
+
+def test_a_refused_grant_does_not_stand_in_the_way_of_a_smaller_one():
+    ring = new_ring(slots=64)
+    for n in range(32):
+        entry = store(ring, n, 128)
+        if n % 2:
+            ring.pin(f"call-{n}", entry.slot)
+    assert ring.grant(key(98), 0, 192) is None
+    assert ring.grant(key(99), 0, 128).evicted == 1
 
 
 def test_a_holder_may_pin_an_entry_twice_and_ends_all_at_once():
@@ -326,6 +350,17 @@ def test_deadlines_of_ended_leases_do_not_pile_up():
     assert leases.next_deadline() is None
 
 
+def test_sweeping_out_ended_leases_during_a_tick_loses_none():
+    leases = Leases()
+    for n in range(250):
+        leases.deliver(lease_id(n), "engine", 0, 64, "copy", now=0.0, seconds=10 if n < 100 else 50)
+    leases.renew("engine", [lease_id(n) for n in range(50, 100)], 0.0, 100)
+    leases.release("engine", [lease_id(n) for n in range(100, 250)])
+    assert len(leases.tick(10)) == 50
+    leases.validate()
+    assert len(leases.tick(100)) == 50
+
+
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
 def test_a_lease_lasts_a_positive_finite_time(seconds):
     leases = Leases()
@@ -380,6 +415,20 @@ def test_what_was_removed_and_is_not_re_asserted_goes_when_the_ring_settles():
     assert ring.stats().free == CAPACITY
 
 
+def test_a_release_before_all_leases_are_known_does_not_free_what_another_may_hold():
+    old = new_ring()
+    entry = store(old, 1)
+    lease(old, 1, entry, kind="view")
+    old.remove(key(1))
+    ring = new_ring(incarnation=2)
+    ring.restore(image_after(old))
+    lease(ring, 1, entry, owner="fast", kind="view")
+    ring.release("fast", [lease_id(1)])
+    lease(ring, 2, entry, owner="slow", kind="view")
+    ring.settle()
+    assert ring.stats().leased == QUARTER
+
+
 def test_what_is_removed_before_all_leases_are_known_can_still_be_re_asserted():
     old = new_ring()
     entry = store(old, 1)
@@ -404,7 +453,7 @@ def test_a_restart_drops_damaged_overlapping_and_future_records():
     records = [
         record(0, 0, 64),
         record(1, 64, 512),
-        record(2, 512, 64),  # within the one before
+        record(2, 448, 64),  # within the one before
         record(3, 640, 128, state=State.GRANTED),
         record(4, 704, 64),  # a lane may have written into it
         record(5, 1024, 64, number=generation(2, 0)),
@@ -412,10 +461,11 @@ def test_a_restart_drops_damaged_overlapping_and_future_records():
         record(7, 1152, 64, name=77),
         bytes(RECORD_SIZE),
         record(0, 2048, 64),  # another slot's
+        record(10, 512, 64),  # within the long one, behind the short one
     ]
     records += [pack_free(slot) for slot in range(len(records), 16)]
     assert ring.restore(b"".join(records)) == 2
-    assert [slot for slot, _ in ring.take_writes()] == [1, 2, 3, 4, 5, 6, 8, 9]
+    assert [slot for slot, _ in ring.take_writes()] == [1, 2, 3, 4, 5, 6, 8, 9, 10]
     assert ring.lookup(key(0)).slot == 0
     assert ring.lookup(key(77)).slot == 7
     ring.validate()

@@ -30,6 +30,9 @@ from mmprep_worker.ring.policy import Policy
 from mmprep_worker.ring.recovery import survivors
 from mmprep_worker.ring.space import Space
 
+# As in the directory: a hit passes here.
+_READY, _GRANTED = State.READY, State.GRANTED
+
 
 class Grant(NamedTuple):
     """An extent to fill.
@@ -135,7 +138,7 @@ class Ring:
     def lookup(self, key: bytes) -> Entry | None:
         """Return the READY entry of ``key`` and note its use. It may be evicted by the next grant unless it is pinned."""
         entry = self._directory.find(key)
-        if entry is None or entry.state is not State.READY:
+        if entry is None or entry.state is not _READY:
             return None
         self._policy.touched(entry.slot)
         return entry
@@ -264,7 +267,7 @@ class Ring:
             No published entry is there.
         """
         entry = self._directory.at(slot)
-        if entry is None or entry.state is State.GRANTED:
+        if entry is None or entry.state is _GRANTED:
             raise StaleAddress("the entry to pin is gone; ask for it again")
         if entry.idle:
             self._space.hold(entry)
@@ -311,7 +314,7 @@ class Ring:
             As in :meth:`Leases.deliver`.
         """
         entry = self._directory.at(slot)
-        if entry is None or entry.generation != generation or entry.state is State.GRANTED:
+        if entry is None or entry.generation != generation or entry.state is _GRANTED:
             raise StaleAddress("the leased entry is gone; ask for it again")
         if self.leases.get(lease_id) is None and self.leases.quarantined(owner, self.overdue_quota):
             raise self._quarantine()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 
 from mmprep.arena import Arena, Verdict
-from mmprep.layout import Geometry, State, pack_free, pack_record
+from mmprep.layout import Geometry, pack_free, pack_record
 from mmprep_worker.ring.directory import Directory, Entry
 from mmprep_worker.ring.policy import Policy
 
@@ -162,7 +162,7 @@ class Space:
         return self._verdict(self._at[offset])
 
     def _verdict(self, entry: Entry) -> Verdict:
-        if entry.state is not State.READY or entry.pins or entry.leases:
+        if not entry.idle:
             return Verdict.KEEP
         return Verdict.SPARE if self._policy.spare(entry.slot) else Verdict.EVICT
 
