@@ -59,8 +59,8 @@ def combine(  # noqa: C901, PLR0917, one loop nest, compiled as a whole; compile
     """Fill ``out[:rows]`` with the target rows from ``top``: weighted sums of rows of ``source``, rounded and clipped.
 
     ``source`` begins with row ``above`` of the whole; ``length`` bytes of each row are used; ``first``, ``counts`` and
-    ``weight`` are the arrays of :class:`mmprep_worker.images.resample.Coefficients`. The 32-bit sums cannot overflow: a row's weights
-    add up to 1.0 and none of bicubic's exceeds 1.2 in the sum of the positive ones, so that 2 spare bits are enough.
+    ``weight`` are the arrays of :class:`mmprep_worker.images.resample.Coefficients`. Sums have 32 bits, as
+    Pillow's: 22 of fraction, 8 of pixel, and 2 spare ones for the overshoot of negative weights.
     """
     sums = np.empty(_CHUNK, np.int32)
     half = np.int32(1 << (PRECISION - 1))

@@ -177,6 +177,18 @@ class Qwen2VLFamily:
         self.tables = {dtype: lookup_tables(settings.scale, settings.mean, settings.std, dtype) for dtype in DTYPES}
         self._token_id = placeholder.token_id
         self._max_image_pixels = max_image_pixels
+        self._warm()
+
+    def _warm(self) -> None:
+        """Write one black pixel in every dtype, so that compiling is over before the first request."""
+        settings = self.settings
+        for tables in self.tables.values():
+            shape = (settings.merge**2, 3, settings.times, settings.patch, settings.patch)
+            out = np.empty(shape, tables.dtype)
+            grid = (settings.merge, settings.merge)
+            write_patches(
+                self.resampler, np.zeros((1, 1, 3), np.uint8), grid, merge=settings.merge, out=out, tables=tables
+            )
 
     def plan(self, modality: str, medium: bytes | memoryview, options: ItemOptions) -> Plan:  # noqa: ARG002, the seam
         """Return the plan of one picture, from its header."""
