@@ -92,6 +92,28 @@ def test_a_client_that_queues_one_item_at_a_time_gets_no_more_than_its_share(que
     assert served.count("one by one") <= 11
 
 
+def test_what_a_client_was_served_is_forgotten_once_nobody_waits(queue):
+    push(queue, "a", cost=10_000)
+    push(queue, "b")
+    drain(queue)
+    for _ in range(20):
+        push(queue, "b")
+    mine = push(queue, "a")
+    assert mine in {pop(queue).flight_id, pop(queue).flight_id}
+
+
+def test_heavy_work_that_waited_long_gives_no_credit_to_clients_that_come_after_it(queue):
+    push(queue, "video", heavy=True)
+    for _ in range(20):
+        push(queue, "pictures")
+    for _ in range(5):
+        assert pop(queue, heavy_allowed=False).client == "pictures"
+    assert pop(queue).heavy
+    for _ in range(20):
+        push(queue, "late")
+    assert [pop(queue).client for _ in range(4)].count("late") <= 3
+
+
 def test_an_entry_that_was_removed_is_not_charged(queue):
     for flight_id in [push(queue, "a", cost=10_000) for _ in range(10)]:
         assert queue.remove(flight_id).flight_id == flight_id
