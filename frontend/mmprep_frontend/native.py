@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import zmq
@@ -121,7 +121,7 @@ class NativeDoor:
             self._send(peer, messages.Failed(request.call, messages.Fault.of(failure)))
         except asyncio.CancelledError:
             outcome = "cancelled"
-        except Exception:
+        except Exception:  # noqa: BLE001 -- whatever breaks one request must not end the door
             outcome = "InternalServerError"
             _log.exception("a native request failed")
             fault = messages.Fault.of(InternalError("the request failed in the service; its log says why"))
@@ -191,7 +191,7 @@ class NativeDoor:
         except (zmq.ZMQError, MmprepError):
             _log.debug("an answer could not be delivered: the client is gone or does not read")
 
-    _operations: dict[str, Callable[..., Awaitable[None]]] = {
+    _operations: ClassVar[dict[str, Callable[..., Awaitable[None]]]] = {
         "chat": _chat,
         "completions": _completions,
         "tokenize": _tokenize,

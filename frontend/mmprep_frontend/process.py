@@ -139,7 +139,7 @@ class Frontend:
             self._reason = str(error)
             self._supervisor.say(messages.StateChange(False, self._reason[:2000], isinstance(error, StartupError)))
             return
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 -- whatever it is, readiness must say so
             _log.exception("the model could not be loaded")
             self._reason = f"the model could not be loaded: {type(error).__name__}"
             self._supervisor.say(messages.StateChange(False, self._reason, True))
@@ -175,7 +175,9 @@ class Frontend:
 
 
 def _load_tokenizer(directory: Path) -> Any:
-    from mmprep_frontend.render.tokens import load_tokenizer
+    """Import transformers on the thread that will use it, beside the rest of the start: it takes a second."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from mmprep_frontend.render.tokens import load_tokenizer  # noqa: PLC0415
 
     return load_tokenizer(directory)
 

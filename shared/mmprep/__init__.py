@@ -5,6 +5,7 @@ Import from here what a program that talks to the service needs: the clients, th
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from mmprep.errors import (
@@ -40,8 +41,6 @@ _LAZY = {"Client": "mmprep.client", "AsyncClient": "mmprep.client", "Backend": "
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
     return getattr(importlib.import_module(_LAZY[name]), name)
 
 

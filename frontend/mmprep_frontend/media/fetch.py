@@ -137,7 +137,7 @@ class Fetcher:
         await self._session.close()
         self._resolver.close()
 
-    async def fetch(self, url: str, *, param: str | None = None, timeout: float | None = None) -> bytes:  # noqa: ASYNC109
+    async def fetch(self, url: str, *, param: str | None = None, timeout: float | None = None) -> bytes:
         """Return the bytes that lie at ``url``. Cancelling closes the connection.
 
         Parameters

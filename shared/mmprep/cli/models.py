@@ -34,8 +34,8 @@ def find_model(model: str) -> tuple[Path, str]:
 
 def _download(model: str) -> Path:
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub import snapshot_download  # noqa: PLC0415 -- only with the server extra
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
     except ImportError:
         raise StartupError(
             "the service's packages are missing; install them with: pip install 'mmprep[server]'"

@@ -228,7 +228,9 @@ class WriterCore:
             self._drop(call)
         self._carry_out(self.flights.peer_gone(peer.identity.decode("ascii", "replace"), now), now)
 
-    def _from_peer(self, peer: Peer, message: Any, now: float) -> None:
+    def _from_peer(  # noqa: C901 -- one line a message of the protocol
+        self, peer: Peer, message: Any, now: float
+    ) -> None:
         match message:
             case messages.Offer():
                 self._offer(peer, message, now)
