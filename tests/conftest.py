@@ -212,7 +212,7 @@ def _is_tracker(pid: int) -> bool:
 
 
 def _segments() -> set[str]:
-    return {entry.name for entry in SHM.glob("mmprep-*")}
+    return {entry.name for entry in SHM.glob(f"mmprep-{os.geteuid()}-*")}
 
 
 def _remove_new_segments(known: set[str]) -> list[str]:

@@ -26,7 +26,7 @@ def soon(conftest):
 
 
 def test_what_a_test_leaves_is_named_removed_and_held_against_that_test_only(tmp_path):
-    segment = f"mmprep-0-harness-{os.getpid()}"
+    segment = f"mmprep-{os.geteuid()}-harness-{os.getpid()}"
     result = run(
         tmp_path,
         f"""
