@@ -16,17 +16,17 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from mmprep import errors
 from mmprep_worker.scheduling.admission import STRIKES, Quarantine
-from mmprep_worker.scheduling.flights import (
+from mmprep_worker.scheduling.flight import (
     Abandon,
     Ask,
     Call,
     Expire,
     Fail,
-    Flights,
     Need,
     Reprioritise,
     Retry,
 )
+from mmprep_worker.scheduling.flights import Flights
 
 MAX_WAITING = 12
 UPLOAD_SECONDS = 6

@@ -6,18 +6,18 @@ import pytest
 
 from mmprep import errors
 from mmprep_worker.scheduling.admission import Quarantine
-from mmprep_worker.scheduling.flights import (
+from mmprep_worker.scheduling.flight import (
     Abandon,
     Ask,
     Call,
     Expire,
     Fail,
-    Flights,
     Joined,
     Need,
     Reprioritise,
     Retry,
 )
+from mmprep_worker.scheduling.flights import Flights
 
 KEY = b"k" * 32
 LANE, OTHER_LANE = 1, 2

@@ -10,7 +10,7 @@ from mmprep_frontend.render.conversation import walk
 from mmprep_frontend.render.requests import parse
 from mmprep_frontend.render.sentinels import Sentinels
 from mmprep_frontend.render.template import ChatTemplate, load_sources
-from mmprep_frontend.render.tokens import Tokenizer
+from mmprep_frontend.render.tokens import Tokenizer, load_tokenizer
 
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {"é": "<b>"}}}]
@@ -23,7 +23,7 @@ class Renderer:
     def __init__(self, directory):
         self.card = card(directory)
         self.sentinels = Sentinels(self.card)
-        self.tokenizer = Tokenizer(directory, self.card, self.sentinels)
+        self.tokenizer = Tokenizer(load_tokenizer(directory), self.card, self.sentinels)
         self.template = ChatTemplate(load_sources(directory), self.tokenizer.special_tokens, self.sentinels)
         self.image_id = self.card.placeholder("image").token_id
 
@@ -201,11 +201,11 @@ def test_the_first_id_behind_the_vocabulary_is_refused(renderer):
 
 def test_a_directory_without_a_tokenizer_stops_the_start_without_naming_it(tmp_path, renderer):
     with pytest.raises(StartupError) as caught:
-        Tokenizer(tmp_path, renderer.card, renderer.sentinels)
+        load_tokenizer(tmp_path)
     assert str(tmp_path) not in caught.value.message
 
 
 def test_a_card_of_another_vocabulary_stops_the_start(directory):
     card_of_another = ModelCard("x", b"", (Placeholder("image", IMAGE, 3, IMAGE),), {}, {})
     with pytest.raises(StartupError, match="of id 3"):
-        Tokenizer(directory, card_of_another, Sentinels(card_of_another))
+        Tokenizer(load_tokenizer(directory), card_of_another, Sentinels(card_of_another))

@@ -22,121 +22,28 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, TypeAlias
-
-import msgspec
 
 from mmprep import errors
 from mmprep_worker.scheduling.admission import Quarantine
-
-#: One request of a frontend: (peer, its number there).
-Call: TypeAlias = tuple[str, int]
-Need: TypeAlias = Literal["tensors", "plan"]
+from mmprep_worker.scheduling.flight import (
+    Abandon,
+    Action,
+    Ask,
+    Call,
+    Expire,
+    Fail,
+    Flight,
+    Joined,
+    Need,
+    Reprioritise,
+    Retry,
+    Waiter,
+)
 
 #: Seconds after which a refused offer may be sent again.
 RETRY_AFTER = 1.0
 #: Outdated alarms that are tolerated beyond as many as there are valid ones.
 _SLACK = 1024
-
-
-class Joined(msgspec.Struct, frozen=True):
-    """A call waits. ``ask``: it opened the flight, and its peer is to send the bytes.
-
-    ``priority`` is set where a queued flight became more urgent by this call: the queue is to be told.
-    """
-
-    flight_id: int
-    ask: bool
-    priority: int | None
-
-
-class Ask(msgspec.Struct, frozen=True):
-    """Ask this call's peer for the flight's bytes; what an earlier uploader sends is dropped."""
-
-    flight_id: int
-    call: Call
-
-
-class Expire(msgspec.Struct, frozen=True):
-    """The call's deadline is over: answer it so for this flight."""
-
-    call: Call
-    flight_id: int
-
-
-class Fail(msgspec.Struct, frozen=True):
-    """Answer these calls with the error. ``ended``: the flight is gone with its bytes; else others go on waiting."""
-
-    flight_id: int
-    calls: tuple[Call, ...]
-    error: errors.MmprepError
-    ended: bool
-
-
-class Abandon(msgspec.Struct, frozen=True):
-    """No one waits any more. ``lane`` is ``None``: the flight is gone, drop its bytes; else it runs on at that lane."""
-
-    flight_id: int
-    lane: int | None
-
-
-class Retry(msgspec.Struct, frozen=True):
-    """Put the flight into the queue again, with the bytes that the writer still has."""
-
-    flight_id: int
-
-
-class Reprioritise(msgspec.Struct, frozen=True):
-    """A queued flight's priority is now this one."""
-
-    flight_id: int
-    priority: int
-
-
-Action: TypeAlias = Ask | Expire | Fail | Abandon | Reprioritise
-
-
-class Waiter(msgspec.Struct, eq=False):
-    """A call that waits for a flight. ``asked``: its peer was, at some time, asked for the bytes."""
-
-    call: Call
-    need: Need
-    priority: int
-    deadline: float
-    asked: bool = False
-
-
-class Flight(msgspec.Struct, eq=False):
-    """One computation; only :class:`Flights` changes it.
-
-    Attributes
-    ----------
-    id: never used again in the life of a writer.
-    cost: estimated pixels.
-    uploader: who was asked for the bytes, or sent them.
-    upload_deadline: when another is asked, in seconds; only read while wanted.
-    nbytes: of the medium, from its upload on.
-    lane: which computes; only while running.
-    priority: lower is more urgent.
-    """
-
-    id: int
-    key: bytes
-    need: Need
-    modality: str
-    cost: int
-    uploader: Call
-    upload_deadline: float
-    priority: int
-    waiters: dict[Call, Waiter]
-    state: Literal["wanted", "queued", "running"] = "wanted"
-    nbytes: int = 0
-    lane: int | None = None
-
-    @property
-    def deadline(self) -> float:
-        """The latest deadline of those who wait, in seconds; minus infinity if nobody does."""
-        return max((waiter.deadline for waiter in self.waiters.values()), default=-math.inf)
 
 
 class Flights:

@@ -22,9 +22,10 @@ from mmprep.wire.codec import pack
 from mmprep.wire.messages import ItemAnswer
 from mmprep_worker.ring.directory import Entry
 from mmprep_worker.ring.ring import Ring
-from mmprep_worker.scheduling import flights as flight_events
+from mmprep_worker.scheduling import flight as flight_events
 from mmprep_worker.scheduling.admission import Admission, Quarantine
-from mmprep_worker.scheduling.flights import Flights, Waiter
+from mmprep_worker.scheduling.flight import Waiter
+from mmprep_worker.scheduling.flights import Flights
 from mmprep_worker.scheduling.queue import Entry as Queued
 from mmprep_worker.scheduling.queue import FairQueue
 from mmprep_worker.writer.plans import PlanStore
