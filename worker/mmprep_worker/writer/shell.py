@@ -26,7 +26,7 @@ from mmprep.errors import Busy, MmprepError, ProtocolError
 from mmprep.metrics import Metrics
 from mmprep.process_lock import ProcessLock, holder
 from mmprep.runtime import RuntimeDir
-from mmprep.segment import Segment, segment_name
+from mmprep.segment import Segment, segment_name, segments_of, unlink
 from mmprep.settings import WriterSettings
 from mmprep.wire import messages
 from mmprep.wire.codec import MAX_FRAMES, PROTOCOL, pack, unpack
@@ -92,6 +92,10 @@ class WriterShell:
         slots = max(1024, min(1 << 18, self._settings.cache_size // _SLOT_BYTES))
         geometry = layout.Geometry.plan(self._settings.cache_size, slots)
         epoch = os.urandom(layout.EPOCH_SIZE)
+        for left in segments_of(
+            self._runtime.runtime_id
+        ):  # of a writer that was killed: its ring is not taken over yet
+            unlink(left)
         segment = Segment.create(segment_name(self._runtime.runtime_id, epoch), geometry.total_size)
         for slot in range(slots):
             start = geometry.record_offset(slot)
