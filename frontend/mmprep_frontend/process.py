@@ -16,6 +16,7 @@ import zmq
 
 import mmprep
 from mmprep.card import ModelCard
+from mmprep.digest import Hasher
 from mmprep.errors import MmprepError, StartupError
 from mmprep.metrics import Metrics, ProcessReport
 from mmprep.runtime import RuntimeDir
@@ -26,7 +27,6 @@ from mmprep_frontend.http.app import make_app
 from mmprep_frontend.http.server import HttpServer, serve_http
 from mmprep_frontend.http_door import HttpDoor
 from mmprep_frontend.intake import Intake
-from mmprep_frontend.media.digest import Hasher
 from mmprep_frontend.media.fetch import Fetcher
 from mmprep_frontend.media.policy import UrlPolicy
 from mmprep_frontend.model import load_model

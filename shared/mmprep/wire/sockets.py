@@ -30,6 +30,9 @@ _log = logging.getLogger("mmprep.wire")
 _BATCH = 64
 _RECONNECT_MS = 20
 _HIGH_WATER = 1000
+#: Bytes from which a frame is sent without a copy. Each such send costs a hop to pyzmq's own thread when it is done:
+#: copying is cheaper up to about this size.
+_ZERO_COPY = 1 << 20
 
 
 def configure(socket: zmq.Socket[bytes], *, frame_limit: int = CONTROL_LIMIT) -> None:
@@ -40,6 +43,7 @@ def configure(socket: zmq.Socket[bytes], *, frame_limit: int = CONTROL_LIMIT) ->
     socket.maxmsgsize = frame_limit
     socket.immediate = 1
     socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
+    socket.copy_threshold = _ZERO_COPY
     if socket.socket_type == zmq.ROUTER:
         socket.router_mandatory = True
 
