@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -151,9 +152,16 @@ class Service:
         request = await self._parse(body, lambda: parse(body, "chat"))
         model.check_name(request.model)
         deadline = self._deadline(request.deadline_ms)
+        with _naming("messages"):
+            return await self._render(model, request, attachments, deadline)
+
+    async def _render(
+        self, model: ServedModel, request: ChatRequest, attachments: Sequence[memoryview], deadline: float
+    ) -> RenderedChat:
         conversation = model.walk(request, self._limits)
         prompt, media = await self._prompt_and_media(model, request, conversation, attachments, deadline)
         if not media:
+            check_length(len(prompt.token_ids), model.max_model_len)
             return RenderedChat(request, prompt, expand(prompt.token_ids, prompt.placeholders, {}))
         need: Need = "plan" if request.payload == "none" else "tensors"
         lease = LeaseTo(request.backend_id or "", "copy") if request.payload == "shm" else None
@@ -289,19 +297,20 @@ class Service:
         model = self.served()
         request = await self._parse(body, lambda: parse(body, "completion"))
         model.check_name(request.model)
-        encoded = await self._on_render_thread(_encode_prompts, model, request)
         numbered = request.is_batch
-        return [
-            generate_request(
-                request,
-                request_id=f"{request_id}-{index}" if numbered else request_id,
-                model=model.name,
-                token_ids=token_ids,
-                max_model_len=model.max_model_len,
-                prompt_text=text,
-            )
-            for index, (token_ids, text) in enumerate(encoded)
-        ]
+        with _naming("prompt"):
+            encoded = await self._on_render_thread(_encode_prompts, model, request)
+            return [
+                generate_request(
+                    request,
+                    request_id=f"{request_id}-{index}" if numbered else request_id,
+                    model=model.name,
+                    token_ids=token_ids,
+                    max_model_len=model.max_model_len,
+                    prompt_text=text,
+                )
+                for index, (token_ids, text) in enumerate(encoded)
+            ]
 
     async def tokenize(self, body: bytes, attachments: Sequence[memoryview] = ()) -> dict[str, Any]:
         """Tokenize a text or a chat; media are expanded, and only their plans are computed."""
@@ -373,6 +382,15 @@ class Service:
         result = await asyncio.get_running_loop().run_in_executor(self._render_thread, work, *arguments)
         self.metrics.observe("mmprep_stage_seconds", time.monotonic() - started, stage="tokenize")
         return result
+
+
+@contextmanager
+def _naming(param: str) -> Iterator[None]:
+    """Let an invalid request that names no place name ``param``."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise error.at(param) from None
 
 
 def _encode_prompts(model: ServedModel, request: CompletionRequest) -> list[tuple[list[int], str | None]]:
