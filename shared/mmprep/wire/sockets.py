@@ -40,7 +40,7 @@ def configure(socket: zmq.Socket[bytes], *, frame_limit: int = CONTROL_LIMIT) ->
     socket.maxmsgsize = frame_limit
     socket.immediate = 1
     socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
-    if socket.socket_type == zmq.ROUTER:
+    if socket.type == zmq.ROUTER:
         socket.router_mandatory = True
 
 
