@@ -27,6 +27,8 @@ Handler: TypeAlias = Callable[[list[Any]], None]
 _BATCH = 64
 _RECONNECT_MS = 20
 _HIGH_WATER = 1000
+#: Seconds after which messages that wait for a socket are tried again, whatever it signals.
+_LOOK_AGAIN = 0.005
 
 
 def configure(socket: zmq.Socket[bytes], *, frame_limit: int = CONTROL_LIMIT) -> None:
@@ -68,6 +70,7 @@ class Pump:
         self._loop = asyncio.get_running_loop()
         self._fd = int(socket.getsockopt(zmq.FD))
         self._woken = False
+        self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._loop.add_reader(self._fd, self._run)
         self._wake()
@@ -98,6 +101,8 @@ class Pump:
         """Close the socket; what waits in the outbox is dropped."""
         if not self._closed:
             self._closed = True
+            if self._timer is not None:
+                self._timer.cancel()
             self._loop.remove_reader(self._fd)
             self._outbox.clear()
             self._socket.close(0)
@@ -119,14 +124,25 @@ class Pump:
         for _ in range(_BATCH):
             if self._closed:
                 return
-            if self._outbox and self._events() & zmq.POLLOUT:
+            if self._outbox:
                 self._flush()
             if not self._events() & zmq.POLLIN:
+                # Looking at the events takes in the signal that the socket can send again: nothing else may tell.
+                if self._outbox:
+                    self._wake_later()
                 return
             frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=self._copy)
             if len(frames) <= MAX_FRAMES:
                 self._handler(frames)
         self._wake()
+
+    def _wake_later(self) -> None:
+        if self._timer is None:
+            self._timer = self._loop.call_later(_LOOK_AGAIN, self._run_late)
+
+    def _run_late(self) -> None:
+        self._timer = None
+        self._run()
 
     def _events(self) -> int:
         return int(self._socket.getsockopt(zmq.EVENTS))
