@@ -248,6 +248,9 @@ class WriterLink:
 
     def _on_down(self) -> None:
         self._up.clear()
+        if self._mapping is not None:
+            self._mapping.segment.close()  # the next writer may need the memory; answers under way keep their views
+            self._mapping = None
         self._calls.fail_all(_WriterLostError, "the writer went away; try again")
 
     def _on_message(self, frames: list[Any]) -> None:
@@ -295,10 +298,8 @@ class WriterLink:
                 self._calls.resolve(wants.call, error)
 
     def _welcomed(self, welcome: messages.WriterWelcome) -> None:
-        if self._mapping is None or self._mapping.epoch != welcome.segment.epoch.hex():
-            previous, self._mapping = self._mapping, Mapping(welcome.segment)
-            if previous is not None:
-                previous.segment.close()
+        if self._mapping is None:
+            self._mapping = Mapping(welcome.segment)
         self._up.set()
         if welcome.card:
             self._on_card(msgspec.msgpack.decode(welcome.card, type=ModelCard))

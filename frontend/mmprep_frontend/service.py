@@ -16,13 +16,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from mmprep.digest import Hasher
 from mmprep.errors import InternalError, InvalidRequest, MmprepError, ServiceUnavailable
 from mmprep.items import ItemMeta, unpack_meta
 from mmprep.metrics import Metrics
 from mmprep.wire.messages import ItemAnswer, LeaseTo, Need
 from mmprep_frontend.dispatch import Offered, OfferItem, WriterLink
 from mmprep_frontend.intake import SMALL, Intake, Medium, Source, first_error, size
-from mmprep_frontend.media.digest import Hasher, item_key, scope
+from mmprep_frontend.media.keys import item_key, scope
 from mmprep_frontend.media.sources import HttpSource
 from mmprep_frontend.model import ServedModel
 from mmprep_frontend.render.answer import check_length, generate_request

@@ -118,7 +118,7 @@ class _Edge:
         return json_answer(b'{"status":"ok"}')
 
     async def ready(self, _request: web.Request) -> web.StreamResponse:
-        self._check_ready()
+        _refuse(self._service.ready())
         return json_answer(b'{"status":"ready"}')
 
     async def models(self, _request: web.Request) -> web.StreamResponse:
@@ -131,9 +131,12 @@ class _Edge:
         return web.Response(body=await self._service.metrics(), headers={"Content-Type": CONTENT_TYPE})
 
     def _check_ready(self) -> None:
-        reason = self._service.ready()
-        if reason is not None:
-            raise ServiceUnavailable(reason, retry_after=RETRY_AFTER)
+        _refuse(self._service.refusal())
+
+
+def _refuse(reason: str | None) -> None:
+    if reason is not None:
+        raise ServiceUnavailable(reason, retry_after=RETRY_AFTER)
 
 
 @web.middleware

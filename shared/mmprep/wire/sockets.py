@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,15 +19,20 @@ from typing import Any, TypeAlias
 
 import zmq
 
-from mmprep.errors import Busy
+from mmprep.errors import Busy, MmprepError
 from mmprep.wire.codec import CONTROL_LIMIT, MAX_FRAMES
 
 Frames: TypeAlias = Sequence[Any]
 Handler: TypeAlias = Callable[[list[Any]], None]
 
+_log = logging.getLogger("mmprep.wire")
+
 _BATCH = 64
 _RECONNECT_MS = 20
 _HIGH_WATER = 1000
+#: Bytes from which a frame is sent without a copy. Each such send costs a hop to pyzmq's own thread when it is done:
+#: copying is cheaper up to about this size.
+_ZERO_COPY = 1 << 20
 
 
 def configure(socket: zmq.Socket[bytes], *, frame_limit: int = CONTROL_LIMIT) -> None:
@@ -37,6 +43,7 @@ def configure(socket: zmq.Socket[bytes], *, frame_limit: int = CONTROL_LIMIT) ->
     socket.maxmsgsize = frame_limit
     socket.immediate = 1
     socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
+    socket.copy_threshold = _ZERO_COPY
     if socket.socket_type == zmq.ROUTER:
         socket.router_mandatory = True
 
@@ -125,8 +132,16 @@ class Pump:
                 return
             frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=self._copy)
             if len(frames) <= MAX_FRAMES:
-                self._handler(frames)
+                self._handle(frames)
         self._wake()
+
+    def _handle(self, frames: list[Any]) -> None:
+        try:
+            self._handler(frames)
+        except MmprepError as error:
+            _log.warning("a message was refused: %s", error)
+        except Exception:  # noqa: BLE001 -- one bad message must not stop the pump
+            _log.exception("a message could not be handled")
 
     def _events(self) -> int:
         return int(self._socket.getsockopt(zmq.EVENTS))
@@ -184,6 +199,7 @@ class Link:
         self._copy = copy
         self._pump: Pump | None = None
         self._monitor: Pump | None = None
+        self._socket: zmq.Socket[bytes] | None = None
         self._open()
 
     def send(self, frames: Frames) -> None:
@@ -193,10 +209,12 @@ class Link:
 
     def close(self) -> None:
         """Close for good."""
+        if self._socket is not None:
+            self._socket.disable_monitor()
         for pump in (self._monitor, self._pump):
             if pump is not None:
                 pump.close()
-        self._pump = self._monitor = None
+        self._pump = self._monitor = self._socket = None
 
     def _open(self) -> None:
         socket = self._context.socket(zmq.DEALER)
@@ -204,6 +222,7 @@ class Link:
         socket.routing_id = f"{self._name}:{os.urandom(8).hex()}".encode()
         monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         socket.connect(self._endpoint)
+        self._socket = socket
         self._pump = Pump(socket, self._on_message, copy=self._copy)
         self._monitor = Pump(monitor, self._monitored)
         self._pump.send(self._greeting())

@@ -7,7 +7,6 @@ nowhere else.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import resource
@@ -17,10 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import blake3
 import msgspec
 import zmq
 
+from mmprep.digest import Hasher
 from mmprep.errors import DecodeError, InternalError, MmprepError, ProtocolError, TooLarge
 from mmprep.items import DTYPE_SIZES, ItemMeta, align, field_array, region_size
 from mmprep.process_lock import ProcessLock
@@ -145,8 +144,7 @@ class Lane:
 
 def _check_digest(task: messages.Task, medium: memoryview) -> None:
     """Refuse bytes that are not those whose digest is part of the key: they would be served to others under it."""
-    digest = blake3.blake3(medium).digest() if task.hasher == "blake3" else hashlib.sha256(medium).digest()
-    if digest != task.digest:
+    if Hasher(task.hasher).content_digest(medium) != task.digest:
         raise ProtocolError("the medium's bytes do not match their digest")
 
 
