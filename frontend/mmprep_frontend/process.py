@@ -24,10 +24,10 @@ from mmprep.settings import FrontendSettings, read_settings
 from mmprep.wire import messages
 from mmprep_frontend.dispatch import WriterLink
 from mmprep_frontend.http.app import make_app
+from mmprep_frontend.http.door import HttpDoor
 from mmprep_frontend.http.server import HttpServer, serve_http
-from mmprep_frontend.http_door import HttpDoor
-from mmprep_frontend.intake import Intake
 from mmprep_frontend.media.fetch import Fetcher
+from mmprep_frontend.media.intake import Intake
 from mmprep_frontend.media.policy import UrlPolicy
 from mmprep_frontend.model import load_model
 from mmprep_frontend.native import NativeDoor

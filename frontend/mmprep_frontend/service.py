@@ -22,7 +22,7 @@ from mmprep.items import ItemMeta, unpack_meta
 from mmprep.metrics import Metrics
 from mmprep.wire.messages import ItemAnswer, LeaseTo, Need
 from mmprep_frontend.dispatch import Offered, OfferItem, WriterLink
-from mmprep_frontend.intake import SMALL, Intake, Medium, Source, first_error, size
+from mmprep_frontend.media.intake import SMALL, Intake, Medium, Source, first_error, size
 from mmprep_frontend.media.keys import item_key, scope
 from mmprep_frontend.media.sources import HttpSource
 from mmprep_frontend.model import ServedModel

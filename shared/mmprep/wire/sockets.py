@@ -126,13 +126,17 @@ class Pump:
         for _ in range(_BATCH):
             if self._closed:
                 return
-            if self._outbox and self._events() & zmq.POLLOUT:
+            # One look serves both directions: a look that finds the socket writable has used up the signal that says so.
+            events = self._events()
+            writable = bool(self._outbox) and bool(events & zmq.POLLOUT)
+            if writable:
                 self._flush()
-            if not self._events() & zmq.POLLIN:
+            if events & zmq.POLLIN:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=self._copy)
+                if len(frames) <= MAX_FRAMES:
+                    self._handle(frames)
+            elif not writable:
                 return
-            frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=self._copy)
-            if len(frames) <= MAX_FRAMES:
-                self._handle(frames)
         self._wake()
 
     def _handle(self, frames: list[Any]) -> None:
