@@ -58,8 +58,7 @@ class Load:
                 group.create_task(keep_asking())
 
 
-async def _measure(orders: dict[str, Any]) -> None:
-    pictures = [Path(path).read_bytes() for path in orders["pictures"]]
+async def _measure(orders: dict[str, Any], pictures: list[bytes]) -> None:
     source = itertools.cycle(pictures)
     # The high bits are this process's, so that no two load generators send the same picture.
     numbers = itertools.count(os.getpid() << 32)
@@ -85,4 +84,5 @@ async def _measure(orders: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_measure(read_orders()))
+    given = read_orders()
+    asyncio.run(_measure(given, [Path(path).read_bytes() for path in given["pictures"]]))

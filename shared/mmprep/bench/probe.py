@@ -45,7 +45,8 @@ def _probe(port: int) -> dict[str, Any]:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         _ask(connection)
     say_ready()
-    latencies, delays = [], []
+    latencies: list[float] = []
+    delays: list[float] = []
     due = time.perf_counter()
     while not select.select([sys.stdin], [], [], max(0.0, due - time.perf_counter()))[0]:
         asked = time.perf_counter()

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mmprep import embedded
 from mmprep.cli.desk import DeskClient
@@ -104,7 +104,7 @@ def service(
     ServiceUnavailable
         It did not get ready; its own message has gone to our standard error.
     """
-    with tempfile.TemporaryDirectory(prefix="mmprep-bench-", dir="/tmp") as directory:  # noqa: S108 -- a short path, for sockets
+    with tempfile.TemporaryDirectory(prefix="mmprep-bench-", dir="/tmp") as directory:
         runtime_dir = f"{directory}/r"
         command = [sys.executable, "-m", "mmprep.cli", "serve", str(model), "--runtime-dir", runtime_dir]
         command += ["--port", "0", "--frontends", str(frontends), "--lanes", str(lanes), "--cache-size", cache_size]
@@ -169,7 +169,7 @@ class Child:
         """Tell a child that works until then that it is time to answer."""
         self._say("stop")
 
-    def __enter__(self) -> Child:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
