@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,20 +110,41 @@ def _assert_equal(ours: NDArray[Any], theirs: NDArray[Any]) -> None:
 
 
 def compare(ours: Step, theirs: Step, repeats: int) -> dict[str, Any]:
-    """Return the medians of both and of the ratio of neighbours, which what else the machine does meets alike."""
-    times: list[tuple[float, float]] = []
+    """Return the medians of both, and of the ratio of neighbours, which what else the machine does meets alike.
+
+    ``cpu_ratio`` is of CPU time, and ``user_ratio`` of CPU time outside of the kernel: without what the reference pays
+    for the fresh pages of the arrays that it returns.
+    """
+    times: list[tuple[_Times, _Times]] = []
     for _ in range(repeats + 1):
-        started = time.perf_counter()
+        started = _Times.now()
         ours()
-        between = time.perf_counter()
+        between = _Times.now()
         theirs()
-        times.append((between - started, time.perf_counter() - between))
+        times.append((between.since(started), _Times.now().since(between)))
     del times[0]
     return {
-        "ours_ms": round(1000 * median([a for a, _ in times]), 3),
-        "theirs_ms": round(1000 * median([b for _, b in times]), 3),
-        "ratio": round(median([a / b for a, b in times]), 3),
+        "ours_ms": round(1000 * median([a.wall for a, _ in times]), 3),
+        "theirs_ms": round(1000 * median([b.wall for _, b in times]), 3),
+        "ratio": round(median([a.wall / b.wall for a, b in times]), 3),
+        "cpu_ratio": round(median([a.cpu / b.cpu for a, b in times]), 3),
+        "user_ratio": round(sum(a.user for a, _ in times) / max(1e-9, sum(b.user for _, b in times)), 3),
     }
+
+
+class _Times(NamedTuple):
+    """The clocks of this process, in seconds."""
+
+    wall: float
+    cpu: float
+    user: float
+
+    @classmethod
+    def now(cls) -> Self:
+        return cls(time.perf_counter(), time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_utime)
+
+    def since(self, earlier: Self) -> Self:
+        return type(self)(self.wall - earlier.wall, self.cpu - earlier.cpu, self.user - earlier.user)
 
 
 def measure(model: Path, sizes: tuple[pictures.Size, ...], repeats: int) -> dict[str, Any]:

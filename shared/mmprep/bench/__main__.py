@@ -32,6 +32,8 @@ class Plan(msgspec.Struct, frozen=True):
     large: tuple[Run, ...]
     tensors: tuple[handover.Tensor, ...]
     repeats: int
+    starts: int
+    memory_seconds: float
 
 
 def _runs(size: pictures.Size, seconds: float) -> tuple[Run, ...]:
@@ -48,6 +50,8 @@ FULL = Plan(
     ),
     tensors=handover.TENSORS,
     repeats=21,
+    starts=3,
+    memory_seconds=3.0,
 )
 
 QUICK = Plan(
@@ -56,6 +60,8 @@ QUICK = Plan(
     large=(),
     tensors=handover.TENSORS[:1],
     repeats=3,
+    starts=1,
+    memory_seconds=0.5,
 )
 
 
@@ -69,7 +75,7 @@ def _measure(plan: Plan, wanted: list[str], directory: Path, other_model: Path |
     model = full_size_model(directory / "mmprep-demo")
     if "startup" in wanted:
         _tell("start-up")
-        parts["startup"] = _startup(model, directory)
+        parts["startup"] = _startup(model, directory, plan.starts)
     runs, memories = [], []
     if {"throughput", "handover", "memory"} & set(wanted):
         paths = throughput.write_pictures(directory, list(dict.fromkeys(r.size for r in plan.runs + plan.large)))
@@ -79,14 +85,14 @@ def _measure(plan: Plan, wanted: list[str], directory: Path, other_model: Path |
                 if "throughput" in wanted:
                     runs += _throughput(running, frontends, plan, paths)
                 if "memory" in wanted and frontends == plan.frontends[-1]:
-                    memories.append(_memory(running, "embedded", frontends, paths))
+                    memories.append(_memory(running, "embedded", frontends, plan, paths))
                 if "handover" in wanted and frontends == plan.frontends[0]:
                     _tell("hand-over")
                     parts["handover"] = handover.measure(running, directory, plan.tensors, plan.repeats)
     if "memory" in wanted and other_model is not None:
         copied = full_size_model(directory / "other" / other_model.name, other_model)
         with service(copied, frontends=plan.frontends[-1], lanes=_LANES) as running:
-            memories.append(_memory(running, other_model.name, plan.frontends[-1], paths))
+            memories.append(_memory(running, other_model.name, plan.frontends[-1], plan, paths))
     if "throughput" in wanted:
         by_size = report.cached_by_size(runs, costs)
         parts["throughput"] = {"runs": runs, "cached_by_size": by_size, "reference": report.REFERENCE}
@@ -103,13 +109,13 @@ def _throughput(running: Service, frontends: int, plan: Plan, paths: dict[str, l
     return measured
 
 
-def _memory(running: Service, model: str, frontends: int, paths: dict[str, list[Path]]) -> dict[str, Any]:
+def _memory(running: Service, model: str, frontends: int, plan: Plan, paths: dict[str, list[Path]]) -> dict[str, Any]:
     """Return the memory of every process after a load of each size, cold and cached."""
     _tell(f"memory with the model {model}")
     for size in (pictures.VGA, pictures.FULL_HD):
         for mode in ("cold", "cached"):
             if size.name in paths:
-                throughput.measure(running, frontends, Run(size, mode, 8, 2.0), paths[size.name])
+                throughput.measure(running, frontends, Run(size, mode, 8, plan.memory_seconds), paths[size.name])
     processes = [
         {"role": role, "pid": pid, **msgspec.to_builtins(memory(pid))}
         for role, pids in running.pids().items()
@@ -118,13 +124,14 @@ def _memory(running: Service, model: str, frontends: int, paths: dict[str, list[
     return {"model": model, "frontends": frontends, "ring_bytes": running.ring()["capacity"], "processes": processes}
 
 
-def _startup(model: Path, directory: Path) -> dict[str, float]:
+def _startup(model: Path, directory: Path, repeats: int) -> dict[str, list[float]]:
     """Return seconds to ready with an empty cache of compiled code, and with the one that this has filled."""
-    environment = {"NUMBA_CACHE_DIR": str(directory / "compiled")}
-    seconds = {}
-    for name in ("cold", "warm"):
-        with service(model, frontends=2, lanes=_LANES, environment=environment) as running:
-            seconds[name] = round(running.ready_seconds, 2)
+    seconds: dict[str, list[float]] = {"empty": [], "filled": []}
+    for repeat in range(repeats):
+        environment = {"NUMBA_CACHE_DIR": str(directory / f"compiled-{repeat}")}
+        for measured in seconds.values():
+            with service(model, frontends=2, lanes=_LANES, environment=environment) as running:
+                measured.append(round(running.ready_seconds, 2))
     return seconds
 
 

@@ -33,10 +33,11 @@ def targets(parts: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _target(what: str, limit: float, reached: float, *, at_most: bool) -> dict[str, Any]:
+    reached = round(reached, 3)
     return {
         "target": what,
         "limit": f"{'<=' if at_most else '>='} {limit:g}",
-        "reached": round(reached, 3),
+        "reached": reached,
         "ratio": round(reached / limit, 3),
         "met": reached <= limit if at_most else reached >= limit,
     }
@@ -137,10 +138,9 @@ def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> st
 
 
 def _kernel_table(part: dict[str, Any]) -> str:
-    rows = [[r["size"], r["dtype"], r["source"], r["ours_ms"], r["theirs_ms"], r["ratio"]] for r in part["runs"]]
-    return _table(
-        "kernel, ms: ours and transformers' PIL backend", ["size", "dtype", "from", "ours", "theirs", "ratio"], rows
-    )
+    columns = ("size", "dtype", "source", "ours_ms", "theirs_ms", "ratio", "cpu_ratio", "user_ratio")
+    rows = [[row[column] for column in columns] for row in part["runs"]]
+    return _table("kernel and transformers' PIL backend; ratios of wall, CPU and user time", columns, rows)
 
 
 def _throughput_table(part: dict[str, Any]) -> str:
@@ -211,8 +211,9 @@ def _memory_table(part: list[dict[str, Any]]) -> str:
     return _table("memory after the load, MiB", ["model", "process", "private", "ring touched", "rss", "pss"], rows)
 
 
-def _startup_table(part: dict[str, float]) -> str:
-    return _table("start-up, seconds to ready", ["compiled code", "seconds"], [list(row) for row in part.items()])
+def _startup_table(part: dict[str, list[float]]) -> str:
+    rows = [[cache, " ".join(map(str, sorted(seconds)))] for cache, seconds in part.items()]
+    return _table("start-up, seconds to ready", ["cache of compiled code", "seconds"], rows)
 
 
 _TABLES: dict[str, Callable[[Any], str]] = {
