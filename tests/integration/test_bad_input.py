@@ -117,7 +117,7 @@ CASES = {
     # what is no request
     "not JSON": Case(b"{", 400, BAD, None, "not valid JSON"),
     "no body": Case(b"", 400, BAD, None, "not valid JSON"),
-    "not UTF-8": Case(b'{"messages": "\xff"}', 400, BAD, None, "not valid JSON"),
+    "not UTF-8": Case(b'{"messages": [{"role": "user", "content": "\xff"}]}', 400, BAD, None, "not valid JSON"),
     "nested too deeply": Case(b'{"x":' + b"[" * 100_000, 400, BAD, None, "nested too deeply|not valid JSON"),
     "a list": Case([], 400, BAD, None, "expected an object"),
     "no messages": Case({}, 400, BAD, "messages", "required"),
