@@ -232,6 +232,13 @@ class Service:
     def get(self, path: str) -> Answer:
         return self.request("GET", path)
 
+    def get_or_none(self, path: str) -> Answer | None:
+        """Return the answer, ``None`` where nobody listens."""
+        try:
+            return self.get(path)
+        except (OSError, http.client.HTTPException):
+            return None
+
     def post(self, path: str, body: Any, **headers: str) -> Answer:
         """Send ``body`` as JSON, bytes as they are."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()

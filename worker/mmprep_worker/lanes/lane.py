@@ -7,6 +7,7 @@ nowhere else.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import resource
@@ -36,6 +37,7 @@ from mmprep_worker.models.registry import load_family
 _log = logging.getLogger("mmprep.lane")
 
 _INPUT = 0
+_PR_SET_PDEATHSIG = 1
 
 
 class WriterGoneError(Exception):
@@ -159,6 +161,8 @@ def main() -> None:
     """Run one lane; the orders come on standard input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # The end of standard input is only seen between tasks; a lane that hangs in a decoder must not outlive its writer.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     config: LaneConfig = read_settings(LaneConfig)
     lock = ProcessLock(Path(config.lock))
     if not lock.acquire():
