@@ -174,7 +174,6 @@ class Frontend:
 
 def _load_tokenizer(directory: Path) -> Any:
     """Import transformers on the thread that will use it, beside the rest of the start: it takes a second."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from mmprep_frontend.render.tokens import load_tokenizer  # noqa: PLC0415
 
     return load_tokenizer(directory)

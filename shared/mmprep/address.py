@@ -15,7 +15,7 @@ from mmprep import layout
 from mmprep.errors import InvalidRequest, StaleAddress
 from mmprep.items import DTYPE_SIZES, ItemMeta, Natural, align
 
-Generation = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+Generation = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class AddressField(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -209,13 +209,16 @@ def item_from_address(
     run: Runner | None,
     hash: str = "",  # noqa: A002
 ) -> Item:
-    """Return the item that lies at ``address``; its metadata is read from the extent. Raises StaleAddress."""
+    """Return the item at ``address``; its metadata is read from the extent. Raises StaleAddress or InvalidRequest."""
     mapping = registration.mapping
     assert mapping is not None
     mapping.check(address)
     blob = bytes(mapping.extent(address)[: address.metadata_length])
     mapping.check(address)
-    meta = unpack_meta(blob)
+    try:
+        meta = unpack_meta(blob)
+    except ValueError:
+        raise InvalidRequest("the address's metadata_length is not that of the item", param="address") from None
     return Item(
         meta,
         Shared(registration, address, lease),

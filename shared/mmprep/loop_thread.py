@@ -7,6 +7,8 @@ import threading
 from collections.abc import Coroutine
 from typing import Any
 
+from mmprep.errors import InvalidRequest
+
 
 class LoopThread:
     """Runs coroutines for threads that have no loop."""
@@ -17,7 +19,16 @@ class LoopThread:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Run ``work`` on the loop and return its result; an interrupt of the caller cancels it."""
+        """Run ``work`` on the loop and return its result; an interrupt of the caller cancels it.
+
+        Raises
+        ------
+        InvalidRequest
+            The thread was stopped.
+        """
+        if self._loop.is_closed():
+            work.close()
+            raise InvalidRequest("this client is closed")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()

@@ -161,8 +161,9 @@ class Registration:
                 async with asyncio.timeout(1.0):
                     await self._call(lambda call: messages.Release(call, ()))
         self._link.close()
-        if self.mapping is not None:
-            self.mapping.segment.close()
+        mapping, self.mapping = self.mapping, None
+        if mapping is not None:
+            mapping.segment.close()
         self._lock.release()
 
     # --- leases ---------------------------------------------------------------------------------------------------

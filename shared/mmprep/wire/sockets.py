@@ -14,15 +14,15 @@ import contextlib
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import zmq
 
 from mmprep.errors import Busy, MmprepError
 from mmprep.wire.codec import CONTROL_LIMIT, MAX_FRAMES
+from mmprep.wire.frames import Frames, ready, recv_frames, send_frames
 
-Frames: TypeAlias = Sequence[Any]
 Handler: TypeAlias = Callable[[list[Any]], None]
 
 _log = logging.getLogger("mmprep.wire")
@@ -30,9 +30,6 @@ _log = logging.getLogger("mmprep.wire")
 _BATCH = 64
 _RECONNECT_MS = 20
 _HIGH_WATER = 1000
-#: Bytes from which a frame is sent without a copy. Each such send costs a hop to pyzmq's own thread when it is done:
-#: copying is cheaper up to about this size.
-_ZERO_COPY = 1 << 20
 
 
 def configure(socket: zmq.Socket[bytes], *, frame_limit: int = CONTROL_LIMIT) -> None:
@@ -43,8 +40,7 @@ def configure(socket: zmq.Socket[bytes], *, frame_limit: int = CONTROL_LIMIT) ->
     socket.maxmsgsize = frame_limit
     socket.immediate = 1
     socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
-    socket.copy_threshold = _ZERO_COPY
-    if socket.socket_type == zmq.ROUTER:
+    if socket.type == zmq.ROUTER:
         socket.router_mandatory = True
 
 
@@ -111,7 +107,7 @@ class Pump:
 
     def _try(self, frames: Frames) -> bool:
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=self._copy)
+            send_frames(self._socket, frames)
         except zmq.Again:
             return False
         return True
@@ -127,15 +123,15 @@ class Pump:
             if self._closed:
                 return
             # One look serves both directions: a look that finds the socket writable has used up the signal that says so.
-            events = self._events()
-            writable = bool(self._outbox) and bool(events & zmq.POLLOUT)
-            if writable:
+            readable, writable = ready(self._socket)
+            flushing = writable and bool(self._outbox)
+            if flushing:
                 self._flush()
-            if events & zmq.POLLIN:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=self._copy)
+            if readable:
+                frames = recv_frames(self._socket, copy=self._copy)
                 if len(frames) <= MAX_FRAMES:
                     self._handle(frames)
-            elif not writable:
+            elif not flushing:
                 return
         self._wake()
 
@@ -146,9 +142,6 @@ class Pump:
             _log.warning("a message was refused: %s", error)
         except Exception:  # noqa: BLE001 -- one bad message must not stop the pump
             _log.exception("a message could not be handled")
-
-    def _events(self) -> int:
-        return int(self._socket.getsockopt(zmq.EVENTS))
 
     def _flush(self) -> None:
         while self._outbox:

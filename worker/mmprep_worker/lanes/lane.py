@@ -131,13 +131,20 @@ class Lane:
     # --- messages -------------------------------------------------------------------------------------------------
 
     def _send(self, message: msgspec.Struct, *frames: bytes) -> None:
-        self._socket.send_multipart([pack(message), *frames])
+        self._wait(zmq.POLLOUT)  # a blocking send would wait for ever for a writer that is gone
+        self._socket.send_multipart([pack(message), *frames], zmq.NOBLOCK)
 
     def _receive(self) -> list[zmq.Frame]:
+        self._wait(zmq.POLLIN)
+        return self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+
+    def _wait(self, event: int) -> None:
+        """Wait until the socket can do ``event``; raises WriterGoneError where the writer ends before."""
+        self._poller.modify(self._socket, event)
         while True:
             ready = dict(self._poller.poll())
             if self._socket in ready:
-                return self._socket.recv_multipart(copy=False)
+                return
             if _INPUT in ready and not os.read(_INPUT, 4096):
                 raise WriterGoneError
 

@@ -30,6 +30,7 @@ from mmprep.segment import Segment, segment_name, segments_of, unlink
 from mmprep.settings import WriterSettings
 from mmprep.wire import messages
 from mmprep.wire.codec import MAX_FRAMES, PROTOCOL, pack, unpack
+from mmprep.wire.frames import recv_frames, send_frames
 from mmprep.wire.outbox import Outbox
 from mmprep.wire.sockets import configure, router
 from mmprep_worker.lanes.config import LaneConfig
@@ -210,7 +211,7 @@ class WriterShell:
     def _drain(self, socket: zmq.Socket[bytes], handle: Any, *, copy: bool = True) -> None:
         for _ in range(_BATCH):
             try:
-                frames = socket.recv_multipart(zmq.NOBLOCK, copy=copy)
+                frames = recv_frames(socket, copy=copy)
             except zmq.Again:
                 return
             if len(frames) > MAX_FRAMES:
@@ -322,7 +323,7 @@ class WriterShell:
     def _try_send(self, peer: bytes, frames: Sequence[bytes]) -> bool:
         """Send if the socket takes it; a peer that is gone takes everything."""
         try:
-            self._control.send_multipart([peer, *frames], zmq.NOBLOCK)
+            send_frames(self._control, [peer, *frames])
         except zmq.Again:
             return False
         except zmq.ZMQError:
@@ -350,7 +351,7 @@ class WriterShell:
         if action.medium is not None:
             frames.append(action.medium)
         try:
-            self._lanes.send_multipart(frames, zmq.NOBLOCK, copy=False)
+            send_frames(self._lanes, frames)
         except zmq.ZMQError:
             self._pool.kill(action.lane)
 
