@@ -51,6 +51,13 @@ def _times(header: dict[str, Any], ready: float, array: NDArray[Any], opened: fl
     return times if opened is None else times | {"opened_ms": 1000 * (opened - sent)}
 
 
+def _answer(backend: Backend, socket: zmq.Socket[bytes]) -> None:
+    identity, header, body = socket.recv_multipart(copy=False)
+    answer = _take(backend, json.loads(header.bytes), body)
+    del body  # before the answer: giving back tens of megabytes would else be part of the next hand-over
+    socket.send_multipart([identity, json.dumps(answer).encode()])
+
+
 def _serve(orders: dict[str, Any]) -> None:
     context: zmq.Context[Any] = zmq.Context()
     with Backend(f"ipc://{orders['runtime_dir']}", id=orders["id"]) as backend, context.socket(zmq.ROUTER) as socket:
@@ -61,9 +68,7 @@ def _serve(orders: dict[str, Any]) -> None:
         print("ready", flush=True)  # noqa: T201 -- the protocol with the parent
         while sys.stdin.fileno() not in (ready := dict(poller.poll())):
             if socket in ready:
-                identity, header, body = socket.recv_multipart(copy=False)
-                answer = _take(backend, json.loads(header.bytes), body)
-                socket.send_multipart([identity, json.dumps(answer).encode()])
+                _answer(backend, socket)
     context.destroy(linger=0)
 
 

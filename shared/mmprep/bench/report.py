@@ -145,7 +145,7 @@ def _kernel_table(part: dict[str, Any]) -> str:
 
 def _throughput_table(part: dict[str, Any]) -> str:
     head = ["size", "mode", "flight", "fronts", "req/s", "p50", "p95", "p99"]
-    head += ["cpu/req: front", "writer", "lanes", "client", "health p50", "p99", "max"]
+    head += ["cpu/req: front", "writer", "lanes", "client", "health p50", "p99", "max", "others"]
     rows = []
     for run in part["runs"]:
         latency, cpu, health = run["latency_ms"], run["cpu_ms_per_request"], run["health_ms"]
@@ -154,8 +154,15 @@ def _throughput_table(part: dict[str, Any]) -> str:
             + [latency[name] for name in ("p50", "p95", "p99")]
             + [cpu[role] for role in ("frontends", "writer", "lanes", "client")]
             + [health[name] for name in ("p50", "p99", "max")]
+            + [run["other_cores_busy"]]
         )
-    text = [_table("service, native client, shm; latency, CPU and /health in ms", head, rows)]
+    text = [
+        _table(
+            "service, native client, shm; latency, CPU and /health in ms; others: cores that were busy with other things",
+            head,
+            rows,
+        )
+    ]
     columns = ("size", "bytes", "latency_ms", "blake3_ms", "transfer_ms", "rest_ms")
     rows = [[row[column] for column in columns] for row in part["cached_by_size"]]
     text.append(_table("cached, one in flight: what hashing and moving the bytes take", columns, rows))

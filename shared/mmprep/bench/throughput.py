@@ -15,7 +15,7 @@ from blake3 import blake3
 from mmprep.bench import pictures
 from mmprep.bench.figures import median, percentiles
 from mmprep.bench.pictures import Size
-from mmprep.bench.processes import cpu_seconds, total_cpu
+from mmprep.bench.processes import cpu_seconds, machine_cpu_seconds
 from mmprep.bench.running import Child, Service
 
 Mode = Literal["cold", "cached"]
@@ -53,7 +53,8 @@ def measure(running: Service, frontends: int, run: Run, paths: Sequence[Path]) -
     """Put one load on the service and return what came of it.
 
     One load generator a frontend, as far as there are requests in flight: a generator is one Python process as well, and
-    a single one would be what is measured where frontends are many.
+    a single one would be what is measured where frontends are many. ``other_cores_busy`` is what else the machine did
+    meanwhile, in cores: above a few hundredths, the rates and latencies are not the service's own.
     """
     generators = min(frontends, run.in_flight)
     pids = running.pids()
@@ -77,15 +78,22 @@ def measure(running: Service, frontends: int, run: Run, paths: Sequence[Path]) -
         probe = stack.enter_context(Child("mmprep.bench.probe", {"port": running.port}))
         for child in (*loads, probe):
             child.wait_ready()
-        before = {role: total_cpu(of_role) for role, of_role in pids.items()} | {"probe": cpu_seconds(probe.pid)}
+        pids["client"] = [load.pid for load in loads]
+        pids["probe"] = [probe.pid]
+        before, machine, started = _cpu(pids), machine_cpu_seconds(), time.monotonic()
         for child in (probe, *loads):
             child.go()
         answers = [load.answer() for load in loads]
-        after = {role: total_cpu(of_role) for role, of_role in pids.items()} | {"probe": cpu_seconds(probe.pid)}
+        elapsed = time.monotonic() - started
+        cpu = {role: seconds - before[role] for role, seconds in _cpu(pids).items()}
+        others = (machine_cpu_seconds() - machine - sum(cpu.values())) / elapsed
         probe.stop()
         health = probe.answer()
-    cpu = {role: after[role] - before[role] for role in after} | {"client": sum(a["cpu_seconds"] for a in answers)}
-    return _figures(frontends, run, answers, health, cpu)
+    return _figures(frontends, run, answers, health, cpu) | {"other_cores_busy": round(max(0.0, others), 2)}
+
+
+def _cpu(pids: dict[str, list[int]]) -> dict[str, float]:
+    return {role: sum(map(cpu_seconds, of_role)) for role, of_role in pids.items()}
 
 
 def _figures(
