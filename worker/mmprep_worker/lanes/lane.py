@@ -58,7 +58,6 @@ class Lane:
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(_INPUT, zmq.POLLIN)
         self._segment = Segment.attach(config.segment, writable=True)
-        self._family: Family | None = None
 
     def run(self) -> None:
         """Warm up, announce, then work until the writer is gone."""
@@ -70,7 +69,6 @@ class Lane:
             self._send(messages.LaneBroken(self._config.lane, token, messages.Fault.of(error)))
             self._receive()
             return
-        self._family = family
         card = msgspec.msgpack.encode(family.card)
         self._send(messages.LaneReady(self._config.lane, token, card))
         while True:
