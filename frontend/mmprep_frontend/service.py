@@ -187,7 +187,7 @@ class Service:
             return RenderedChat(request, prompt, expand(prompt.token_ids, prompt.placeholders, {}))
         terms = Terms(
             need="plan" if request.payload == "none" else "tensors",
-            lease=LeaseTo(request.backend_id or "", "copy") if request.payload == "shm" else None,
+            lease=LeaseTo(request.backend_id or "", request.lease_kind or "copy") if request.payload == "shm" else None,
             dtype=request.mm_dtype or self._tensor_dtype,
             salt=request.cache_salt,
             priority=request.priority or 0,

@@ -21,7 +21,7 @@ from mmprep_frontend.render.conversation import MediaPart
 _ATTACHMENT = "attachment:"
 
 #: Bytes of all data URLs of a request up to which they are hashed in the hop that renders.
-SMALL = 512 * 1024
+SMALL = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ the tests.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 from blake3 import blake3
@@ -25,6 +26,7 @@ _ITEM_DOMAIN: Final = b"mmprep item key 1"
 _SCOPE_DOMAIN: Final = b"mmprep scope 1"
 
 
+@lru_cache(maxsize=1024)
 def scope(principal: str, cache_salt: str | None) -> bytes:
     """Return the name space that a request's keys live in, 32 bytes.
 
