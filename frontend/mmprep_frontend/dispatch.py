@@ -248,6 +248,9 @@ class WriterLink:
 
     def _on_down(self) -> None:
         self._up.clear()
+        if self._mapping is not None:
+            self._mapping.segment.close()  # the next writer may need the memory; answers under way keep their views
+            self._mapping = None
         self._calls.fail_all(_WriterLostError, "the writer went away; try again")
 
     def _on_message(self, frames: list[Any]) -> None:
@@ -270,17 +273,24 @@ class WriterLink:
 
     def _answered(self, answer: messages.Answer, frames: list[bytes]) -> None:
         items = self._offers.get(answer.call)
-        if items is None:
-            self._link.send([pack(messages.Unpin(answer.call))])
-            return
         try:
-            answers = [unpack(frame, messages.ItemAnswer) for frame in frames]
+            answers: list[messages.ItemAnswer] = [unpack(frame, messages.ItemAnswer) for frame in frames]
+            if items is None:
+                self._give_back(answer, answers)
+                return
             if len(answers) != len(items):
                 raise ProtocolError("the writer answered for another number of items")
         except MmprepError as error:
             self._calls.resolve(answer.call, error)
             return
         self._calls.resolve(answer.call, (answer, answers))
+
+    def _give_back(self, answer: messages.Answer, answers: list[messages.ItemAnswer]) -> None:
+        """Let go of an answer whose call was cancelled while it was on its way."""
+        if answer.leased_to is None:
+            self._link.send([pack(messages.Unpin(answer.call))])
+            return
+        self.release_soon(answer.leased_to, tuple(item.lease for item in answers if item.lease is not None))
 
     def _put(self, wants: messages.Wants) -> None:
         items = self._offers.get(wants.call)
@@ -295,10 +305,8 @@ class WriterLink:
                 self._calls.resolve(wants.call, error)
 
     def _welcomed(self, welcome: messages.WriterWelcome) -> None:
-        if self._mapping is None or self._mapping.epoch != welcome.segment.epoch.hex():
-            previous, self._mapping = self._mapping, Mapping(welcome.segment)
-            if previous is not None:
-                previous.segment.close()
+        if self._mapping is None:
+            self._mapping = Mapping(welcome.segment)
         self._up.set()
         if welcome.card:
             self._on_card(msgspec.msgpack.decode(welcome.card, type=ModelCard))

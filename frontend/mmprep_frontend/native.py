@@ -16,7 +16,7 @@ import msgspec
 import zmq
 
 import mmprep
-from mmprep.errors import InternalError, MmprepError, ProtocolError
+from mmprep.errors import InternalError, MmprepError, ProtocolError, ServiceUnavailable
 from mmprep.items import align
 from mmprep.result import Head, HeadItem, Place, ids_to_bytes
 from mmprep.wire import messages
@@ -39,8 +39,8 @@ class NativeDoor:
         Where to bind; the caller owns the path.
     max_body_size:
         Of one frame of a request, in bytes.
-    not_ready:
-        Returns why the service is not ready, or ``None``.
+    refusal:
+        Returns why the service takes no requests, or ``None``.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class NativeDoor:
         service: Service,
         *,
         max_body_size: int,
-        not_ready: Callable[[], MmprepError | None],
+        refusal: Callable[[], str | None],
     ) -> None:
         self._service = service
-        self._not_ready = not_ready
+        self._refusal = refusal
         self._tasks: dict[tuple[bytes, int], asyncio.Task[None]] = {}
         self._pump = Pump(
             router(context, endpoint, frame_limit=max_body_size),
@@ -112,9 +112,9 @@ class NativeDoor:
         outcome = "ok"
         service.inflight += 1
         try:
-            error = self._not_ready()
-            if error is not None:
-                raise error
+            reason = self._refusal()
+            if reason is not None:
+                raise ServiceUnavailable(reason, retry_after=1.0)
             await self._operations[request.operation](self, peer, request.call, body, attachments)
         except MmprepError as failure:
             outcome = failure.type

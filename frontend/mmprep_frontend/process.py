@@ -16,18 +16,18 @@ import zmq
 
 import mmprep
 from mmprep.card import ModelCard
-from mmprep.errors import MmprepError, ServiceUnavailable, StartupError
+from mmprep.digest import Hasher
+from mmprep.errors import MmprepError, StartupError
 from mmprep.metrics import Metrics, ProcessReport
 from mmprep.runtime import RuntimeDir
 from mmprep.settings import FrontendSettings, read_settings
 from mmprep.wire import messages
 from mmprep_frontend.dispatch import WriterLink
 from mmprep_frontend.http.app import make_app
+from mmprep_frontend.http.door import HttpDoor
 from mmprep_frontend.http.server import HttpServer, serve_http
-from mmprep_frontend.http_door import HttpDoor
-from mmprep_frontend.intake import Intake
-from mmprep_frontend.media.digest import Hasher
 from mmprep_frontend.media.fetch import Fetcher
+from mmprep_frontend.media.intake import Intake
 from mmprep_frontend.media.policy import UrlPolicy
 from mmprep_frontend.model import load_model
 from mmprep_frontend.native import NativeDoor
@@ -83,7 +83,9 @@ class Frontend:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stop.set)
         loop.add_reader(_INPUT, self._input_ready)
-        door = HttpDoor(self._service, not_ready=self._not_ready, collect=self._supervisor.metrics)
+        door = HttpDoor(
+            self._service, not_ready=self._not_ready, refusal=self._refusal, collect=self._supervisor.metrics
+        )
         app = make_app(door, version=mmprep.__version__, max_body=self._settings.max_body_size)
         http = await serve_http(app, self._settings.host, self._settings.port)
         native = NativeDoor(
@@ -91,7 +93,7 @@ class Frontend:
             self._runtime.frontend(self._settings.index),
             self._service,
             max_body_size=self._settings.max_body_size,
-            not_ready=self._refusal,
+            refusal=self._refusal,
         )
         try:
             await self._stop.wait()
@@ -101,18 +103,14 @@ class Frontend:
     # --- readiness ------------------------------------------------------------------------------------------------
 
     def _not_ready(self) -> str | None:
-        if self._draining:
-            return "the service is stopping"
-        if self._reason is None and not self._writer.connected:
+        refusal = self._refusal()
+        if refusal is None and not self._writer.connected:
             return "the preprocessing worker is being replaced"
-        return self._reason
+        return refusal
 
-    def _refusal(self) -> MmprepError | None:
-        reason = self._not_ready()
-        # A worker that is being replaced is waited for, within the request's deadline.
-        if reason is None or (self._reason is None and not self._draining):
-            return None
-        return ServiceUnavailable(reason, retry_after=1.0)
+    def _refusal(self) -> str | None:
+        """Return why requests are refused. While the worker is being replaced they wait, within their deadlines."""
+        return "the service is stopping" if self._draining else self._reason
 
     def _on_card(self, card: ModelCard) -> None:
         if self._service.model is not None and self._service.model.card == card:
@@ -176,7 +174,6 @@ class Frontend:
 
 def _load_tokenizer(directory: Path) -> Any:
     """Import transformers on the thread that will use it, beside the rest of the start: it takes a second."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from mmprep_frontend.render.tokens import load_tokenizer  # noqa: PLC0415
 
     return load_tokenizer(directory)

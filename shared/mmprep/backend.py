@@ -15,6 +15,7 @@ from typing import Any, Self
 import zmq
 
 from mmprep.address import Address, parse_address
+from mmprep.errors import InvalidRequest
 from mmprep.item import Item, item_from_address
 from mmprep.loop_thread import LoopThread
 from mmprep.registration import Lease, Registration
@@ -119,8 +120,19 @@ class Backend:
         return self._item(parsed, self._thread.run(self._registration.acquire(parsed, kind)))
 
     def renew(self, *addresses: Address | Mapping[str, Any]) -> list[bool]:
-        """Prolong leases now, beside the renewal in the background; returns for each whether it still holds."""
-        leases = [bytes.fromhex(parse_address(address).lease or "") for address in addresses]
+        """Prolong leases now, beside the renewal in the background; returns for each whether it still holds.
+
+        Raises
+        ------
+        InvalidRequest
+            An address has no lease.
+        """
+        leases = []
+        for address in addresses:
+            lease = parse_address(address).lease
+            if lease is None:
+                raise InvalidRequest("an address without a lease cannot be renewed; acquire it first", param="address")
+            leases.append(bytes.fromhex(lease))
         lost = self._thread.run(self._registration.renew(tuple(leases)))
         return [lease not in lost for lease in leases]
 

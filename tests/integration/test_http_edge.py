@@ -91,6 +91,9 @@ class Echo:
     def ready(self) -> str | None:
         return self.why_not
 
+    def refusal(self) -> str | None:
+        return self.why_not
+
 
 class Served:
     """A served edge, and a client for it."""

@@ -121,8 +121,10 @@ def test_a_model_without_images_refuses_them():
         ),
         ("{% for m in messages %}{{ m.content.split('x')[-1] }}{% for t in tools %}{% endfor %}{% endfor %}", "string"),
         (
-            "{% for m in messages %}{% set parts = [m.content] if m.content is string else m.content %}"
-            "{% for p in parts %}{{ p }}{% endfor %}{% endfor %}",
+            (
+                "{% for m in messages %}{% set parts = [m.content] if m.content is string else m.content %}"
+                "{% for p in parts %}{{ p }}{% endfor %}{% endfor %}"
+            ),
             "both",
         ),
     ],

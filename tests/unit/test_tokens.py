@@ -199,7 +199,7 @@ def test_the_first_id_behind_the_vocabulary_is_refused(renderer):
         renderer.tokenizer.check_ids([renderer.tokenizer.vocab_size], "prompt")
 
 
-def test_a_directory_without_a_tokenizer_stops_the_start_without_naming_it(tmp_path, renderer):
+def test_a_directory_without_a_tokenizer_stops_the_start_without_naming_it(tmp_path):
     with pytest.raises(StartupError) as caught:
         load_tokenizer(tmp_path)
     assert str(tmp_path) not in caught.value.message

@@ -37,4 +37,7 @@ class Service(Protocol):
         """Return the answer of ``/v1/models``, as data that JSON can hold."""
 
     def ready(self) -> str | None:
-        """Return ``None``, or why no request can be taken at the moment, as a sentence for the sender."""
+        """Return ``None``, or why the service is not ready, as a sentence for the sender."""
+
+    def refusal(self) -> str | None:
+        """Return ``None``, or why no request can be taken; one that is not ready may take requests and let them wait."""

@@ -11,24 +11,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import zmq
 
-from mmprep.errors import Busy
+from mmprep.errors import Busy, MmprepError
 from mmprep.wire.codec import CONTROL_LIMIT, MAX_FRAMES
+from mmprep.wire.frames import Frames, ready, recv_frames, send_frames
 
-Frames: TypeAlias = Sequence[Any]
 Handler: TypeAlias = Callable[[list[Any]], None]
+
+_log = logging.getLogger("mmprep.wire")
 
 _BATCH = 64
 _RECONNECT_MS = 20
 _HIGH_WATER = 1000
-#: Seconds after which messages that wait for a socket are tried again, whatever it signals.
-_LOOK_AGAIN = 0.005
 
 
 def configure(socket: zmq.Socket[bytes], *, frame_limit: int = CONTROL_LIMIT) -> None:
@@ -70,7 +71,6 @@ class Pump:
         self._loop = asyncio.get_running_loop()
         self._fd = int(socket.getsockopt(zmq.FD))
         self._woken = False
-        self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._loop.add_reader(self._fd, self._run)
         self._wake()
@@ -101,15 +101,13 @@ class Pump:
         """Close the socket; what waits in the outbox is dropped."""
         if not self._closed:
             self._closed = True
-            if self._timer is not None:
-                self._timer.cancel()
             self._loop.remove_reader(self._fd)
             self._outbox.clear()
             self._socket.close(0)
 
     def _try(self, frames: Frames) -> bool:
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=self._copy)
+            send_frames(self._socket, frames)
         except zmq.Again:
             return False
         return True
@@ -124,28 +122,26 @@ class Pump:
         for _ in range(_BATCH):
             if self._closed:
                 return
-            if self._outbox:
+            # One look serves both directions: a look that finds the socket writable has used up the signal that says so.
+            readable, writable = ready(self._socket)
+            flushing = writable and bool(self._outbox)
+            if flushing:
                 self._flush()
-            if not self._events() & zmq.POLLIN:
-                # Looking at the events takes in the signal that the socket can send again: nothing else may tell.
-                if self._outbox:
-                    self._wake_later()
+            if readable:
+                frames = recv_frames(self._socket, copy=self._copy)
+                if len(frames) <= MAX_FRAMES:
+                    self._handle(frames)
+            elif not flushing:
                 return
-            frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=self._copy)
-            if len(frames) <= MAX_FRAMES:
-                self._handler(frames)
         self._wake()
 
-    def _wake_later(self) -> None:
-        if self._timer is None:
-            self._timer = self._loop.call_later(_LOOK_AGAIN, self._run_late)
-
-    def _run_late(self) -> None:
-        self._timer = None
-        self._run()
-
-    def _events(self) -> int:
-        return int(self._socket.getsockopt(zmq.EVENTS))
+    def _handle(self, frames: list[Any]) -> None:
+        try:
+            self._handler(frames)
+        except MmprepError as error:
+            _log.warning("a message was refused: %s", error)
+        except Exception:  # noqa: BLE001 -- one bad message must not stop the pump
+            _log.exception("a message could not be handled")
 
     def _flush(self) -> None:
         while self._outbox:
@@ -200,6 +196,7 @@ class Link:
         self._copy = copy
         self._pump: Pump | None = None
         self._monitor: Pump | None = None
+        self._socket: zmq.Socket[bytes] | None = None
         self._open()
 
     def send(self, frames: Frames) -> None:
@@ -209,10 +206,12 @@ class Link:
 
     def close(self) -> None:
         """Close for good."""
+        if self._socket is not None:
+            self._socket.disable_monitor()
         for pump in (self._monitor, self._pump):
             if pump is not None:
                 pump.close()
-        self._pump = self._monitor = None
+        self._pump = self._monitor = self._socket = None
 
     def _open(self) -> None:
         socket = self._context.socket(zmq.DEALER)
@@ -220,6 +219,7 @@ class Link:
         socket.routing_id = f"{self._name}:{os.urandom(8).hex()}".encode()
         monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         socket.connect(self._endpoint)
+        self._socket = socket
         self._pump = Pump(socket, self._on_message, copy=self._copy)
         self._monitor = Pump(monitor, self._monitored)
         self._pump.send(self._greeting())

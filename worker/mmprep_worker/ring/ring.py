@@ -253,6 +253,11 @@ class Ring:
 
     # Holds
 
+    @property
+    def holders(self) -> frozenset[str]:
+        """Who pins something."""
+        return frozenset(self._pins)
+
     def pin(self, holder: str, slot: int) -> None:
         """Hold the published entry in ``slot``; each pin counts.
 
@@ -287,6 +292,10 @@ class Ring:
             entry.pins -= 1
             self._let_go(entry)
         return len(held)
+
+    def pinned_by(self, holder: str) -> tuple[Entry, ...]:
+        """Return the entries that ``holder`` pins, one a pin."""
+        return tuple(self._pins.get(holder, ()))
 
     def deliver(
         self, lease_id: bytes, owner: str, slot: int, generation: int, kind: Kind, *, now: float, seconds: float

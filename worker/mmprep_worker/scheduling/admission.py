@@ -51,6 +51,13 @@ class Admission:
     def __len__(self) -> int:
         return len(self._held)
 
+    def __contains__(self, flight_id: int) -> bool:
+        return flight_id in self._held
+
+    def reservation(self, flight_id: int) -> tuple[str, int]:
+        """Return who opened the flight, and the bytes that are reserved for its medium."""
+        return self._held[flight_id]
+
     @property
     def bytes(self) -> int:
         """Bytes of the media of all reservations."""

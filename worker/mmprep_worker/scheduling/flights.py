@@ -209,8 +209,11 @@ class Flights:
         flight = self._at(flight_id, lane)
         return None if flight is None else self._end(flight)
 
-    def refused(self, flight_id: int, lane: int, now: float) -> list[Action] | None:
-        """The lane found that the bytes are not those of the key: the uploader fails, another waiter is asked."""
+    def refused(self, flight_id: int, lane: int | None, now: float) -> list[Action] | None:
+        """The bytes are not those that were offered: the uploader fails, another waiter is asked.
+
+        ``lane`` is the one that found it, or ``None`` where the writer refuses the bytes of a wanted flight.
+        """
         flight = self._at(flight_id, lane)
         if flight is None:
             return None
@@ -449,4 +452,6 @@ def _late_bytes() -> errors.MmprepError:
 
 
 def _other_bytes() -> errors.MmprepError:
-    return errors.ProtocolError("The bytes sent for this medium do not have the digest that was offered for them.")
+    return errors.ProtocolError(
+        "The bytes sent for this medium are not those that were offered: their digest or size differs."
+    )

@@ -1,9 +1,7 @@
-"""What the writer's state machine consists of: actions, peers, calls and lanes."""
+"""What the writer's state machine consists of: actions, peers, calls, and what flights end with."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
@@ -11,7 +9,8 @@ import msgspec
 from mmprep.errors import MmprepError
 from mmprep.wire import messages
 from mmprep.wire.messages import ItemAnswer
-from mmprep_worker.ring.ring import Grant
+from mmprep_worker.ring.directory import Entry
+from mmprep_worker.scheduling.flight import Call
 
 
 class Send(NamedTuple):
@@ -31,34 +30,64 @@ class ToLane(NamedTuple):
 
 
 class KillLane(NamedTuple):
-    """The lane is beyond its time: kill it; ``lane_exited`` follows."""
+    """The lane is beyond its time, or broke the protocol: kill it; ``lane_exited`` follows."""
 
     lane: int
 
 
 Action: TypeAlias = Send | ToLane | KillLane
 
+#: What a flight ends with: a published entry, a packed plan, or an error.
+Result: TypeAlias = Entry | bytes | MmprepError
+
+
+class Ended(NamedTuple):
+    """A flight has ended; these calls waited for it."""
+
+    flight_id: int
+    calls: tuple[Call, ...]
+    result: Result
+
 
 class Peer:
-    """A connected frontend, backend or control process."""
+    """A frontend, backend or control process.
 
-    __slots__ = ("calls", "id", "identity", "pid", "role")
+    Attributes
+    ----------
+    name: its connection's identity as text, one to one.
+    connected: false once its connection is gone. Only backends are remembered then, for their leases.
+    calls: its offers that have no answer yet, or whose entries are still pinned.
+    """
+
+    __slots__ = ("calls", "connected", "id", "identity", "name", "pid", "role")
 
     def __init__(self, identity: bytes, role: str, peer_id: str, pid: int) -> None:
         self.identity = identity
+        self.name = identity.decode("latin-1")
         self.role = role
         self.id = peer_id
         self.pid = pid
+        self.connected = True
         self.calls: dict[int, PendingCall] = {}
 
 
 class PendingCall:
-    """An offer that has no answer yet, or one whose entries are still pinned."""
+    """An offer that has no answer yet, or one whose entries are still pinned.
+
+    Attributes
+    ----------
+    call: how flights know it.
+    holder: how the ring knows it.
+    by_flight: the positions that wait for each flight.
+    missing: how many positions wait.
+    pinned: bytes by slot of the entries that it pins.
+    """
 
     __slots__ = (
         "answered",
         "answers",
         "by_flight",
+        "call",
         "holder",
         "lease",
         "missing",
@@ -67,6 +96,7 @@ class PendingCall:
         "offered",
         "opened",
         "peer",
+        "pinned",
     )
 
     def __init__(self, peer: Peer, offer: messages.Offer) -> None:
@@ -75,45 +105,38 @@ class PendingCall:
         self.need = offer.need
         self.lease = offer.lease
         self.offered = offer.items
-        self.holder = f"{peer.identity.decode('ascii', 'replace')}#{offer.call}"
+        self.call: Call = (peer.name, offer.call)
+        self.holder = f"{peer.name}#{offer.call}"
         self.answers: list[ItemAnswer | None] = [None] * len(offer.items)
         self.by_flight: dict[int, list[int]] = {}
         self.opened: set[int] = set()
         self.missing = 0
+        self.pinned: dict[int, int] = {}
         self.answered = False
 
     @property
-    def call(self) -> tuple[str, int]:
-        """How flights know this call."""
-        return (self.peer.identity.decode("ascii", "replace"), self.number)
+    def failed(self) -> bool:
+        """Whether one of its items has failed."""
+        return any(answer is not None and answer.outcome == "failed" for answer in self.answers)
+
+    def validate(self) -> None:
+        """Check what can be seen from here.
+
+        Raises
+        ------
+        AssertionError
+            An invariant does not hold; the message says which.
+        """
+        waiting = sorted(position for positions in self.by_flight.values() for position in positions)
+        open_positions = [position for position, answer in enumerate(self.answers) if answer is None]
+        assert waiting == open_positions, f"call {self.call} does not wait for what it has no answer for"
+        assert self.missing == len(waiting), f"call {self.call} has miscounted what it waits for"
+        assert self.answered == (not waiting), f"call {self.call} is answered and waits, or neither"
+        if self.answered:
+            kept = self.lease is None and self.need == "tensors" and not self.failed and self.pinned
+            assert kept, f"call {self.call} is answered, keeps nothing pinned, and is still there"
 
 
-class LaneState:
-    """One lane as the writer sees it."""
-
-    __slots__ = ("deadline", "flight", "grant", "heavy_allowed", "pid", "ready")
-
-    def __init__(self, *, heavy_allowed: bool) -> None:
-        self.heavy_allowed = heavy_allowed
-        self.ready = False
-        self.pid = 0
-        self.flight: int | None = None
-        self.grant: Grant | None = None
-        self.deadline = math.inf
-
-    @property
-    def name(self) -> str:
-        """``starting``, ``idle`` or ``busy``."""
-        if not self.ready:
-            return "starting"
-        return "idle" if self.flight is None else "busy"
-
-
-#: Makes a waiting call's answer of a flight's outcome.
-MakeAnswer: TypeAlias = Callable[[PendingCall], ItemAnswer]
-
-
-def failing(error: MmprepError) -> MakeAnswer:
-    """Return what gives every waiter the same error."""
-    answer = ItemAnswer("failed", fault=messages.Fault.of(error))
-    return lambda _: answer
+def failed(error: MmprepError) -> ItemAnswer:
+    """Return the answer for an item that could not be had."""
+    return ItemAnswer("failed", fault=messages.Fault.of(error))

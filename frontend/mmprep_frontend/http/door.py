@@ -12,7 +12,7 @@ import msgspec
 from mmprep.errors import InvalidRequest, MmprepError
 from mmprep.metrics import BUCKETS, Labels, Snapshot
 from mmprep.wire.messages import Name
-from mmprep_frontend.answers import encode_chat_answer
+from mmprep_frontend.http.chat_answer import encode_chat_answer
 from mmprep_frontend.http.exposition import METRICS, HistogramData, Numbers, Series, expose
 from mmprep_frontend.service import Service
 
@@ -35,16 +35,24 @@ class HttpDoor:
     Parameters
     ----------
     not_ready:
+        Returns why the service is not ready, or ``None``.
+    refusal:
         Returns why the service takes no requests, or ``None``.
     collect:
         Returns the whole service's metrics.
     """
 
     def __init__(
-        self, service: Service, *, not_ready: Callable[[], str | None], collect: Callable[[], Awaitable[Snapshot]]
+        self,
+        service: Service,
+        *,
+        not_ready: Callable[[], str | None],
+        refusal: Callable[[], str | None],
+        collect: Callable[[], Awaitable[Snapshot]],
     ) -> None:
         self._service = service
         self._not_ready = not_ready
+        self._refusal = refusal
         self._collect = collect
         self._started = int(time.time())
 
@@ -91,6 +99,9 @@ class HttpDoor:
 
     def ready(self) -> str | None:
         return self._not_ready()
+
+    def refusal(self) -> str | None:
+        return self._refusal()
 
     async def _render_chat(self, body: bytes, request_id: str) -> bytes:
         chat = await self._service.chat(body)

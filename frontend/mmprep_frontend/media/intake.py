@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from mmprep.digest import Hasher
 from mmprep.errors import InvalidRequest, MmprepError, TooLarge
-from mmprep_frontend.media.digest import Hasher
 from mmprep_frontend.media.fetch import Fetcher
 from mmprep_frontend.media.sources import DataSource, HttpSource, parse_source
 from mmprep_frontend.render.conversation import MediaPart

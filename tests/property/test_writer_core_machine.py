@@ -1,0 +1,670 @@
+"""The writer's core among peers and lanes that do everything they can do, over a ring of one page.
+
+The machine plays frontends, backends, lanes and the shell. Memory is a byte array into which lanes write what they were
+granted, garbage first; whoever may read an extent must find his key's content there after every step. A peer that is
+sent something on a dead connection is reported as unreachable, as the shell does. At the end all faults stop, and
+everyone who waits must get his answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import count
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from mmprep import errors
+from mmprep.items import align
+from mmprep.layout import Geometry
+from mmprep.metrics import Metrics
+from mmprep.wire import messages
+from mmprep.wire.codec import PROTOCOL, pack, unpack
+from mmprep_worker.ring.policy import Clock
+from mmprep_worker.ring.ring import Ring
+from mmprep_worker.scheduling.admission import Admission, Quarantine
+from mmprep_worker.scheduling.flights import Flights
+from mmprep_worker.scheduling.queue import FairQueue
+from mmprep_worker.writer.core import WriterCore
+from mmprep_worker.writer.plans import PlanStore
+from mmprep_worker.writer.state import KillLane, Send, ToLane
+from mmprep_worker.writer.tasks import HEAVY_COST
+
+GEOMETRY = Geometry.plan(4096, 6)
+UPLOAD_SECONDS, LEASE_SECONDS, TASK_SECONDS = 6, 10, 8
+LANES = 2
+CARD = b"card"
+FRONTENDS, BACKENDS = ["0", "1", "2"], ["engine-0", "engine-1"]
+PROCESSES = [("frontend", peer_id) for peer_id in FRONTENDS] + [("backend", peer_id) for peer_id in BACKENDS]
+PICK = st.integers(0, 23)
+
+
+@dataclass(frozen=True)
+class Medium:
+    """A medium and what becomes of it."""
+
+    number: int
+    tensor_length: int
+    cost: int
+
+    @property
+    def key(self):
+        return bytes([self.number]) * 32
+
+    @property
+    def encoded(self):
+        return bytes([self.number]) * (40 + self.number)
+
+    @property
+    def meta(self):
+        return b"meta of %d " % self.number + b"." * 40 * self.number
+
+    @property
+    def extent(self):
+        return self.meta.ljust(align(len(self.meta)), b"\0") + bytes([self.number]) * self.tensor_length
+
+
+LENGTHS = [64, 300, 700, 832, 2000, 500]  # the fifth is above what one item may have
+MEDIA = [Medium(n, length, HEAVY_COST if n == 3 else 10) for n, length in enumerate(LENGTHS)]
+BY_KEY = {medium.key: medium for medium in MEDIA}
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What an offer says beside its items; ``lie`` is added to their sizes."""
+
+    need: str
+    lease: messages.LeaseTo | None
+    seconds: int
+    priority: int
+    lie: int
+
+
+LEASES = st.builds(messages.LeaseTo, st.sampled_from([BACKENDS[0], *BACKENDS]), st.sampled_from(["copy", "view"]))
+TERMS = st.builds(
+    Terms,
+    need=st.sampled_from(["tensors", "tensors", "plan"]),
+    lease=st.none() | LEASES,
+    seconds=st.sampled_from([20, 40, 10, 5, 0]),
+    priority=st.integers(-1, 1),
+    lie=st.sampled_from([0] * 9 + [1]),
+)
+
+
+@dataclass
+class Call:
+    offer: messages.Offer
+    deadline: float
+    state: str = "waiting"  # then "pinned" or "over"
+    answers: list = field(default_factory=list)
+
+    def media(self):
+        return [BY_KEY[item.key] for item in self.offer.items]
+
+
+@dataclass
+class Connection:
+    identity: bytes
+    role: str
+    id: str
+    pid: int
+    open: bool = True
+    cards: int = 0
+    calls: dict[int, Call] = field(default_factory=dict)
+    wants: dict[int, Medium] = field(default_factory=dict)
+    asked: dict[int, messages.Wire] = field(default_factory=dict)
+
+    def waiting(self):
+        return [call for call in self.calls.values() if call.state == "waiting"]
+
+
+@dataclass
+class Lane:
+    ready: bool = False
+    killed: bool = False
+    task: messages.Task | None = None
+    medium: Medium | None = None
+    honest: bool = True
+    granted: messages.Granted | None = None
+
+
+class WriterCoreMachine(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.memory = bytearray(GEOMETRY.total_size)
+        self.now = 100.0
+        self.numbers = count(1)
+        quarantine = Quarantine(max_keys=4, seconds=30)
+        self.core = WriterCore(
+            ring=Ring(GEOMETRY, 1, Clock(GEOMETRY.slots), GEOMETRY.arena_capacity // 4),
+            flights=Flights(max_waiting=9, upload_seconds=UPLOAD_SECONDS, quarantine=quarantine),
+            queue=FairQueue(max_items=5, max_bytes=180),
+            admission=Admission(max_items=5, max_bytes=180, max_items_per_client=4),
+            quarantine=quarantine,
+            plans=PlanStore(1000),
+            metrics=Metrics(),
+            segment=messages.SegmentInfo("segment", bytes(16), GEOMETRY.total_size),
+            lanes=LANES,
+            lease_seconds=LEASE_SECONDS,
+            task_seconds=TASK_SECONDS,
+            read=lambda offset, length: bytes(self.memory[offset : offset + length]),
+            new_id=lambda: next(self.numbers).to_bytes(16, "big"),
+        )
+        self.connections: dict[bytes, Connection] = {}
+        self.lanes = [Lane() for _ in range(LANES)]
+        self.leases: dict[bytes, tuple[str, messages.ItemAnswer, Medium]] = {}
+        self.carded = False
+        self.offered: list[list[Medium]] = []
+
+    @initialize(warm=st.sampled_from([True, True, True, False]))
+    def set_up(self, warm):
+        for frontend_id in FRONTENDS[:2]:
+            self.connect("frontend", frontend_id, 1)
+        self.connect("backend", BACKENDS[0], 1)
+        if warm:
+            for number in range(LANES):
+                self.lane_becomes_ready(number)
+
+    # -- Peers -------------------------------------------------------------------------------------------------------
+
+    @rule(who=st.sampled_from(PROCESSES), new=st.booleans())
+    def a_process_connects(self, who, new):
+        before = self.current(*who)
+        if before is None or not before.open:
+            self.connect_again(who, new)
+
+    def connect_again(self, who, new):
+        """After its connection was lost, or as a new process under the same id."""
+        before = self.current(*who)
+        pid = before.pid + new if before else 1
+        if before:
+            before.open = False
+            if pid != before.pid:
+                self.end_leases(who[1])
+            self.over(before)
+        self.connect(*who, pid)
+
+    def connect(self, role, peer_id, pid):
+        identity = b"%s:%s:\xff%d" % (role.encode(), peer_id.encode(), next(self.numbers))
+        connection = self.connections[identity] = Connection(identity, role, peer_id, pid)
+        self.say(connection, messages.Hello(PROTOCOL, "1", role, peer_id, pid))
+
+    @precondition(lambda self: self.living())
+    @rule(
+        pick=PICK,
+        what=st.sampled_from(["dies", "breaks off", "connects twice", "is replaced", "breaks the protocol"]),
+        how=st.sampled_from(["hello", "number", "role"]),
+    )
+    def a_peer_fails(self, pick, what, how):
+        connection = self.choose(self.living(), pick)
+        if what == "dies":
+            connection.open = False
+        elif what == "breaks off":
+            self.lose(connection)
+            self.carry_out()
+        elif what == "breaks the protocol":
+            self.break_the_protocol(connection, how)
+        else:
+            self.connect_again((connection.role, connection.id), what == "is replaced")
+
+    @rule()
+    def process_locks_have_fallen(self):
+        for connection in list(self.connections.values()):
+            if self.current(connection.role, connection.id) is connection and not connection.open:
+                self.bury(connection)
+
+    def bury(self, connection):
+        self.over(connection)
+        del self.connections[connection.identity]
+        if connection.role == "backend":
+            self.end_leases(connection.id)
+        self.core.peer_gone(connection.role, connection.id, self.now)
+        self.carry_out()
+
+    def lose(self, connection):
+        connection.open = False
+        self.over(connection)
+        self.core.unreachable(connection.identity, self.now)
+
+    def break_the_protocol(self, connection, what):
+        if what == "role":
+            number = next(self.numbers)
+            upgrade, cancel = messages.Upgrade(number, bytes(16), "view"), messages.Cancel(number)
+            connection.asked[number] = message = upgrade if connection.role == "frontend" else cancel
+        elif what == "number" and any(call.state != "over" for call in connection.calls.values()):
+            message = next(call.offer for call in connection.calls.values() if call.state != "over")
+        else:
+            message = messages.Hello(PROTOCOL, "1", connection.role, connection.id, connection.pid)
+        self.say(connection, message)
+        assert connection.open == (what == "role")
+
+    # -- Calls -------------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.living("frontend"))
+    @rule(pick=PICK, media=st.lists(st.sampled_from(MEDIA), min_size=1, max_size=3), terms=TERMS)
+    def offer(self, pick, media, terms):
+        self.make_offer(self.choose(self.living("frontend"), pick), media, terms)
+
+    @precondition(lambda self: self.offered and self.living("frontend"))
+    @rule(pick=PICK, which=PICK, lease=st.booleans(), rounds=st.integers(0, 3))
+    def the_same_media_are_offered_again(self, pick, which, lease, rounds):
+        media = self.choose(self.offered, which)
+        to = messages.LeaseTo(BACKENDS[0], "view") if lease else None
+        self.make_offer(self.choose(self.living("frontend"), pick), media, Terms("tensors", to, 20, 0, 0))
+        self.work_goes_on(rounds)
+
+    def make_offer(self, connection, media, terms):
+        self.offered = [*self.offered[-5:], media]
+        number = next(self.numbers)
+        items = tuple(messages.Offered(m.key, "image", m.cost, len(m.encoded) + terms.lie) for m in media)
+        made = messages.Offer(number, terms.need, terms.seconds * 1000, terms.priority, items, terms.lease)
+        connection.calls[number] = Call(made, self.now + terms.seconds)
+        held = self.core.ring.holders
+        flights = {flight.id for flight in self.core.flights}
+        evictions = self.core.ring.stats().evictions
+        self.say(connection, made)
+        assert self.core.ring.stats().evictions == evictions, "an offer evicted something"
+        if connection.calls[number].state == "over":
+            assert self.core.ring.holders == held, "a call that is over keeps something pinned"
+            assert {flight.id for flight in self.core.flights} == flights, "a call that is over opened a flight"
+
+    @precondition(lambda self: self.wanted())
+    @rule(pick=PICK, how=st.sampled_from(["right"] * 6 + ["twice", "wrong digest", "wrong size"]))
+    def put(self, pick, how):
+        connection, flight = self.choose(self.wanted(), pick)
+        medium = connection.wants.pop(flight)
+        for _ in range(1 + (how == "twice")):
+            self.upload(connection.id, flight, medium, wrong=how == "wrong digest", excess=how == "wrong size")
+            self.carry_out()
+
+    @rule(frontend=st.sampled_from(FRONTENDS), back=st.integers(-1, 5), medium=st.sampled_from(MEDIA))
+    def put_what_is_not_asked_of_this_frontend(self, frontend, back, medium):
+        flight = max(self.core.flights._last_id - back, 0)
+        if any(c.id == frontend and flight in c.wants for c in self.connections.values()):
+            return
+        self.upload(frontend, flight, medium)
+        assert not self.core.take_actions()
+
+    def upload(self, frontend, flight, medium, *, wrong=False, excess=False):
+        put = messages.Put(frontend, flight, "blake3", bytes(32) if wrong else medium.key, b"")
+        self.core.put(put, medium, len(medium.encoded) + excess, self.now)
+
+    @precondition(lambda self: self.living("frontend"))
+    @rule(pick=PICK, which=PICK, message=st.sampled_from([messages.Cancel, messages.Unpin, messages.Unpin]))
+    def cancel_or_unpin(self, pick, which, message):
+        connection = self.choose(self.living("frontend"), pick)
+        if not connection.calls:
+            self.say(connection, message(next(self.numbers)))
+            return
+        number = self.choose(sorted(connection.calls), which)
+        call = connection.calls[number]
+        if message is messages.Cancel or call.state == "pinned":
+            call.state = "over"
+        self.say(connection, message(number))
+
+    # -- Backends ----------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.living("backend"))
+    @rule(
+        pick=PICK,
+        which=PICK,
+        stale=st.sampled_from([0, 0, 0, 1]),
+        kind=st.sampled_from(["copy", "view"]),
+    )
+    def acquire(self, pick, which, stale, kind):
+        taken = [entry.slot for entry in self.core.ring._directory]
+        slot = self.choose(taken, which) if taken else which
+        entry = self.core.ring._directory.at(slot)
+        generation = 0 if entry is None else entry.generation + stale
+        self.ask(self.choose(self.living("backend"), pick), messages.Acquire, slot, generation, kind)
+
+    @precondition(lambda self: self.leases and self.living())
+    @rule(
+        pick=PICK,
+        which=PICK,
+        what=st.sampled_from(["renew", "release", "view", "copy"]),
+        quietly=st.booleans(),
+    )
+    def use_a_lease(self, pick, which, what, quietly):
+        lease = self.choose(sorted(self.leases), which)
+        owner = self.leases[lease][0]
+        connection = self.choose(self.living(), pick)
+        named = owner if connection.role == "frontend" else None
+        may = named or connection.id == owner
+        if what == "renew":
+            self.ask(connection, messages.Renew, (lease,), named)
+        elif what == "release":
+            if may:
+                del self.leases[lease]
+            if quietly:
+                self.say(connection, messages.Release(0, (lease,), named))
+            else:
+                self.ask(connection, messages.Release, (lease,), named)
+        elif connection.role == "backend":
+            self.ask(connection, messages.Upgrade, lease, what)
+
+    @precondition(lambda self: self.living("frontend"))
+    @rule(pick=PICK)
+    def clear(self, pick):
+        self.ask(self.choose(self.living("frontend"), pick), messages.Clear)
+        assert not len(self.core.plans)
+
+    # -- Lanes -------------------------------------------------------------------------------------------------------
+
+    @rule(number=st.integers(0, LANES - 1))
+    def lane_becomes_ready(self, number):
+        lane = self.lanes[number]
+        if lane.ready or lane.killed:
+            return
+        lane.ready = True
+        self.carded = self.carded or all(other.ready for other in self.lanes)
+        self.core.lane_ready(number, 1000 + number, CARD, self.now)
+        self.carry_out()
+
+    @precondition(lambda self: any(lane.task for lane in self.lanes))
+    @rule(pick=PICK, steps=st.integers(1, 3))
+    def a_lane_works(self, pick, steps):
+        number = self.choose([n for n, lane in enumerate(self.lanes) if lane.task], pick)
+        for _ in range(steps):
+            self.work(number)
+
+    def work(self, number):
+        """Do what a sound lane does next."""
+        lane = self.lanes[number]
+        task = lane.task
+        if task is None:
+            return
+        if not lane.honest:
+            other = messages.Fault.of(errors.ProtocolError("the digest differs"))
+            self.from_lane(number, messages.TaskFailed(task.task, other), ends=True)
+        elif task.need == "plan":
+            self.from_lane(number, messages.Planned(task.task), lane.medium.meta, ends=True)
+        elif lane.granted is None:
+            self.from_lane(number, messages.AskExtent(task.task, lane.medium.tensor_length), lane.medium.meta)
+        else:
+            self.write(lane, lane.medium.extent)
+            self.from_lane(number, messages.Filled(task.task, 1, 1), ends=True)
+
+    @rule(rounds=st.integers(1, 4))
+    def work_goes_on(self, rounds):
+        for _ in range(rounds):
+            self.all_work()
+
+    def all_work(self):
+        for connection, flight in self.wanted():
+            if flight in connection.wants:
+                self.upload(connection.id, flight, connection.wants.pop(flight))
+                self.carry_out()
+        for number in range(LANES):
+            self.work(number)
+
+    @rule(
+        number=st.integers(0, LANES - 1),
+        what=st.sampled_from(["dies", "refuses", "finds other bytes", "breaks the protocol"]),
+        how=st.sampled_from(["ask", "filled", "planned", "no frames", "plan too large"]),
+    )
+    def a_lane_fails(self, number, what, how):
+        busy = [number for number, lane in enumerate(self.lanes) if lane.task]
+        number = self.choose(busy, number) if busy else number
+        lane = self.lanes[number]
+        if what == "dies":
+            self.a_lane_dies(number)
+        elif lane.task and what == "breaks the protocol":
+            self.a_lane_breaks_the_protocol(number, how)
+        elif lane.task:
+            error = errors.DecodeError("broken") if what == "refuses" else errors.ProtocolError("other bytes")
+            self.from_lane(number, messages.TaskFailed(lane.task.task, messages.Fault.of(error)), ends=True)
+
+    def a_lane_dies(self, number):
+        lane = self.lanes[number]
+        if lane.granted is not None:
+            self.write(lane, b"\xdd" * lane.granted.length)
+        self.lanes[number] = Lane()
+        self.core.lane_exited(number, self.now)
+        self.carry_out()
+
+    @precondition(lambda self: any(lane.killed for lane in self.lanes))
+    @rule()
+    def killed_lanes_exit(self):
+        for number, lane in enumerate(self.lanes):
+            if lane.killed:
+                self.a_lane_dies(number)
+
+    def a_lane_breaks_the_protocol(self, number, what):
+        """It is killed, and nothing happens to its flight before its exit."""
+        lane, task = self.lanes[number], self.lanes[number].task
+        wrong = {
+            "ask": (task.need == "plan" or lane.granted, messages.AskExtent(task.task, 100), [b"meta"]),
+            "filled": (not lane.granted, messages.Filled(task.task, 1, 1), []),
+            "planned": (task.need == "tensors", messages.Planned(task.task), [b"meta"]),
+            "no frames": (task.need == "plan", messages.Planned(task.task), []),
+            "plan too large": (task.need == "plan", messages.Planned(task.task), [bytes(1 << 16)]),
+        }
+        is_wrong, message, frames = wrong[what]
+        if is_wrong:
+            self.from_lane(number, message, *frames)
+            assert lane.killed
+            assert self.core.flights[task.task].lane == number
+
+    @rule(number=st.integers(0, LANES - 1), back=st.integers(-1, 5))
+    def a_lane_speaks_of_what_it_does_not_have(self, number, back):
+        task = max(self.core.flights._last_id - back, 0)
+        lane = self.lanes[number]
+        if lane.task is None or lane.task.task != task:
+            for message in (messages.AskExtent(task, 100), messages.Filled(task, 1, 1), messages.Planned(task)):
+                self.core.from_lane(number, message, [b"meta"], self.now)
+                assert not self.core.take_actions()
+
+    def from_lane(self, number, message, *frames, ends=False):
+        lane = self.lanes[number]
+        if ends:
+            lane.task = lane.granted = lane.medium = None
+        self.core.from_lane(number, message, list(frames), self.now)
+        self.carry_out()
+
+    def write(self, lane, content):
+        assert len(content) == lane.granted.length
+        self.memory[lane.granted.offset : lane.granted.offset + len(content)] = content
+
+    # -- Time --------------------------------------------------------------------------------------------------------
+
+    @rule(seconds=st.integers(0, 9))
+    def time_passes(self, seconds):
+        self.now += seconds
+        self.core.tick(self.now)
+        self.carry_out()
+        assert self.core.wake_at > self.now, "the shell would spin"
+        for connection in self.living():
+            assert all(call.deadline > self.now for call in connection.waiting()), "a call was not told that it is late"
+        alive = {lease.lease_id for lease in self.core.ring.leases}
+        self.leases = {lease: known for lease, known in self.leases.items() if lease in alive}
+
+    # -- The shell ---------------------------------------------------------------------------------------------------
+
+    def say(self, connection, message):
+        self.core.message(connection.identity, message, self.now)
+        self.carry_out()
+
+    def ask(self, connection, kind, *arguments):
+        number = next(self.numbers)
+        connection.asked[number] = kind
+        self.say(connection, kind(number, *arguments))
+        assert number not in connection.asked or not connection.open, f"{kind.__name__} was not answered"
+
+    def carry_out(self):
+        self.core.ring.take_writes()
+        while actions := self.core.take_actions():
+            for action in actions:
+                match action:
+                    case Send():
+                        connection = self.connections.get(action.peer)
+                        if connection is None or not connection.open:
+                            self.core.unreachable(action.peer, self.now)
+                            if connection is not None:
+                                self.over(connection)
+                        else:
+                            unpack(pack(action.message), messages.FromWriter)
+                            self.receive(connection, action.message, action.frames)
+                    case ToLane():
+                        self.lane_receives(self.lanes[action.lane], action.message, action.medium)
+                    case KillLane():
+                        assert not self.lanes[action.lane].killed, "a lane is killed twice"
+                        self.lanes[action.lane].killed = True
+
+    def receive(self, connection, message, frames):
+        match message:
+            case messages.WriterWelcome():
+                connection.cards += bool(message.card)
+            case messages.Card():
+                connection.cards += 1
+            case messages.Refused():
+                connection.open = False
+                self.over(connection)
+            case messages.Wants():
+                call = connection.calls[message.call]
+                assert call.state == "waiting"
+                for want in message.wants:
+                    assert self.core.flights[want.flight].key == call.offer.items[want.index].key
+                    connection.wants[want.flight] = call.media()[want.index]
+            case messages.Answer():
+                call = connection.calls[message.call]
+                assert call.state == "waiting", "a second answer, or one to a call that was cancelled"
+                self.answered(call, [unpack(frame, messages.ItemAnswer) for frame in frames])
+            case messages.Failed() if message.call in connection.calls:
+                assert connection.calls[message.call].state == "waiting", "a second answer"
+                connection.calls[message.call].state = "over"
+            case _:
+                kind = connection.asked.pop(message.call)
+                if isinstance(message, messages.Acquired):
+                    assert kind is messages.Acquire
+                    self.acquired(connection, message)
+
+    def acquired(self, connection, message):
+        lease = self.core.ring.leases.get(message.lease)
+        entry = self.core.ring._directory.at(lease.slot)
+        about = messages.ItemAnswer("hit", entry.slot, entry.offset, entry.length, entry.generation)
+        self.leases[message.lease] = (connection.id, about, BY_KEY[entry.key])
+
+    def answered(self, call, answers):
+        assert len(answers) == len(call.offer.items)
+        failed = any(answer.outcome == "failed" for answer in answers)
+        for answer, medium in zip(answers, call.media(), strict=True):
+            if answer.outcome == "failed":
+                assert answer.fault is not None
+                continue
+            assert answer.meta == medium.meta, "the metadata of another key"
+            assert bool(answer.length) == (call.offer.need == "tensors")
+            leased = call.offer.lease is not None and call.offer.need == "tensors" and not failed
+            assert (answer.lease is not None) == leased
+            if leased:
+                self.leases[answer.lease] = (call.offer.lease.backend, answer, medium)
+        call.answers = answers
+        keeps = call.offer.need == "tensors" and call.offer.lease is None and not failed
+        call.state = "pinned" if keeps else "over"
+
+    def lane_receives(self, lane, message, medium):
+        match message:
+            case messages.Task():
+                assert lane.ready and not lane.killed, "a task for a lane that is not there"  # noqa: PT018
+                assert lane.task is None, "a second task"
+                lane.task, lane.medium, lane.honest = message, medium, message.digest == medium.key
+                assert self.core.flights[message.task].key == medium.key
+            case messages.Granted():
+                lane.granted = message
+                self.write(lane, b"\xee" * message.length)
+            case messages.Denied():
+                lane.task = lane.granted = lane.medium = None
+
+    # -- The model ---------------------------------------------------------------------------------------------------
+
+    def living(self, role=None):
+        return [c for c in self.connections.values() if c.open and role in {None, c.role}]
+
+    def current(self, role, peer_id):
+        return next((c for c in reversed(self.connections.values()) if (c.role, c.id) == (role, peer_id)), None)
+
+    def wanted(self):
+        return [(c, flight) for c in self.living("frontend") for flight in sorted(c.wants)]
+
+    def over(self, connection):
+        for call in connection.calls.values():
+            call.state = "over"
+        connection.wants.clear()
+
+    def end_leases(self, owner):
+        self.leases = {lease: known for lease, known in self.leases.items() if known[0] != owner}
+
+    def choose(self, among, pick):
+        return among[pick % len(among)]
+
+    # -- What always holds -------------------------------------------------------------------------------------------
+
+    @invariant()
+    def every_invariant_of_the_core_holds(self):
+        self.core.validate()
+        for flight in self.core.flights:
+            if flight.state == "queued":
+                level = self.core.queue._flows[flight.id].level
+                assert level.priority == flight.priority, "the queue was not told of a priority"
+
+    @invariant()
+    def each_call_that_waits_is_one_of_the_core(self):
+        for connection in self.living("frontend"):
+            numbers = {number for number, call in connection.calls.items() if call.state != "over"}
+            assert numbers == self.core.peers[connection.identity].calls.keys()
+
+    @invariant()
+    def each_frontend_has_the_card_once_the_lanes_were_warm(self):
+        for connection in self.living("frontend"):
+            assert connection.cards == self.carded
+
+    @invariant()
+    def whoever_may_read_finds_the_content_of_his_key(self):
+        readable = [known[1:] for known in self.leases.values()]
+        for connection in self.living("frontend"):
+            for call in connection.calls.values():
+                if call.state == "pinned":
+                    readable += zip(call.answers, call.media(), strict=True)
+        for answer, medium in readable:
+            assert self.memory[answer.offset : answer.offset + answer.length] == medium.extent
+
+    @invariant()
+    def the_leases_are_those_that_were_answered(self):
+        assert {lease.lease_id: lease.owner for lease in self.core.ring.leases} == {
+            lease: known[0] for lease, known in self.leases.items()
+        }
+
+    def teardown(self):
+        """When the faults stop, everyone who waits gets his answer, and then nothing is left."""
+        self.process_locks_have_fallen()
+        while self.unfinished():
+            self.killed_lanes_exit()
+            for number in range(LANES):
+                self.lane_becomes_ready(number)
+            self.all_work()
+            self.core.validate()
+        for connection in self.living("frontend"):
+            assert not connection.waiting()
+            for number, call in connection.calls.items():
+                if call.state == "pinned":
+                    call.state = "over"
+                    self.say(connection, messages.Unpin(number))
+        for connection in self.living("backend"):
+            connection.open = False
+            self.bury(connection)
+        self.core.validate()
+        stats = self.core.ring.stats()
+        assert (stats.filling, stats.leased, stats.leases) == (0, 0, 0)
+        assert not self.core.ring.holders
+        assert not len(self.core.flights)
+        assert not len(self.core.queue)
+        assert not len(self.core.admission)
+
+    def unfinished(self):
+        busy = any(lane.task or lane.killed for lane in self.lanes)
+        return busy or len(self.core.flights) > 0
+
+
+WriterCoreMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=70, deadline=None, database=None)
+TestWriterCoreMachine = WriterCoreMachine.TestCase

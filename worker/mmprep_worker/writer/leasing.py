@@ -1,0 +1,82 @@
+"""What peers ask of leases, and how a call's pins become leases. A part of the writer's state machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from mmprep import errors
+from mmprep.wire import messages
+from mmprep_worker.ring.ring import Ring
+from mmprep_worker.writer.state import Peer, PendingCall
+
+
+class Leasing:
+    """Leases of backends.
+
+    Parameters
+    ----------
+    seconds:
+        How long a lease holds without renewal.
+    new_id:
+        Returns 16 fresh random bytes.
+    """
+
+    def __init__(self, ring: Ring, seconds: float, new_id: Callable[[], bytes]) -> None:
+        self._ring = ring
+        self._seconds = seconds
+        self._new_id = new_id
+
+    @property
+    def milliseconds(self) -> int:
+        """How long a lease holds without renewal."""
+        return int(self._seconds * 1000)
+
+    def acquire(self, peer: Peer, message: messages.Acquire, now: float) -> messages.Acquired:
+        """Lease the content of an address; raises StaleAddress or Busy."""
+        lease = self._new_id()
+        self._ring.deliver(
+            lease, peer.id, message.slot, message.generation, message.kind, now=now, seconds=self._seconds
+        )
+        return messages.Acquired(message.call, lease, self.milliseconds)
+
+    def renew(self, peer: Peer, message: messages.Renew, now: float) -> messages.Renewed:
+        """Prolong leases; the answer names those that are over."""
+        held = self._ring.renew(_owner(peer, message.owner), message.leases, now, self._seconds)
+        lost = tuple(lease for lease, alive in held.items() if not alive)
+        return messages.Renewed(message.call, lost, self.milliseconds)
+
+    def release(self, peer: Peer, message: messages.Release) -> messages.Done | None:
+        """End leases; ``None`` where no answer is wanted."""
+        self._ring.release(_owner(peer, message.owner), message.leases)
+        return messages.Done(message.call) if message.call else None
+
+    def upgrade(self, peer: Peer, message: messages.Upgrade) -> messages.Done:
+        """Change a lease's kind; raises LeaseLost or Busy."""
+        if not self._ring.upgrade(peer.id, message.lease, message.kind):
+            raise errors.LeaseLost("the lease is over, or another backend's; ask for the item again")
+        return messages.Done(message.call)
+
+    def lease_out(self, pending: PendingCall, to: messages.LeaseTo, now: float) -> None:
+        """Lease every entry that a call pins to a backend; raises Busy, and then none is leased.
+
+        Whether a backend may get leases does not change between two of them, so the first decides for all.
+        """
+        for position, answer in enumerate(pending.answers):
+            if answer is None or not answer.length:
+                continue
+            lease = self._new_id()
+            self._ring.deliver(
+                lease, to.backend, answer.slot, answer.generation, to.kind, now=now, seconds=self._seconds
+            )
+            pending.answers[position] = msgspec.structs.replace(answer, lease=lease)
+
+
+def _owner(peer: Peer, named: str | None) -> str:
+    """A backend speaks for itself; a frontend speaks for the backend that an HTTP caller names."""
+    if peer.role == "backend":
+        return peer.id
+    if named is None:
+        raise errors.InvalidRequest("only a backend has leases of its own; name the one that is meant", param="owner")
+    return named

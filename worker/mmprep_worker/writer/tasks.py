@@ -1,0 +1,306 @@
+"""What lanes work on: uploaded media, their queue, and each lane's task. A part of the writer's state machine.
+
+A lane has one task at a time and speaks about it: it asks for an extent, fills it, or fails. Rules:
+
+- The bytes of a medium are kept from their upload until the flight ends, so that a lost lane's task can run again.
+- A lane that breaks the protocol is killed like one that is beyond its time, and gets no further task. What it was
+  granted is free again when its exit is confirmed, and not before.
+- An upload has exactly the size that was offered: admission has reserved for that much and no more.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+from mmprep import errors
+from mmprep.items import align
+from mmprep.metrics import Metrics
+from mmprep.wire import messages
+from mmprep.wire.codec import CONTROL_LIMIT
+from mmprep_worker.ring.ring import Grant, Ring
+from mmprep_worker.scheduling import flight as flight_events
+from mmprep_worker.scheduling.admission import Admission
+from mmprep_worker.scheduling.flight import Flight
+from mmprep_worker.scheduling.flights import Flights
+from mmprep_worker.scheduling.queue import Entry as Queued
+from mmprep_worker.scheduling.queue import FairQueue
+from mmprep_worker.writer.plans import PlanStore
+from mmprep_worker.writer.state import Action, Ended, KillLane, Result, ToLane
+
+#: Estimated pixels above which an item is slow work, which one lane never takes.
+HEAVY_COST = 16_000_000
+
+#: The largest packed metadata of an item, in bytes: an answer about one item has to fit into a control frame.
+MAX_METADATA = CONTROL_LIMIT - 1024
+
+#: What follows for flights from an event here.
+Step: TypeAlias = flight_events.Action | Ended
+
+
+class LaneState:
+    """One lane as the writer sees it.
+
+    Attributes
+    ----------
+    heavy_allowed: whether it takes slow work.
+    ready: it is warm.
+    killed: it was told to die; its exit will be reported.
+    deadline: when it is killed, in seconds.
+    """
+
+    __slots__ = ("deadline", "flight", "grant", "heavy_allowed", "killed", "pid", "ready")
+
+    def __init__(self, *, heavy_allowed: bool) -> None:
+        self.heavy_allowed = heavy_allowed
+        self.ready = False
+        self.killed = False
+        self.pid = 0
+        self.flight: int | None = None
+        self.grant: Grant | None = None
+        self.deadline = math.inf
+
+    @property
+    def name(self) -> str:
+        """``starting``, ``idle`` or ``busy``."""
+        if self.flight is not None:
+            return "busy"
+        return "idle" if self.idle else "starting"
+
+    @property
+    def idle(self) -> bool:
+        """Whether it can take a task."""
+        return self.ready and not self.killed and self.flight is None
+
+    def end_task(self) -> None:
+        """The task is over; what was granted for it is published or given back."""
+        self.flight, self.grant, self.deadline = None, None, math.inf
+
+
+class Tasks:
+    """Media, queue and lanes; the arguments are those of :class:`~.core.WriterCore`, and shared with it.
+
+    Parameters
+    ----------
+    out:
+        Where actions go, in order.
+    """
+
+    def __init__(
+        self,
+        *,
+        lanes: int,
+        ring: Ring,
+        flights: Flights,
+        queue: FairQueue,
+        admission: Admission,
+        plans: PlanStore,
+        metrics: Metrics,
+        task_seconds: float,
+        out: list[Action],
+    ) -> None:
+        # The first lane is kept for small requests, unless it is the only one.
+        self.lanes = [LaneState(heavy_allowed=number > 0 or lanes == 1) for number in range(lanes)]
+        self._ring = ring
+        self._flights = flights
+        self._queue = queue
+        self._admission = admission
+        self._plans = plans
+        self._metrics = metrics
+        self._task_seconds = task_seconds
+        self._out = out
+        #: ``{flight_id: (medium, its header, since when it waits for a lane)}``
+        self._media: dict[int, tuple[Any, messages.Put, float]] = {}
+
+    @property
+    def wake_at(self) -> float:
+        """When :meth:`tick` has something to do."""
+        return min((lane.deadline for lane in self.lanes), default=math.inf)
+
+    # --- media ----------------------------------------------------------------------------------------------------
+
+    def upload(self, flight: Flight, put: messages.Put, medium: Any, nbytes: int, now: float) -> list[Step]:
+        """Take the bytes of a wanted flight from its uploader."""
+        if nbytes != self._admission.reservation(flight.id)[1]:
+            return list(self._flights.refused(flight.id, None, now) or ())
+        taken = self._flights.uploaded(flight.id, flight.uploader[0], nbytes)
+        assert taken, f"flight {flight.id} is {flight.state}, not wanted"
+        self._media[flight.id] = (medium, put, now)
+        self._enqueue(flight)
+        return []
+
+    def drop(self, flight_id: int, now: float) -> None:
+        """The flight has ended: let go of all that was kept for it."""
+        self._media.pop(flight_id, None)
+        self._queue.remove(flight_id)
+        self._admission.release(flight_id, now)
+
+    def _enqueue(self, flight: Flight) -> None:
+        """Put a flight into the queue. It has room for all that admission let in; who opened the flight pays."""
+        client = self._admission.reservation(flight.id)[0]
+        heavy = flight.cost >= HEAVY_COST
+        self._queue.push(Queued(flight.id, client, flight.cost, flight.priority, flight.nbytes, heavy))
+
+    def dispatch(self, now: float) -> None:
+        """Give idle lanes work."""
+        if not len(self._queue):
+            return
+        for number, lane in enumerate(self.lanes):
+            if not lane.idle:
+                continue
+            entry = self._queue.pop(heavy_allowed=lane.heavy_allowed)
+            if entry is None:
+                continue
+            flight = self._flights[entry.flight_id]
+            self._flights.started(flight.id, number)
+            lane.flight = flight.id
+            lane.deadline = now + self._task_seconds
+            medium, put, since = self._media[flight.id]
+            self._metrics.observe("mmprep_stage_seconds", now - since, stage="queue")
+            task = messages.Task(flight.id, flight.need, flight.modality, put.hasher, put.digest, put.options)
+            self._out.append(ToLane(number, task, medium))
+
+    # --- lanes ----------------------------------------------------------------------------------------------------
+
+    def ready(self, number: int, pid: int) -> bool:
+        """A lane is warm; return whether all are."""
+        lane = self.lanes[number]
+        lane.ready, lane.pid = True, pid
+        return all(other.ready for other in self.lanes)
+
+    def message(self, number: int, message: Any, frames: list[bytes], now: float) -> list[Step]:
+        """Take a lane's message about its task; one about another task is passed over."""
+        lane = self.lanes[number]
+        if lane.flight is None or message.task != lane.flight:
+            return []
+        flight = self._flights[lane.flight]
+        match message:
+            case messages.AskExtent() if flight.need == "tensors" and lane.grant is None and any(frames[:1]):
+                return self._grant(number, lane, flight, frames[0], message.tensor_length)
+            case messages.Filled() if lane.grant is not None:
+                return self._filled(number, lane, flight, lane.grant, message)
+            case messages.Planned() if flight.need == "plan" and len(frames) == 1 and len(frames[0]) <= MAX_METADATA:
+                self._plans.put(flight.key, frames[0])
+                return self._published(number, lane, flight, frames[0])
+            case messages.TaskFailed():
+                return self._task_failed(number, lane, message.fault.error(), now)
+        self._kill(number)
+        return []
+
+    def exited(self, number: int, now: float) -> list[Step]:
+        """A lane's exit is confirmed, whatever it was doing: its extent is free, its task is tried again or over."""
+        lane = self.lanes[number]
+        self.lanes[number] = LaneState(heavy_allowed=lane.heavy_allowed)
+        self._metrics.count("mmprep_lane_restarts_total")
+        if lane.grant is not None:
+            self._ring.abort(lane.grant.slot, lane.grant.generation)
+        if lane.flight is None:
+            return []
+        outcome = self._flights.lane_lost(lane.flight, number, now)
+        if isinstance(outcome, flight_events.Retry):
+            medium, put, _ = self._media[lane.flight]
+            self._media[lane.flight] = (medium, put, now)
+            self._enqueue(self._flights[lane.flight])
+            return []
+        return [] if outcome is None else [outcome]
+
+    def tick(self, now: float) -> None:
+        """Kill the lanes that are beyond their time."""
+        for number, lane in enumerate(self.lanes):
+            if lane.deadline <= now:
+                self._kill(number)
+
+    def _kill(self, number: int) -> None:
+        lane = self.lanes[number]
+        lane.deadline = math.inf
+        if not lane.killed:
+            lane.killed = True
+            self._out.append(KillLane(number))
+
+    def _grant(self, number: int, lane: LaneState, flight: Flight, meta: bytes, tensor_len: int) -> list[Step]:
+        try:
+            if len(meta) > MAX_METADATA:
+                raise errors.TooLarge(f"the item's metadata have {len(meta)} bytes, above the limit of {MAX_METADATA}")
+            self._plans.put(flight.key, meta)  # those who need no more get it, even where there is no room for tensors
+            grant = self._ring.grant(flight.key, len(meta), tensor_len)
+            if grant is None:
+                raise errors.Busy("the cache is full of content in use; try again later", retry_after=1.0)
+        except errors.MmprepError as error:
+            self._out.append(ToLane(number, messages.Denied(flight.id)))
+            return self._failed(number, lane, flight.id, error)
+        lane.grant = grant
+        self._out.append(ToLane(number, messages.Granted(flight.id, grant.offset, grant.length)))
+        return []
+
+    def _filled(
+        self, number: int, lane: LaneState, flight: Flight, grant: Grant, filled: messages.Filled
+    ) -> list[Step]:
+        entry = self._ring.publish(grant.slot, grant.generation)
+        self._metrics.observe("mmprep_stage_seconds", filled.decode_us / 1e6, stage="decode")
+        self._metrics.observe("mmprep_stage_seconds", filled.process_us / 1e6, stage="process")
+        return self._published(number, lane, flight, entry)
+
+    def _published(self, number: int, lane: LaneState, flight: Flight, result: Result) -> list[Step]:
+        lane.end_task()
+        waiters = self._flights.published(flight.id, number) or []
+        return [Ended(flight.id, tuple(waiter.call for waiter in waiters), result)]
+
+    def _task_failed(self, number: int, lane: LaneState, error: errors.MmprepError, now: float) -> list[Step]:
+        """The lane says that it writes no more, so what it was granted is free."""
+        flight_id, grant = lane.flight, lane.grant
+        assert flight_id is not None
+        if grant is not None:
+            self._ring.abort(grant.slot, grant.generation)
+        if not isinstance(error, errors.ProtocolError):
+            return self._failed(number, lane, flight_id, error)
+        lane.end_task()
+        self._media.pop(flight_id)
+        return list(self._flights.refused(flight_id, number, now) or ())
+
+    def _failed(self, number: int, lane: LaneState, flight_id: int, error: errors.MmprepError) -> list[Step]:
+        lane.end_task()
+        waiters = self._flights.failed(flight_id, number) or []
+        return [Ended(flight_id, tuple(waiter.call for waiter in waiters), error)]
+
+    # --- invariants -----------------------------------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Check every invariant between flights, media, queue, reservations and lanes.
+
+        Raises
+        ------
+        AssertionError
+            One does not hold; the message says which.
+        """
+        kept = {flight.id for flight in self._flights if flight.state != "wanted"}
+        assert self._media.keys() == kept, "bytes are kept for flights that do not need them, or missing"
+        queued = {flight.id for flight in self._flights if flight.state == "queued"}
+        assert len(self._queue) == len(queued), "the queue holds what does not wait for a lane"
+        assert all(flight_id in self._queue for flight_id in queued), "a flight that waits for a lane is not queued"
+        assert len(self._admission) == len(self._flights), "admission holds flights that have ended, or lacks some"
+        for flight in self._flights:
+            assert flight.id in self._admission, f"flight {flight.id} has no reservation"
+            nbytes = self._admission.reservation(flight.id)[1]
+            assert flight.state == "wanted" or flight.nbytes == nbytes, f"flight {flight.id} has another size"
+        running = {flight.lane: flight.id for flight in self._flights if flight.state == "running"}
+        assert running == {n: lane.flight for n, lane in enumerate(self.lanes) if lane.flight is not None}, (
+            "the lanes' tasks and the running flights differ"
+        )
+        for number, lane in enumerate(self.lanes):
+            self._validate_lane(number, lane)
+        granted = sum(align(lane.grant.length) for lane in self.lanes if lane.grant is not None)
+        assert granted == self._ring.stats().filling, "a granted extent belongs to no lane"
+
+    def _validate_lane(self, number: int, lane: LaneState) -> None:
+        name = f"lane {number}"
+        busy = lane.flight is not None
+        assert busy or lane.grant is None, f"{name} has an extent and no task"
+        assert lane.ready or not busy, f"{name} has a task and is not warm"
+        due = busy and not lane.killed
+        assert due == (lane.deadline < math.inf), f"{name} has a task without a deadline, or a deadline without one"
+        if lane.grant is not None:
+            assert lane.flight is not None
+            assert self._flights[lane.flight].need == "tensors", f"{name} has an extent for a plan"
+        if lane.idle:
+            waiting = [flight for flight in self._flights if flight.state == "queued"]
+            assert all(f.cost >= HEAVY_COST and not lane.heavy_allowed for f in waiting), f"{name} is idle beside work"
