@@ -18,6 +18,14 @@ fail() {
     exit 1
 }
 
+# Debian leaves the venv module out of its python3; where we may, we fetch it.
+install_venv_module() {
+    [[ -z "${PYTHON:-}" ]] && ((EUID == 0)) && command -v apt-get >/dev/null || return 0
+    python3 -c 'import venv, ensurepip' 2>/dev/null && return 0
+    say "installing python3 and python3-venv"
+    apt-get update -qq >&2 && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3 python3-venv >&2
+}
+
 # Prints the interpreter to build the environment with, or says in one sentence what is missing.
 find_python() {
     local python="${PYTHON:-python3}"
@@ -47,6 +55,7 @@ setup() {
         [[ "$(cat "$venv/.installed-$extra" 2>/dev/null)" == "$(stamp)" ]] || current=no
     done
     if ! usable; then
+        install_venv_module
         python="$(find_python)"
         say "making .venv with $("$python" --version)"
         "$python" -m venv --clear "$venv"

@@ -273,17 +273,24 @@ class WriterLink:
 
     def _answered(self, answer: messages.Answer, frames: list[bytes]) -> None:
         items = self._offers.get(answer.call)
-        if items is None:
-            self._link.send([pack(messages.Unpin(answer.call))])
-            return
         try:
-            answers = [unpack(frame, messages.ItemAnswer) for frame in frames]
+            answers: list[messages.ItemAnswer] = [unpack(frame, messages.ItemAnswer) for frame in frames]
+            if items is None:
+                self._give_back(answer, answers)
+                return
             if len(answers) != len(items):
                 raise ProtocolError("the writer answered for another number of items")
         except MmprepError as error:
             self._calls.resolve(answer.call, error)
             return
         self._calls.resolve(answer.call, (answer, answers))
+
+    def _give_back(self, answer: messages.Answer, answers: list[messages.ItemAnswer]) -> None:
+        """Let go of an answer whose call was cancelled while it was on its way."""
+        if answer.leased_to is None:
+            self._link.send([pack(messages.Unpin(answer.call))])
+            return
+        self.release_soon(answer.leased_to, tuple(item.lease for item in answers if item.lease is not None))
 
     def _put(self, wants: messages.Wants) -> None:
         items = self._offers.get(wants.call)

@@ -14,7 +14,7 @@ from typing import Any
 
 from mmprep.card import ModelCard
 from mmprep.errors import InvalidRequest, NotFound, StartupError
-from mmprep_frontend.intake import Intake, Medium, Source
+from mmprep_frontend.media.intake import Intake, Medium, Source
 from mmprep_frontend.render.conversation import Conversation, walk
 from mmprep_frontend.render.requests import ChatRequest, TokenizeRequest, parse
 from mmprep_frontend.render.sentinels import Sentinels

@@ -21,8 +21,9 @@ from mmprep.items import align
 from mmprep.result import Head, HeadItem, Place, ids_to_bytes
 from mmprep.wire import messages
 from mmprep.wire.codec import PROTOCOL, pack, unpack
+from mmprep.wire.messages import LeaseKind
 from mmprep.wire.sockets import Pump, router
-from mmprep_frontend.render.answer import new_request_id, sampling_params
+from mmprep_frontend.render.answer import max_tokens, new_request_id
 from mmprep_frontend.service import RenderedChat, RenderedItem, Service
 
 _log = logging.getLogger("mmprep.native")
@@ -149,7 +150,7 @@ class NativeDoor:
             if chat.request.payload == "tensors":
                 inline.append(self._region(chat, item))
                 frame = len(inline)
-            items.append(_head_item(item, placed.offset, placed.length, frame))
+            items.append(_head_item(item, placed.offset, placed.length, frame, chat.request.lease_kind or "copy"))
         room = model.max_model_len - len(chat.expanded.token_ids)
         mapping = chat.offered.mapping if chat.offered is not None else None
         head = Head(
@@ -160,7 +161,7 @@ class NativeDoor:
             lease_ms=chat.offered.lease_ms if chat.offered is not None else 0,
             segment=mapping.name if mapping is not None else "",
             epoch=bytes.fromhex(mapping.epoch) if mapping is not None else bytes(16),
-            max_tokens=sampling_params(chat.request, room)["max_tokens"],
+            max_tokens=max_tokens(chat.request, room),
             prompt_text=chat.prompt.text if chat.request.return_prompt_text else None,
         )
         return [head.pack(), *inline]
@@ -199,11 +200,11 @@ class NativeDoor:
     }
 
 
-def _head_item(item: RenderedItem, offset: int, length: int, frame: int) -> HeadItem:
+def _head_item(item: RenderedItem, offset: int, length: int, frame: int, lease_kind: LeaseKind) -> HeadItem:
     answer = item.answer
     place = None
     if answer.lease is not None:
-        place = Place(answer.slot, answer.offset, answer.length, answer.generation, answer.lease)
+        place = Place(answer.slot, answer.offset, answer.length, answer.generation, answer.lease, lease_kind)
     return HeadItem(
         modality=item.part.modality,
         hash=item.key,

@@ -16,6 +16,7 @@ import zmq
 
 import mmprep
 from mmprep.card import ModelCard
+from mmprep.digest import Hasher
 from mmprep.errors import MmprepError, StartupError
 from mmprep.metrics import Metrics, ProcessReport
 from mmprep.runtime import RuntimeDir
@@ -23,11 +24,10 @@ from mmprep.settings import FrontendSettings, read_settings
 from mmprep.wire import messages
 from mmprep_frontend.dispatch import WriterLink
 from mmprep_frontend.http.app import make_app
+from mmprep_frontend.http.door import HttpDoor
 from mmprep_frontend.http.server import HttpServer, serve_http
-from mmprep_frontend.http_door import HttpDoor
-from mmprep_frontend.intake import Intake
-from mmprep_frontend.media.digest import Hasher
 from mmprep_frontend.media.fetch import Fetcher
+from mmprep_frontend.media.intake import Intake
 from mmprep_frontend.media.policy import UrlPolicy
 from mmprep_frontend.model import load_model
 from mmprep_frontend.native import NativeDoor
@@ -174,7 +174,6 @@ class Frontend:
 
 def _load_tokenizer(directory: Path) -> Any:
     """Import transformers on the thread that will use it, beside the rest of the start: it takes a second."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from mmprep_frontend.render.tokens import load_tokenizer  # noqa: PLC0415
 
     return load_tokenizer(directory)

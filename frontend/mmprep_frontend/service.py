@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
 
+from mmprep.digest import Hasher
 from mmprep.errors import InternalError, InvalidRequest, MmprepError, ServiceUnavailable
 from mmprep.items import ItemMeta, unpack_meta
 from mmprep.metrics import Metrics
 from mmprep.wire.messages import ItemAnswer, LeaseTo, Need
 from mmprep_frontend.dispatch import Offered, OfferItem, WriterLink
-from mmprep_frontend.intake import SMALL, Intake, Medium, Source, first_error, size
-from mmprep_frontend.media.digest import Hasher, item_key, scope
+from mmprep_frontend.media.intake import SMALL, Intake, Medium, Source, first_error, size
+from mmprep_frontend.media.keys import item_key, scope
 from mmprep_frontend.media.sources import HttpSource
 from mmprep_frontend.model import ServedModel
 from mmprep_frontend.render.answer import check_length, generate_request
@@ -53,6 +55,28 @@ class RenderedItem:
     key: bytes
     answer: ItemAnswer
     meta: ItemMeta
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How a request wants its items.
+
+    Attributes
+    ----------
+    need: tensors, or only plans.
+    lease: to whom the addresses are to be leased; else they are pinned.
+    dtype: of the main tensors, or ``auto``.
+    salt: of the cache, or ``None``.
+    priority: lower is more urgent.
+    deadline: by the loop's clock.
+    """
+
+    need: Need
+    lease: LeaseTo | None
+    dtype: str
+    salt: str | None
+    priority: int
+    deadline: float
 
 
 @dataclass(slots=True)
@@ -150,31 +174,31 @@ class Service:
         request = await self._parse(body, lambda: parse(body, "chat"))
         model.check_name(request.model)
         deadline = self._deadline(request.deadline_ms)
+        with _naming("messages"):
+            return await self._render(model, request, attachments, deadline)
+
+    async def _render(
+        self, model: ServedModel, request: ChatRequest, attachments: Sequence[memoryview], deadline: float
+    ) -> RenderedChat:
         conversation = model.walk(request, self._limits)
         prompt, media = await self._prompt_and_media(model, request, conversation, attachments, deadline)
         if not media:
+            check_length(len(prompt.token_ids), model.max_model_len)
             return RenderedChat(request, prompt, expand(prompt.token_ids, prompt.placeholders, {}))
-        need: Need = "plan" if request.payload == "none" else "tensors"
-        lease = LeaseTo(request.backend_id or "", "copy") if request.payload == "shm" else None
-        dtype_name = request.mm_dtype or self._tensor_dtype
-        salt = request.cache_salt
-        priority = request.priority or 0
-        offered, items = await self._items(
-            model,
-            conversation.media,
-            media,
-            need=need,
-            lease=lease,
-            dtype=dtype_name,
-            salt=salt,
-            priority=priority,
+        terms = Terms(
+            need="plan" if request.payload == "none" else "tensors",
+            lease=LeaseTo(request.backend_id or "", request.lease_kind or "copy") if request.payload == "shm" else None,
+            dtype=request.mm_dtype or self._tensor_dtype,
+            salt=request.cache_salt,
+            priority=request.priority or 0,
             deadline=deadline,
         )
+        offered, items = await self._items(model, conversation.media, media, terms)
         try:
             expanded = self._expand(prompt, items)
             check_length(len(expanded.token_ids), model.max_model_len)
         except BaseException:
-            self._give_back(offered, lease)
+            self._give_back(offered, terms.lease)
             raise
         return RenderedChat(request, prompt, expanded, items, offered)
 
@@ -215,26 +239,19 @@ class Service:
         return encoding.result(), reading.result()
 
     async def _items(
-        self,
-        model: ServedModel,
-        parts: Sequence[MediaPart],
-        media: Sequence[Medium],
-        *,
-        need: Need,
-        lease: LeaseTo | None,
-        dtype: str,
-        salt: str | None,
-        priority: int,
-        deadline: float,
+        self, model: ServedModel, parts: Sequence[MediaPart], media: Sequence[Medium], terms: Terms
     ) -> tuple[Offered, list[RenderedItem]]:
-        scoped = scope(_ANONYMOUS, salt)
+        scoped = scope(_ANONYMOUS, terms.salt)
         wanted = [
-            self._offer_item(model, scoped, part, medium, dtype) for part, medium in zip(parts, media, strict=True)
+            self._offer_item(model, scoped, part, medium, terms.dtype)
+            for part, medium in zip(parts, media, strict=True)
         ]
-        offered = await self.writer.offer(wanted, need=need, deadline=deadline, priority=priority, lease=lease)
+        offered = await self.writer.offer(
+            wanted, need=terms.need, deadline=terms.deadline, priority=terms.priority, lease=terms.lease
+        )
         for answer, part in zip(offered.items, parts, strict=True):
             if answer.fault is not None:
-                self._give_back(offered, lease)
+                self._give_back(offered, terms.lease)
                 raise answer.fault.error().at(part.param)
         try:
             items = [
@@ -242,7 +259,7 @@ class Service:
                 for part, item, answer in zip(parts, wanted, offered.items, strict=True)
             ]
         except ValueError:
-            self._give_back(offered, lease)
+            self._give_back(offered, terms.lease)
             raise InternalError("an item's metadata cannot be read") from None
         return offered, items
 
@@ -288,19 +305,20 @@ class Service:
         model = self.served()
         request = await self._parse(body, lambda: parse(body, "completion"))
         model.check_name(request.model)
-        encoded = await self._on_render_thread(_encode_prompts, model, request)
         numbered = request.is_batch
-        return [
-            generate_request(
-                request,
-                request_id=f"{request_id}-{index}" if numbered else request_id,
-                model=model.name,
-                token_ids=token_ids,
-                max_model_len=model.max_model_len,
-                prompt_text=text,
-            )
-            for index, (token_ids, text) in enumerate(encoded)
-        ]
+        with _naming("prompt"):
+            encoded = await self._on_render_thread(_encode_prompts, model, request)
+            return [
+                generate_request(
+                    request,
+                    request_id=f"{request_id}-{index}" if numbered else request_id,
+                    model=model.name,
+                    token_ids=token_ids,
+                    max_model_len=model.max_model_len,
+                    prompt_text=text,
+                )
+                for index, (token_ids, text) in enumerate(encoded)
+            ]
 
     async def tokenize(self, body: bytes, attachments: Sequence[memoryview] = ()) -> dict[str, Any]:
         """Tokenize a text or a chat; media are expanded, and only their plans are computed."""
@@ -334,17 +352,8 @@ class Service:
         prompt, media = await self._prompt_and_media(model, request, conversation, attachments, deadline)
         if not media:
             return expand(prompt.token_ids, prompt.placeholders, {}).token_ids
-        offered, items = await self._items(
-            model,
-            conversation.media,
-            media,
-            need="plan",
-            lease=None,
-            dtype=self._tensor_dtype,
-            salt=None,
-            priority=0,
-            deadline=deadline,
-        )
+        terms = Terms("plan", None, self._tensor_dtype, None, 0, deadline)
+        offered, items = await self._items(model, conversation.media, media, terms)
         with offered:
             return self._expand(prompt, items).token_ids
 
@@ -372,6 +381,15 @@ class Service:
         result = await asyncio.get_running_loop().run_in_executor(self._render_thread, work, *arguments)
         self.metrics.observe("mmprep_stage_seconds", time.monotonic() - started, stage="tokenize")
         return result
+
+
+@contextmanager
+def _naming(param: str) -> Iterator[None]:
+    """Let an invalid request that names no place name ``param``."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise error.at(param) from None
 
 
 def _encode_prompts(model: ServedModel, request: CompletionRequest) -> list[tuple[list[int], str | None]]:

@@ -7,7 +7,7 @@ a reader gets the bytes of its address, or :class:`~mmprep.errors.StaleAddress`,
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -15,7 +15,7 @@ from mmprep import layout
 from mmprep.errors import InvalidRequest, StaleAddress
 from mmprep.items import DTYPE_SIZES, ItemMeta, Natural, align
 
-Generation = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+Generation = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class AddressField(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,6 +40,7 @@ class Address(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     metadata_length: bytes of the packed :class:`~mmprep.items.ItemMeta` at the extent's start.
     fields: the tensors.
     lease: 32 hex digits where the address is leased to a backend, whose duty is to renew or release it.
+    lease_kind: ``copy`` or ``view``.
     lease_seconds: how long the lease holds, counted from the moment the request was sent.
     """
 
@@ -52,6 +53,7 @@ class Address(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     metadata_length: Natural
     fields: tuple[AddressField, ...]
     lease: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")] | None = None
+    lease_kind: Literal["copy", "view"] | None = None
     lease_seconds: Natural | None = None
 
 

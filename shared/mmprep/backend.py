@@ -6,15 +6,17 @@ registration turns them into items. The registration dies with its process, howe
 
 from __future__ import annotations
 
-import asyncio
 import os
+import time
 import uuid
 from collections.abc import Mapping
 from typing import Any, Self
 
+import msgspec
 import zmq
 
 from mmprep.address import Address, parse_address
+from mmprep.errors import InvalidRequest
 from mmprep.item import Item, item_from_address
 from mmprep.loop_thread import LoopThread
 from mmprep.registration import Lease, Registration
@@ -100,7 +102,7 @@ class Backend:
         parsed = parse_address(address)
         if parsed.lease is None:
             return self.acquire(parsed)
-        return self._item(parsed, self._thread.run(self._adopt(parsed)))
+        return self._item(parsed, self._registration.lease(bytes.fromhex(parsed.lease), time.monotonic()))
 
     def acquire(self, address: Address | Mapping[str, Any], *, kind: LeaseKind = "copy") -> Item:
         """Lease the content of an address to this backend and return the item.
@@ -116,11 +118,23 @@ class Backend:
             The content is gone.
         """
         parsed = parse_address(address)
-        return self._item(parsed, self._thread.run(self._registration.acquire(parsed, kind)))
+        lease = self._thread.run(self._registration.acquire(parsed, kind))
+        return self._item(msgspec.structs.replace(parsed, lease_kind=kind), lease)
 
     def renew(self, *addresses: Address | Mapping[str, Any]) -> list[bool]:
-        """Prolong leases now, beside the renewal in the background; returns for each whether it still holds."""
-        leases = [bytes.fromhex(parse_address(address).lease or "") for address in addresses]
+        """Prolong leases now, beside the renewal in the background; returns for each whether it still holds.
+
+        Raises
+        ------
+        InvalidRequest
+            An address has no lease.
+        """
+        leases = []
+        for address in addresses:
+            lease = parse_address(address).lease
+            if lease is None:
+                raise InvalidRequest("an address without a lease cannot be renewed; acquire it first", param="address")
+            leases.append(bytes.fromhex(lease))
         lost = self._thread.run(self._registration.renew(tuple(leases)))
         return [lease not in lost for lease in leases]
 
@@ -130,10 +144,6 @@ class Backend:
             lease = parse_address(address).lease
             if lease is not None:
                 self._registration.drop(bytes.fromhex(lease))
-
-    async def _adopt(self, address: Address) -> Lease:
-        assert address.lease is not None
-        return self._registration.lease(bytes.fromhex(address.lease), asyncio.get_running_loop().time())
 
     def _item(self, address: Address, lease: Lease) -> Item:
         try:

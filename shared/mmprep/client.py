@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 import uuid
 from collections.abc import Sequence
 from typing import Any, Literal, Self
@@ -231,7 +232,7 @@ class AsyncClient:
         if payload == "shm":
             registration = await self._registered()
             body["backend_id"] = registration.id
-        sent_at = asyncio.get_running_loop().time()
+        sent_at = time.monotonic()
         frames = await self._request("chat", body, timeout)
         return self._result(frames, registration, sent_at)
 
@@ -343,6 +344,7 @@ class AsyncClient:
                 metadata_length=len(item.meta),
                 fields=address_fields(meta, len(item.meta)),
                 lease=item.place.lease.hex(),
+                lease_kind=item.place.lease_kind,
                 lease_seconds=head.lease_ms // 1000,
             )
             source = Shared(registration, address, registration.lease(item.place.lease, sent_at))
@@ -360,6 +362,8 @@ class AsyncClient:
 
 def _detach(node: Any, attachments: list[Any]) -> Any:
     """Return ``node`` with every bytes-like value replaced by the name of an attachment."""
+    if node is None or isinstance(node, str | int | float):
+        return node
     if isinstance(node, bytes | bytearray | memoryview):
         attachments.append(node)
         return f"attachment:{len(attachments) - 1}"

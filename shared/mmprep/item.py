@@ -56,13 +56,15 @@ class Shared:
         self._registration = registration
         self._address = address
         self._lease = lease
+        # A lease that was granted as a view needs no word with the writer before and after.
+        self._always_view = address.lease_kind == "view"
         self._views = 0
 
     def _start(self) -> int:
         return align(self._address.metadata_length)
 
     def _mapping(self) -> Any:
-        self._registration.check_held(self._lease.id)
+        self._registration.check_held(self._lease.id, "view" if self._always_view else "copy")
         mapping = self._registration.mapping
         if mapping is None:
             raise InvalidRequest("this client is closed")
@@ -76,7 +78,7 @@ class Shared:
     async def hold(self) -> memoryview:
         mapping = self._mapping()
         mapping.check(self._address)
-        if self._views == 0:
+        if self._views == 0 and not self._always_view:
             await self._registration.upgrade(self._lease.id, "view")
         self._views += 1
         mapping.check(self._address)
@@ -85,7 +87,7 @@ class Shared:
 
     async def let_go(self) -> None:
         self._views -= 1
-        if self._views == 0:
+        if self._views == 0 and not self._always_view:
             await self._registration.upgrade(self._lease.id, "copy")
 
     def release(self) -> None:
@@ -209,13 +211,16 @@ def item_from_address(
     run: Runner | None,
     hash: str = "",  # noqa: A002
 ) -> Item:
-    """Return the item that lies at ``address``; its metadata is read from the extent. Raises StaleAddress."""
+    """Return the item at ``address``; its metadata is read from the extent. Raises StaleAddress or InvalidRequest."""
     mapping = registration.mapping
     assert mapping is not None
     mapping.check(address)
     blob = bytes(mapping.extent(address)[: address.metadata_length])
     mapping.check(address)
-    meta = unpack_meta(blob)
+    try:
+        meta = unpack_meta(blob)
+    except ValueError:
+        raise InvalidRequest("the address's metadata_length is not that of the item", param="address") from None
     return Item(
         meta,
         Shared(registration, address, lease),

@@ -10,6 +10,7 @@ MessagePack, the fields start at the next multiple of :data:`ALIGNMENT` and each
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import msgpack
@@ -163,8 +164,9 @@ class ItemMeta(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
         return packed
 
 
-def unpack_meta(blob: bytes | memoryview) -> ItemMeta:
-    """Return the metadata that :meth:`ItemMeta.pack` wrote.
+@lru_cache(maxsize=4096)
+def unpack_meta(blob: bytes) -> ItemMeta:
+    """Return the metadata that :meth:`ItemMeta.pack` wrote. Remembered: pictures of one size have the same.
 
     Raises
     ------

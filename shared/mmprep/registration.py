@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections import deque
 from typing import Any
 
@@ -105,7 +106,6 @@ class Registration:
         self.id = backend_id
         self.mapping: Mapping | None = None
         self.lease_seconds = 0.0
-        self._loop = asyncio.get_running_loop()
         self._calls = CallTable()
         self._leases: dict[bytes, float] = {}
         self._dropped: deque[bytes] = deque()
@@ -137,6 +137,8 @@ class Registration:
         ServiceUnavailable
             It did not within ``seconds``.
         """
+        if self._up.is_set() and self.mapping is not None and self._refused is None:
+            return self.mapping
         try:
             async with asyncio.timeout(seconds):
                 await self._up.wait()
@@ -161,28 +163,33 @@ class Registration:
                 async with asyncio.timeout(1.0):
                     await self._call(lambda call: messages.Release(call, ()))
         self._link.close()
-        if self.mapping is not None:
-            self.mapping.segment.close()
+        mapping, self.mapping = self.mapping, None
+        if mapping is not None:
+            mapping.segment.close()
         self._lock.release()
 
     # --- leases ---------------------------------------------------------------------------------------------------
 
     def lease(self, lease_id: bytes, sent_at: float) -> Lease:
-        """Take charge of a lease that an answer granted to this backend; ``sent_at`` by the loop's clock."""
+        """Take charge of a lease that an answer granted to this backend; ``sent_at`` by ``time.monotonic``."""
         return Lease(self, lease_id, sent_at)
 
     def adopt(self, lease: Lease) -> None:
-        """Keep renewing ``lease``."""
+        """Keep renewing ``lease``; may be called from any thread."""
         self._leases[lease.id] = lease.sent_at + self.lease_seconds
 
     def drop(self, lease_id: bytes) -> None:
         """Release a lease soon; may be called from any thread."""
         self._dropped.append(lease_id)
 
-    def check_held(self, lease_id: bytes) -> None:
-        """Raise LeaseLost where the lease's time is over or the writer has said that it is gone."""
+    def check_held(self, lease_id: bytes, kind: messages.LeaseKind) -> None:
+        """Raise LeaseLost where the writer has said that the lease is gone, or where it may have ended by time.
+
+        A view does not end by time: it is this process's for as long as it lives.
+        """
         deadline = self._leases.get(lease_id)
-        if lease_id in self._lost or (deadline is not None and deadline < self._loop.time()):
+        late = kind == "copy" and deadline is not None and deadline < time.monotonic()
+        if late or lease_id in self._lost:
             raise LeaseLost("the lease has run out; ask for the item again")
 
     async def acquire(self, address: Address, kind: messages.LeaseKind) -> Lease:
@@ -190,7 +197,7 @@ class Registration:
         if self.mapping is None:
             raise ServiceUnavailable("not connected to the writer")
         self.mapping.check(address)
-        sent_at = self._loop.time()
+        sent_at = time.monotonic()
         slot, generation = address.slot, address.generation
         answer = await self._call(lambda call: messages.Acquire(call, slot, generation, kind))
         return Lease(self, answer.lease, sent_at)
@@ -201,7 +208,7 @@ class Registration:
 
     async def renew(self, lease_ids: tuple[bytes, ...]) -> tuple[bytes, ...]:
         """Prolong leases from now and return those that are over."""
-        sent_at = self._loop.time()
+        sent_at = time.monotonic()
         answer = await self._call(lambda call: messages.Renew(call, lease_ids))
         for lease_id in lease_ids:
             if lease_id in answer.lost:
@@ -230,8 +237,8 @@ class Registration:
             if not self._up.is_set() or self._refused is not None:
                 continue
             self._flush_released()
-            soon = self._loop.time() + self.lease_seconds * 2 / 3
-            due = tuple(lease for lease, deadline in self._leases.items() if deadline < soon)[:_BATCH]
+            soon = time.monotonic() + self.lease_seconds * 2 / 3
+            due = tuple(lease for lease, deadline in tuple(self._leases.items()) if deadline < soon)[:_BATCH]
             if due:
                 with contextlib.suppress(MmprepError):
                     await self.renew(due)

@@ -6,6 +6,8 @@ tensors travel inline, in the order of their ``frame`` numbers.
 
 from __future__ import annotations
 
+import sys
+from array import array
 from typing import Annotated
 
 import msgpack
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 
 from mmprep.items import Natural
 from mmprep.wire.codec import unpack
-from mmprep.wire.messages import Digest, Epoch, LeaseId, ShortText
+from mmprep.wire.messages import Digest, Epoch, LeaseId, LeaseKind, ShortText
 
 #: The largest packed head: token ids of a prompt of some millions of tokens.
 HEAD_LIMIT = 64 << 20
@@ -29,6 +31,7 @@ class Place(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     length: Natural
     generation: Annotated[int, msgspec.Meta(ge=0)]
     lease: LeaseId | None
+    lease_kind: LeaseKind = "copy"
 
 
 class HeadItem(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -74,7 +77,10 @@ def unpack_head(frame: bytes | memoryview) -> Head:
 
 def ids_to_bytes(ids: list[int]) -> bytes:
     """Return token ids as little-endian uint32."""
-    return np.asarray(ids, dtype="<u4").tobytes()
+    packed = array("I", ids)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
 
 
 def ids_from_bytes(packed: bytes) -> NDArray[np.uint32]:

@@ -120,6 +120,13 @@ def test_a_model_without_images_refuses_them():
             "both",
         ),
         ("{% for m in messages %}{{ m.content.split('x')[-1] }}{% for t in tools %}{% endfor %}{% endfor %}", "string"),
+        (
+            (
+                "{% for m in messages %}{% set parts = [m.content] if m.content is string else m.content %}"
+                "{% for p in parts %}{{ p }}{% endfor %}{% endfor %}"
+            ),
+            "both",
+        ),
     ],
 )
 def test_what_a_template_takes_is_read_from_its_syntax(source, content_format):

@@ -27,8 +27,8 @@ from mmprep_frontend.http.answers import (
     request_id_of,
     routing_error,
 )
+from mmprep_frontend.http.bodies import RETRY_AFTER, Bodies
 from mmprep_frontend.http.exposition import CONTENT_TYPE
-from mmprep_frontend.http.intake import RETRY_AFTER, Intake
 from mmprep_frontend.http.ports import Service
 
 _log = logging.getLogger(__name__)
@@ -55,10 +55,10 @@ def make_app(
     version:
         What ``/version`` tells.
     max_body, max_held, max_requests, body_seconds:
-        As :class:`mmprep_frontend.http.intake.Intake` has them.
+        As :class:`mmprep_frontend.http.bodies.Bodies` has them.
     """
-    intake = Intake(max_body=max_body, max_held=max_held, max_requests=max_requests, seconds=body_seconds)
-    edge = _Edge(service, version, intake)
+    bodies = Bodies(max_body=max_body, max_held=max_held, max_requests=max_requests, seconds=body_seconds)
+    edge = _Edge(service, version, bodies)
     app = web.Application(middlewares=[_tell])
     for path, handler in (
         ("/v1/chat/completions/render", edge.rendering(service.render_chat, "chatcmpl-")),
@@ -80,17 +80,17 @@ def make_app(
 class _Edge:
     """The handlers of one application."""
 
-    def __init__(self, service: Service, version: str, intake: Intake) -> None:
+    def __init__(self, service: Service, version: str, bodies: Bodies) -> None:
         self._service = service
         self._version = version
-        self._intake = intake
+        self._bodies = bodies
 
     def rendering(self, render: Callable[[bytes, str], Awaitable[bytes]], prefix: str) -> Handler:
         """Return a handler that renders a body under the request's id behind ``prefix``."""
 
         async def handler(request: web.Request) -> web.StreamResponse:
             self._check_ready()
-            async with self._intake.body(request) as body:
+            async with self._bodies.body(request) as body:
                 return json_answer(await render(body, prefix + request[_REQUEST_ID]))
 
         return handler
@@ -101,7 +101,7 @@ class _Edge:
         async def handler(request: web.Request) -> web.StreamResponse:
             if needs_model:
                 self._check_ready()
-            async with self._intake.body(request) as body:
+            async with self._bodies.body(request) as body:
                 return json_answer(await answer(body))
 
         return handler
@@ -109,7 +109,7 @@ class _Edge:
     async def go_on(self, request: web.Request) -> None:
         """Tell a client that asks whether to send its body to do so, unless its length speaks against it."""
         expected = request.headers.get("Expect", "").lower() == "100-continue"
-        if expected and (request.content_length or 0) <= self._intake.max_body:
+        if expected and (request.content_length or 0) <= self._bodies.max_body:
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             # The answer itself has not begun.
             request.writer.output_size = 0

@@ -26,6 +26,10 @@ MAX_HEADERS: Final = 100
 _BACKLOG: Final = 1024
 #: Seconds that an answered request's unread body is still taken in, so that the client reads the answer.
 _LINGER: Final = 3.0
+#: Seconds between two looks for connections that have become idle, while the server ends.
+_LOOK_AGAIN: Final = 0.01
+#: Seconds that a cancelled request gets to end, once the grace is over.
+_CLOSING: Final = 0.05
 #: Bytes that are read ahead of a handler.
 _READ_AHEAD: Final = 2**18
 
@@ -51,9 +55,9 @@ class HttpServer:
         await asyncio.sleep(0)
         server = self._runner.server
         if server is not None:
+            await _until_idle(server, grace)
             server.pre_shutdown()
-            # The library waits this long twice: for the handler, then for the end of its connection.
-            await server.shutdown(max(grace / 2, 0.01))
+            await server.shutdown(_CLOSING)
         await self._runner.cleanup()
         await self._listener.wait_closed()
 
@@ -109,8 +113,32 @@ async def serve_http(
     return HttpServer(runner, listener, listener.sockets[0].getsockname())
 
 
+async def _until_idle(server: web.Server, seconds: float) -> None:
+    """Close connections as they have no request, until there are none, for at most ``seconds``.
+
+    The library's own shutdown stops reading from every connection at once: a body on its way would never arrive.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+    while True:
+        busy = False
+        for connection in server.connections:
+            assert isinstance(connection, _Connection)
+            busy |= not connection.close_if_idle()
+        if not busy or loop.time() >= deadline:
+            return
+        await asyncio.sleep(_LOOK_AGAIN)
+
+
 class _Connection(web.RequestHandler):
     """A connection whose errors below the application are JSON as well."""
+
+    def close_if_idle(self) -> bool:
+        """Close the connection unless a request is being read or answered on it; return whether it is idle."""
+        if self._request_in_progress or self._messages:
+            return False
+        self.close()
+        return True
 
     def handle_error(
         self,

@@ -149,15 +149,20 @@ def sampling_params(request: ChatRequest | CompletionRequest, room: int) -> dict
         _constrain(params, request.response_format)
     if request.vllm_xargs is not None:
         params["extra_args"] = request.vllm_xargs
+    params["max_tokens"] = max_tokens(request, room)
     if isinstance(request, ChatRequest):
-        params["max_tokens"] = request.max_completion_tokens or request.max_tokens or room
         if request.logprobs:
             params["logprobs"] = request.top_logprobs or 0
-    else:
-        params["max_tokens"] = request.max_tokens or min(_COMPLETION_TOKENS, room)
-        if request.logprobs is not None:
-            params["logprobs"] = request.logprobs
+    elif request.logprobs is not None:
+        params["logprobs"] = request.logprobs
     return params
+
+
+def max_tokens(request: ChatRequest | CompletionRequest, room: int) -> int:
+    """Return how many tokens may be generated where the model still takes ``room``."""
+    if isinstance(request, ChatRequest):
+        return request.max_completion_tokens or request.max_tokens or room
+    return request.max_tokens or min(_COMPLETION_TOKENS, room)
 
 
 def _constrain(params: dict[str, Any], response_format: dict[str, Any]) -> None:

@@ -178,6 +178,8 @@ def detect_format(tree: nodes.Template) -> ContentFormat:
 def _is_content(node: nodes.Node | None, names: set[str]) -> bool:
     while isinstance(node, nodes.Filter):
         node = node.node
+    if isinstance(node, nodes.CondExpr):
+        return _is_content(node.expr1, names) or _is_content(node.expr2, names)
     if isinstance(node, nodes.Getattr):
         return node.attr == "content"
     if isinstance(node, nodes.Getitem):

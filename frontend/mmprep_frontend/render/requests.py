@@ -178,6 +178,7 @@ class _Generating(_Request, kw_only=True):
     mm_payload: Payload | None = None
     return_mm_kwargs: bool | None = None
     backend_id: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    lease_kind: Literal["copy", "view"] | None = None
     deadline_ms: _Positive | None = None
     mm_dtype: Literal["auto", "uint8", "float32", "bfloat16", "float16"] | None = None
     return_prompt_text: bool | None = None

@@ -12,6 +12,9 @@ from collections.abc import Callable
 
 import msgspec
 
+#: transformers would advise, in each process, to install torch, which nothing here needs.
+_ENVIRONMENT = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+
 
 class Child:
     """One running child.
@@ -36,6 +39,7 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
+            env={**_ENVIRONMENT, **os.environ},
         )
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):

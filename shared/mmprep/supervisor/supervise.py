@@ -6,6 +6,7 @@ The runtime directory's service lock is taken first and let go last: whoever hol
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -74,6 +75,8 @@ class Supervisor:
                     self._desk.close()
                     context.destroy(linger=0)
         finally:
+            with contextlib.suppress(StartupError):
+                await self._end_orphans()  # lanes of a writer that was killed are on their way out
             self._runtime.clean()
         if self._failed:
             print(f"mmprep: {self._failed}", file=sys.stderr, flush=True)  # noqa: T201 -- for the person who starts the service

@@ -168,10 +168,14 @@ class ItemAnswer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
 
 class Answer(Wire, frozen=True):
-    """The one final answer to an offer. Frames: one :class:`ItemAnswer` an item."""
+    """The one final answer to an offer. Frames: one :class:`ItemAnswer` an item.
+
+    ``leased_to`` names the backend that now has leases on them; else they are pinned, if they are tensors.
+    """
 
     call: Call
     lease_ms: Natural
+    leased_to: Name | None = None
 
 
 class Cancel(Wire, frozen=True):

@@ -10,19 +10,18 @@ is refused with :class:`~mmprep.errors.Busy`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import zmq
 
-from mmprep.errors import Busy, MmprepError
+from mmprep.errors import MmprepError
 from mmprep.wire.codec import CONTROL_LIMIT, MAX_FRAMES
+from mmprep.wire.frames import Frames, ready, recv_frames, send_frames
+from mmprep.wire.outbox import Outbox
 
-Frames: TypeAlias = Sequence[Any]
 Handler: TypeAlias = Callable[[list[Any]], None]
 
 _log = logging.getLogger("mmprep.wire")
@@ -30,6 +29,10 @@ _log = logging.getLogger("mmprep.wire")
 _BATCH = 64
 _RECONNECT_MS = 20
 _HIGH_WATER = 1000
+#: Messages that may wait for one peer.
+_MOST_WAITING = 65_536
+#: Seconds until a peer that took nothing is tried again.
+_RETRY_SECONDS = 0.005
 
 
 def configure(socket: zmq.Socket[bytes], *, frame_limit: int = CONTROL_LIMIT) -> None:
@@ -40,7 +43,7 @@ def configure(socket: zmq.Socket[bytes], *, frame_limit: int = CONTROL_LIMIT) ->
     socket.maxmsgsize = frame_limit
     socket.immediate = 1
     socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
-    if socket.socket_type == zmq.ROUTER:
+    if socket.type == zmq.ROUTER:
         socket.router_mandatory = True
 
 
@@ -50,11 +53,12 @@ class Pump:
     Parameters
     ----------
     socket:
-        Configured by :func:`configure`; owned by the pump from now on.
+        Configured by :func:`configure`; owned by the pump from now on. Of a ROUTER, the first frame names the peer, and
+        one peer that does not read holds up no other.
     handler:
         Called with the frames of each message, on the loop.
     outbox_bytes:
-        How many bytes may wait for the socket.
+        How many bytes may wait for one peer.
     copy:
         False: frames are ``zmq.Frame`` objects whose buffers need no copy; for bulk.
     """
@@ -65,12 +69,12 @@ class Pump:
         self._socket = socket
         self._handler = handler
         self._copy = copy
-        self._outbox: deque[tuple[Frames, int]] = deque()
-        self._outbox_bytes = 0
-        self._outbox_limit = outbox_bytes
+        self._routes = socket.socket_type == zmq.ROUTER
+        self._outbox = Outbox(max_messages=_MOST_WAITING, max_bytes=outbox_bytes)
         self._loop = asyncio.get_running_loop()
         self._fd = int(socket.getsockopt(zmq.FD))
         self._woken = False
+        self._retry: asyncio.TimerHandle | None = None
         self._closed = False
         self._loop.add_reader(self._fd, self._run)
         self._wake()
@@ -87,14 +91,9 @@ class Pump:
         """
         if self._closed:
             return
-        if not self._outbox and self._try(frames):
-            self._wake()
-            return
-        size = sum(len(frame) for frame in frames)
-        if self._outbox_bytes + size > self._outbox_limit:
-            raise Busy("the receiving process does not keep up; try again later", retry_after=1.0)
-        self._outbox.append((frames, size))
-        self._outbox_bytes += size
+        peer = frames[0] if self._routes else b""
+        if self._outbox.holds(peer) or not self._try(frames):
+            self._outbox.add(peer, frames)
         self._wake()
 
     def close(self) -> None:
@@ -102,12 +101,13 @@ class Pump:
         if not self._closed:
             self._closed = True
             self._loop.remove_reader(self._fd)
-            self._outbox.clear()
+            if self._retry is not None:
+                self._retry.cancel()
             self._socket.close(0)
 
     def _try(self, frames: Frames) -> bool:
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=self._copy)
+            send_frames(self._socket, frames)
         except zmq.Again:
             return False
         return True
@@ -122,14 +122,27 @@ class Pump:
         for _ in range(_BATCH):
             if self._closed:
                 return
-            if self._outbox and self._events() & zmq.POLLOUT:
-                self._flush()
-            if not self._events() & zmq.POLLIN:
+            # One look serves both directions: a look that finds the socket writable has used up the signal that says so.
+            readable, writable = ready(self._socket)
+            sent = writable and bool(self._outbox) and self._flush()
+            if readable:
+                frames = recv_frames(self._socket, copy=self._copy)
+                if len(frames) <= MAX_FRAMES:
+                    self._handle(frames)
+            elif not sent:
+                if writable and self._outbox:
+                    self._run_later()
                 return
-            frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=self._copy)
-            if len(frames) <= MAX_FRAMES:
-                self._handle(frames)
         self._wake()
+
+    def _run_later(self) -> None:
+        """A ROUTER is always writable, whoever of its peers is not: only time can tell when to try again."""
+        if self._retry is None:
+            self._retry = self._loop.call_later(_RETRY_SECONDS, self._run_again)
+
+    def _run_again(self) -> None:
+        self._retry = None
+        self._run()
 
     def _handle(self, frames: list[Any]) -> None:
         try:
@@ -139,17 +152,17 @@ class Pump:
         except Exception:  # noqa: BLE001 -- one bad message must not stop the pump
             _log.exception("a message could not be handled")
 
-    def _events(self) -> int:
-        return int(self._socket.getsockopt(zmq.EVENTS))
-
-    def _flush(self) -> None:
-        while self._outbox:
-            frames, size = self._outbox[0]
-            with contextlib.suppress(zmq.ZMQError):  # a peer that is gone needs no answer
-                if not self._try(frames):
-                    return
-            self._outbox.popleft()
-            self._outbox_bytes -= size
+    def _flush(self) -> bool:
+        """Send what waits; return whether anything went."""
+        went = False
+        for peer, frames in list(self._outbox.first()):
+            try:
+                if self._try(frames):
+                    self._outbox.sent(peer)
+                    went = True
+            except zmq.ZMQError:  # a peer that is gone needs no answer
+                self._outbox.drop(peer)
+        return went
 
 
 class Link:

@@ -7,7 +7,7 @@ nowhere else.
 
 from __future__ import annotations
 
-import hashlib
+import ctypes
 import logging
 import os
 import resource
@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import blake3
 import msgspec
 import zmq
 
+from mmprep.digest import Hasher
 from mmprep.errors import DecodeError, InternalError, MmprepError, ProtocolError, TooLarge
 from mmprep.items import DTYPE_SIZES, ItemMeta, align, field_array, region_size
 from mmprep.process_lock import ProcessLock
@@ -37,6 +37,7 @@ from mmprep_worker.models.registry import load_family
 _log = logging.getLogger("mmprep.lane")
 
 _INPUT = 0
+_PR_SET_PDEATHSIG = 1
 
 
 class WriterGoneError(Exception):
@@ -57,7 +58,6 @@ class Lane:
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(_INPUT, zmq.POLLIN)
         self._segment = Segment.attach(config.segment, writable=True)
-        self._family: Family | None = None
 
     def run(self) -> None:
         """Warm up, announce, then work until the writer is gone."""
@@ -69,7 +69,6 @@ class Lane:
             self._send(messages.LaneBroken(self._config.lane, token, messages.Fault.of(error)))
             self._receive()
             return
-        self._family = family
         card = msgspec.msgpack.encode(family.card)
         self._send(messages.LaneReady(self._config.lane, token, card))
         while True:
@@ -132,21 +131,27 @@ class Lane:
     # --- messages -------------------------------------------------------------------------------------------------
 
     def _send(self, message: msgspec.Struct, *frames: bytes) -> None:
-        self._socket.send_multipart([pack(message), *frames])
+        self._wait(zmq.POLLOUT)  # a blocking send would wait for ever for a writer that is gone
+        self._socket.send_multipart([pack(message), *frames], zmq.NOBLOCK)
 
     def _receive(self) -> list[zmq.Frame]:
+        self._wait(zmq.POLLIN)
+        return self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+
+    def _wait(self, event: int) -> None:
+        """Wait until the socket can do ``event``; raises WriterGoneError where the writer ends before."""
+        self._poller.modify(self._socket, event)
         while True:
             ready = dict(self._poller.poll())
             if self._socket in ready:
-                return self._socket.recv_multipart(copy=False)
+                return
             if _INPUT in ready and not os.read(_INPUT, 4096):
                 raise WriterGoneError
 
 
 def _check_digest(task: messages.Task, medium: memoryview) -> None:
     """Refuse bytes that are not those whose digest is part of the key: they would be served to others under it."""
-    digest = blake3.blake3(medium).digest() if task.hasher == "blake3" else hashlib.sha256(medium).digest()
-    if digest != task.digest:
+    if Hasher(task.hasher).content_digest(medium) != task.digest:
         raise ProtocolError("the medium's bytes do not match their digest")
 
 
@@ -154,6 +159,8 @@ def main() -> None:
     """Run one lane; the orders come on standard input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # The end of standard input is only seen between tasks; a lane that hangs in a decoder must not outlive its writer.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     config: LaneConfig = read_settings(LaneConfig)
     lock = ProcessLock(Path(config.lock))
     if not lock.acquire():

@@ -368,7 +368,8 @@ class WriterCore:
         else:
             pending.peer.calls[pending.number] = pending
         frames = tuple(pack(answer) for answer in pending.answers if answer is not None)
-        self._send(pending.peer, messages.Answer(pending.number, self._leasing.milliseconds), frames)
+        owner = pending.lease.backend if pending.lease is not None and not pending.failed else None
+        self._send(pending.peer, messages.Answer(pending.number, self._leasing.milliseconds, owner), frames)
 
     def _fail(self, pending: PendingCall, error: errors.MmprepError) -> None:
         """Answer a call as a whole with an error."""

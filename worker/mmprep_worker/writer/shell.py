@@ -30,6 +30,7 @@ from mmprep.segment import Segment, segment_name, segments_of, unlink
 from mmprep.settings import WriterSettings
 from mmprep.wire import messages
 from mmprep.wire.codec import MAX_FRAMES, PROTOCOL, pack, unpack
+from mmprep.wire.frames import recv_frames, send_frames
 from mmprep.wire.outbox import Outbox
 from mmprep.wire.sockets import configure, router
 from mmprep_worker.lanes.config import LaneConfig
@@ -46,6 +47,7 @@ from mmprep_worker.writer.state import KillLane, Send, ToLane
 
 _log = logging.getLogger("mmprep.writer")
 
+_INPUT = 0
 _BATCH = 128
 _CHECK_LOCKS_EVERY = 0.25
 _SLOT_BYTES = 64 * 1024
@@ -161,7 +163,7 @@ class WriterShell:
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         poller = zmq.Poller()
-        for source in (self._control, self._bulk, self._lanes, self._supervisor, wake_r, 0):
+        for source in (self._control, self._bulk, self._lanes, self._supervisor, wake_r, _INPUT):
             poller.register(source, zmq.POLLIN)
         watched: dict[int, int] = {}
         while True:
@@ -174,7 +176,7 @@ class WriterShell:
                 poller.register(fd, zmq.POLLIN)
             watched = pidfds
             ready = dict(poller.poll(self._timeout(now)))
-            if 0 in ready or wake_r.fileno() in ready or wake_r in ready:
+            if _INPUT in ready or wake_r.fileno() in ready:
                 return
             self._turn(ready, watched)
 
@@ -209,7 +211,7 @@ class WriterShell:
     def _drain(self, socket: zmq.Socket[bytes], handle: Any, *, copy: bool = True) -> None:
         for _ in range(_BATCH):
             try:
-                frames = socket.recv_multipart(zmq.NOBLOCK, copy=copy)
+                frames = recv_frames(socket, copy=copy)
             except zmq.Again:
                 return
             if len(frames) > MAX_FRAMES:
@@ -246,12 +248,21 @@ class WriterShell:
 
     def _lane_message(self, frames: list[bytes]) -> None:
         identity, now = frames[0], time.monotonic()
-        message = unpack(frames[1], messages.FromLane)
+        number = self._lane_peers.get(identity)
+        try:
+            message = unpack(frames[1], messages.FromLane)
+            has_blob = isinstance(message, messages.AskExtent | messages.Planned)
+            if len(frames) != 2 + has_blob:
+                raise ProtocolError("a lane's message has a wrong number of frames")
+        except MmprepError as error:
+            _log.error("lane %s broke the protocol and is replaced: %s", number, error)
+            if number is not None:
+                self._pool.kill(number)
+            return
         if isinstance(message, messages.LaneReady | messages.LaneBroken):
             if self._pool.is_child(message.lane, message.token):
                 self._lane_announced(identity, message, now)
             return
-        number = self._lane_peers.get(identity)
         if number is not None:
             self._core.from_lane(number, message, frames[2:], now)
 
@@ -312,7 +323,7 @@ class WriterShell:
     def _try_send(self, peer: bytes, frames: Sequence[bytes]) -> bool:
         """Send if the socket takes it; a peer that is gone takes everything."""
         try:
-            self._control.send_multipart([peer, *frames], zmq.NOBLOCK)
+            send_frames(self._control, [peer, *frames])
         except zmq.Again:
             return False
         except zmq.ZMQError:
@@ -340,7 +351,7 @@ class WriterShell:
         if action.medium is not None:
             frames.append(action.medium)
         try:
-            self._lanes.send_multipart(frames, zmq.NOBLOCK, copy=False)
+            send_frames(self._lanes, frames)
         except zmq.ZMQError:
             self._pool.kill(action.lane)
 

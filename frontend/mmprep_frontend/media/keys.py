@@ -1,6 +1,6 @@
-"""What identifies a medium's content, and an item in the cache. Pure.
+"""What identifies an item in the cache. Pure.
 
-A *content digest* is of the encoded bytes, so that a hit never decodes. An *item key* is
+An *item key* is
 
     H(scope, content digest, modality, processor fingerprint, dtype, canonical per-request options)
 
@@ -15,57 +15,18 @@ the tests.
 
 from __future__ import annotations
 
-import hashlib
-from typing import Final, Literal, get_args
+from functools import lru_cache
+from typing import Final
 
 from blake3 import blake3
 
-Buffer = bytes | bytearray | memoryview
-HashName = Literal["blake3", "sha256"]
-
-#: Bytes of digests, keys and scopes.
-DIGEST_SIZE: Final = 32
+from mmprep.digest import DIGEST_SIZE, HashName
 
 _ITEM_DOMAIN: Final = b"mmprep item key 1"
 _SCOPE_DOMAIN: Final = b"mmprep scope 1"
 
 
-class Hasher:
-    """The hash of content, as ``--hash`` names it.
-
-    blake3 takes 0.12 ms a MB, sha256 0.5; the latter is for those who must.
-
-    Parameters
-    ----------
-    name:
-        ``blake3`` or ``sha256``.
-
-    Raises
-    ------
-    ValueError
-        Another name.
-    """
-
-    def __init__(self, name: HashName = "blake3") -> None:
-        if name not in get_args(HashName):
-            raise ValueError(f"unknown hash {name!r}; known: {', '.join(get_args(HashName))}")
-        self.name: HashName = name
-
-    def content_digest(self, data: Buffer) -> bytes:
-        """Return the digest of a medium's encoded bytes, 32 bytes. Releases the GIL for all but small ``data``."""
-        if self.name == "sha256":
-            return hashlib.sha256(data).digest()
-        return blake3(data).digest()
-
-
-_BLAKE3: Final = Hasher()
-
-
-def content_digest(data: Buffer) -> bytes:
-    """Return the blake3 digest of a medium's encoded bytes, 32 bytes."""
-    return _BLAKE3.content_digest(data)
-
-
+@lru_cache(maxsize=1024)
 def scope(principal: str, cache_salt: str | None) -> bytes:
     """Return the name space that a request's keys live in, 32 bytes.
 

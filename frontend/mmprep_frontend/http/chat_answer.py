@@ -78,5 +78,6 @@ def _address(chat: RenderedChat, item: RenderedItem) -> Address:
         metadata_length=len(answer.meta),
         fields=address_fields(item.meta, len(answer.meta)),
         lease=answer.lease.hex() if answer.lease is not None else None,
+        lease_kind=chat.request.lease_kind or "copy",
         lease_seconds=chat.offered.lease_ms // 1000,
     )

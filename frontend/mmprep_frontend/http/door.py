@@ -12,7 +12,7 @@ import msgspec
 from mmprep.errors import InvalidRequest, MmprepError
 from mmprep.metrics import BUCKETS, Labels, Snapshot
 from mmprep.wire.messages import Name
-from mmprep_frontend.answers import encode_chat_answer
+from mmprep_frontend.http.chat_answer import encode_chat_answer
 from mmprep_frontend.http.exposition import METRICS, HistogramData, Numbers, Series, expose
 from mmprep_frontend.service import Service
 

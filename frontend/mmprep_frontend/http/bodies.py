@@ -19,7 +19,7 @@ from mmprep.errors import Busy, DeadlineExceeded, InvalidRequest, TooLarge
 RETRY_AFTER: Final = 1.0
 
 
-class Intake:
+class Bodies:
     """Reads bodies.
 
     Parameters
@@ -110,12 +110,12 @@ class Intake:
 
 
 class _Holding:
-    """The bytes that one request holds of an intake."""
+    """The bytes that one request holds."""
 
-    def __init__(self, intake: Intake) -> None:
-        self._intake = intake
+    def __init__(self, bodies: Bodies) -> None:
+        self._bodies = bodies
         self.size = 0
 
     def grow_to(self, size: int) -> None:
-        self._intake.resize(self.size, size)
+        self._bodies.resize(self.size, size)
         self.size = size

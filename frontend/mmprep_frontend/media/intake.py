@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from mmprep.digest import Hasher
 from mmprep.errors import InvalidRequest, MmprepError, TooLarge
-from mmprep_frontend.media.digest import Hasher
 from mmprep_frontend.media.fetch import Fetcher
 from mmprep_frontend.media.sources import DataSource, HttpSource, parse_source
 from mmprep_frontend.render.conversation import MediaPart
@@ -21,7 +21,7 @@ from mmprep_frontend.render.conversation import MediaPart
 _ATTACHMENT = "attachment:"
 
 #: Bytes of all data URLs of a request up to which they are hashed in the hop that renders.
-SMALL = 512 * 1024
+SMALL = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,232 @@
+"""What the benchmark's figures say about its targets, and tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from mmprep.bench.pictures import FULL_HD, TWELVE_MEGAPIXELS, VGA
+
+_MIB = 1 << 20
+
+#: Requests a second of the engine's own renderer, in one process on two cores of a similar machine, 8 at once, taken on
+#: another run: the scale of the thing, not a comparison.
+REFERENCE = {
+    "remark": "vLLM's renderer in one process on 2 cores of a similar machine, on another run; 8 in flight, no HTTP",
+    "cold": {"640x480": 137, "1280x720": 70, "1920x1080": 30, "4032x3024": 3.8},
+    "cached": {"640x480": 418, "1280x720": 204, "1920x1080": 178, "4032x3024": 13},
+}
+
+
+def targets(parts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return every target that the parts which were measured allow to judge.
+
+    Returns
+    -------
+    Dictionaries with ``target`` (what), ``limit`` (``<= 0.7``), ``reached``, ``ratio`` (reached by the limit) and ``met``.
+    """
+    judged = []
+    for part, judge in _JUDGES.items():
+        if part in parts:
+            judged += list(judge(parts[part]))
+    return judged
+
+
+def _target(what: str, limit: float, reached: float, *, at_most: bool) -> dict[str, Any]:
+    reached = round(reached, 3)
+    return {
+        "target": what,
+        "limit": f"{'<=' if at_most else '>='} {limit:g}",
+        "reached": reached,
+        "ratio": round(reached / limit, 3),
+        "met": reached <= limit if at_most else reached >= limit,
+    }
+
+
+def _kernel(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    limits = {"float32": 0.7, "uint8": 0.6}
+    for row in part["runs"]:
+        what = f"kernel {row['size']} {row['dtype']} from {row['source']}: time by transformers' time"
+        yield _target(what, limits[row["dtype"]], row["ratio"], at_most=True)
+
+
+def _throughput(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for run in part["runs"]:
+        where = f"{run['size']} {run['mode']}, {run['in_flight']} in flight, {run['frontends']} frontends"
+        if run["in_flight"] < 8:
+            continue
+        if run["mode"] == "cold":
+            if run["size"] == VGA.name:
+                yield _target(f"{where}: requests/s", 200, run["requests_per_second"], at_most=False)
+            yield _target(f"{where}: /health p99 ms", 20, run["health_ms"]["p99"], at_most=True)
+        elif run["size"] == VGA.name:
+            each = run["requests_per_second"] / run["frontends"]
+            yield _target(f"{where}: requests/s a frontend", 1000, each, at_most=False)
+    yield from _same_for_large(part)
+
+
+def _same_for_large(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A hit costs the same whatever the picture's size, apart from hashing and moving its bytes."""
+    rest = {row["size"]: row for row in part["cached_by_size"]}
+    for size in (FULL_HD.name, TWELVE_MEGAPIXELS.name):
+        if size in rest and VGA.name in rest:
+            ratio = rest[size]["rest_ms"] / rest[VGA.name]["rest_ms"]
+            yield _target(f"{size} cached: latency less hash and transfer, by {VGA.name}'s", 1.2, ratio, at_most=True)
+
+
+def _handover(part: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for row in part:
+        if row["tensor"] == "50 MB":
+            yield _target("50 MB by address until viewed: ms", 0.5, row["view"]["ready_ms"], at_most=True)
+
+
+def _memory(part: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for service in part:
+        for role, limit in (("frontends", 350), ("lanes", 250)):
+            largest = max(process["private"] for process in service["processes"] if process["role"] == role)
+            what = f"{service['model']}: MiB of the largest of the {role}, without the ring"
+            yield _target(what, limit, largest / _MIB, at_most=True)
+
+
+_JUDGES: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = {
+    "kernel": _kernel,
+    "throughput": _throughput,
+    "handover": _handover,
+    "memory": _memory,
+}
+
+
+def cached_by_size(runs: Iterable[dict[str, Any]], costs: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """Return by size what is left of a cached request's latency without hashing and moving its bytes.
+
+    Parameters
+    ----------
+    runs:
+        Of these, the ones with one request in flight and one frontend count.
+    costs:
+        Of :func:`mmprep.bench.throughput.moving_bytes`.
+    """
+    rows = []
+    for run in runs:
+        if (run["mode"], run["in_flight"], run["frontends"]) == ("cached", 1, 1):
+            cost = costs[run["size"]]
+            latency = run["latency_ms"]["p50"]
+            rest = latency - cost["blake3_ms"] - cost["transfer_ms"]
+            rows.append({"size": run["size"], "latency_ms": latency, **cost, "rest_ms": round(rest, 4)})
+    return rows
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Return the whole result as text."""
+    parts = result["parts"]
+    machine = result["machine"]
+    load = machine["load_average"][0]
+    sections = [f"{machine['cores']} cores, {machine['cpu']}, Python {machine['python']}, load before the run {load}"]
+    for name, show in _TABLES.items():
+        if name in parts:
+            sections.append(show(parts[name]))
+    rows = [[t["target"], t["limit"], t["reached"], t["ratio"], "yes" if t["met"] else "NO"] for t in result["targets"]]
+    sections.append(_table("targets", ["what", "target", "reached", "ratio", "met"], rows))
+    return "\n\n".join(sections)
+
+
+def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [list(head), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([f"== {title}", *text])
+
+
+def _kernel_table(part: dict[str, Any]) -> str:
+    columns = ("size", "dtype", "source", "ours_ms", "theirs_ms", "ratio", "cpu_ratio", "user_ratio")
+    rows = [[row[column] for column in columns] for row in part["runs"]]
+    return _table("kernel and transformers' PIL backend; ratios of wall, CPU and user time", columns, rows)
+
+
+def _throughput_table(part: dict[str, Any]) -> str:
+    head = ["size", "mode", "flight", "fronts", "req/s", "p50", "p95", "p99"]
+    head += ["cpu/req: front", "writer", "lanes", "client", "health p50", "p99", "max", "others"]
+    rows = []
+    for run in part["runs"]:
+        latency, cpu, health = run["latency_ms"], run["cpu_ms_per_request"], run["health_ms"]
+        rows.append(
+            [run["size"], run["mode"], run["in_flight"], run["frontends"], run["requests_per_second"]]
+            + [latency[name] for name in ("p50", "p95", "p99")]
+            + [cpu[role] for role in ("frontends", "writer", "lanes", "client")]
+            + [health[name] for name in ("p50", "p99", "max")]
+            + [run["other_cores_busy"]]
+        )
+    text = [
+        _table(
+            "service, native client, shm; latency, CPU and /health in ms; others: cores that were busy with other things",
+            head,
+            rows,
+        )
+    ]
+    columns = ("size", "bytes", "latency_ms", "blake3_ms", "transfer_ms", "rest_ms")
+    rows = [[row[column] for column in columns] for row in part["cached_by_size"]]
+    text.append(_table("cached, one in flight: what hashing and moving the bytes take", columns, rows))
+    reference = part["reference"]
+    rows = [[mode, *reference[mode].values()] for mode in ("cold", "cached")]
+    text.append(_table(f"for scale, req/s: {reference['remark']}", ["", *reference["cold"]], rows))
+    return "\n\n".join(text)
+
+
+def _handover_table(part: list[dict[str, Any]]) -> str:
+    head = [
+        "tensor",
+        "opened",
+        "view",
+        "view+read",
+        "copy",
+        "inline",
+        "inline+read",
+        "view/inline",
+        "+read",
+        "client shm",
+        "tensors",
+    ]
+    ways = (
+        ("view", "ready_ms"),
+        ("view", "read_ms"),
+        ("copy", "ready_ms"),
+        ("inline", "ready_ms"),
+        ("inline", "read_ms"),
+    )
+    rows = [
+        [
+            r["tensor"],
+            r["address_opened_ms"],
+            *(r[kind][stage] for kind, stage in ways),
+            r["view_to_inline_ready"],
+            r["view_to_inline_read"],
+            r["client"]["shm_ms"],
+            r["client"]["tensors_ms"],
+        ]
+        for r in part
+    ]
+    return _table("hand-over, ms", head, rows)
+
+
+def _memory_table(part: list[dict[str, Any]]) -> str:
+    rows = [
+        [service["model"], process["role"]]
+        + [round(process[name] / _MIB, 1) for name in ("private", "shared", "rss", "pss")]
+        for service in part
+        for process in service["processes"]
+    ]
+    return _table("memory after the load, MiB", ["model", "process", "private", "ring touched", "rss", "pss"], rows)
+
+
+def _startup_table(part: dict[str, list[float]]) -> str:
+    rows = [[cache, " ".join(map(str, sorted(seconds)))] for cache, seconds in part.items()]
+    return _table("start-up, seconds to ready", ["cache of compiled code", "seconds"], rows)
+
+
+_TABLES: dict[str, Callable[[Any], str]] = {
+    "kernel": _kernel_table,
+    "throughput": _throughput_table,
+    "handover": _handover_table,
+    "memory": _memory_table,
+    "startup": _startup_table,
+}

@@ -1,0 +1,93 @@
+"""The benchmark's quick mode, run for real: what it measures and says, never how fast it was."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("bench")
+    kernel, output = directory / "kernel.json", directory / "bench.json"
+    python = [sys.executable, "-m"]
+    subprocess.run([*python, "mmprep_worker.bench", "--quick", "--output", kernel], check=True)
+    command = [*python, "mmprep.bench", "--quick", "--kernel", kernel, "--output", output]
+    tables = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.read_text()), tables
+
+
+def test_the_quick_mode_measures_every_part_and_names_the_machine(run):
+    result, _ = run
+    assert result["quick"] is True
+    assert set(result["parts"]) == {"kernel", "throughput", "handover", "memory", "startup"}
+    machine = result["machine"]
+    assert machine["cores"] >= 1
+    assert len(machine["load_average"]) == len(machine["load_average_after"]) == 3
+    assert machine["versions"]["numpy"]
+
+
+def test_the_kernel_is_compared_from_bytes_and_pixels_in_both_dtypes_and_equals_the_reference(run):
+    kernel = run[0]["parts"]["kernel"]
+    assert kernel["equal_to_the_bit"] is True
+    assert {(row["dtype"], row["source"]) for row in kernel["runs"]} == {
+        (dtype, source) for dtype in ("float32", "uint8") for source in ("bytes", "pixels")
+    }
+    assert all(row[name] > 0 for row in kernel["runs"] for name in ("ours_ms", "theirs_ms", "ratio", "cpu_ratio"))
+
+
+def test_cold_requests_never_hit_and_cached_ones_always_do(run):
+    part = run[0]["parts"]["throughput"]
+    assert {(row["mode"], row["in_flight"]) for row in part["runs"]} == {
+        (mode, in_flight) for mode in ("cold", "cached") for in_flight in (1, 8)
+    }
+    for row in part["runs"]:
+        assert row["requests"] > 0
+        assert row["hits"] == (row["requests"] if row["mode"] == "cached" else 0)
+        assert row["latency_ms"]["p50"] <= row["latency_ms"]["p95"] <= row["latency_ms"]["p99"]
+        assert {"frontends", "writer", "lanes", "client"} <= set(row["cpu_ms_per_request"])
+        assert row["health_ms"]["questions"] > 0
+    (size,) = part["cached_by_size"]
+    assert min(size["bytes"], size["blake3_ms"], size["latency_ms"]) > 0
+
+
+def test_tensors_are_handed_over_by_address_and_inline(run):
+    (row,) = run[0]["parts"]["handover"]
+    assert 900_000 < row["bytes"] < 1_200_000
+    for way in ("view", "copy", "inline"):
+        assert 0 < row[way]["ready_ms"] <= row[way]["read_ms"]
+    assert min(row["client"].values()) > 0
+
+
+def test_memory_is_told_for_every_process_with_and_without_the_ring(run):
+    (service,) = run[0]["parts"]["memory"]
+    roles = [process["role"] for process in service["processes"]]
+    assert sorted(roles) == ["frontends", "lanes", "lanes", "supervisor", "writer"]
+    assert all(process["private"] > 0 and process["rss"] > 0 for process in service["processes"])
+    (writer,) = (process for process in service["processes"] if process["role"] == "writer")
+    assert writer["shared"] >= service["ring_bytes"]
+
+
+def test_start_up_is_measured_with_an_empty_and_a_filled_cache_of_compiled_code(run):
+    startup = run[0]["parts"]["startup"]
+    assert set(startup) == {"empty", "filled"}
+    assert all(seconds > 0 for measured in startup.values() for seconds in measured)
+
+
+def test_targets_are_judged_and_the_tables_show_them(run):
+    result, tables = run
+    assert result["targets"]
+    for target in result["targets"]:
+        sign, limit = target["limit"].split()
+        assert target["met"] == (
+            target["reached"] <= float(limit) if sign == "<=" else target["reached"] >= float(limit)
+        )
+        assert target["target"] in tables
+
+
+def test_an_unknown_part_is_refused(tmp_path):
+    command = [sys.executable, "-m", "mmprep.bench", "--output", tmp_path / "x", "--parts", "speed"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "--parts: known are" in result.stderr
