@@ -45,14 +45,14 @@ class Address(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     """
 
     segment: str
-    epoch: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+    epoch: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
     slot: Natural
     offset: Natural
     length: Natural
     generation: Generation
     metadata_length: Natural
     fields: tuple[AddressField, ...]
-    lease: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")] | None = None
+    lease: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")] | None = None
     lease_kind: Literal["copy", "view"] | None = None
     lease_seconds: Natural | None = None
 

@@ -16,7 +16,7 @@ from mmprep.items import Natural
 Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 LeaseId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 Epoch = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
-Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}\Z")]
 ShortText = Annotated[str, msgspec.Meta(max_length=2048)]
 Call = Natural
 Need = Literal["tensors", "plan"]

@@ -87,8 +87,10 @@ class Holds:
 
     def validate(self, pending: PendingCall) -> None:
         """Check what the ring holds for a call; raises AssertionError."""
-        held = {entry.slot: entry.extent for entry in self._ring.pinned_by(pending.holder)}
-        assert held == pending.pinned, f"call {pending.call} pins something else than it knows of"
-        assert sum(held.values()) <= self._limit, f"call {pending.call} pins more than one call may"
+        held = sorted((entry.slot, entry.extent) for entry in self._ring.pinned_by(pending.holder))
+        assert held == sorted(pending.pinned.items()), f"call {pending.call} pins something else than it knows of"
+        assert sum(pending.pinned.values()) <= self._limit, f"call {pending.call} pins more than one call may"
         answered = {answer.slot for answer in pending.answers if answer is not None and answer.length}
-        assert answered == held.keys(), f"call {pending.call} was answered about what it does not pin, or pins more"
+        assert answered == pending.pinned.keys(), (
+            f"call {pending.call} was answered about what it does not pin, or pins more"
+        )

@@ -1,0 +1,747 @@
+"""The writer's core, one rule a test: offers in, answers, leases and lane tasks out."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import pytest
+
+from mmprep.layout import Geometry
+from mmprep.metrics import Metrics
+from mmprep.wire import messages
+from mmprep.wire.codec import CONTROL_LIMIT, PROTOCOL, unpack
+from mmprep_worker.ring.policy import Clock
+from mmprep_worker.ring.ring import Ring
+from mmprep_worker.scheduling.admission import Admission, Quarantine
+from mmprep_worker.scheduling.flights import Flights
+from mmprep_worker.scheduling.queue import FairQueue
+from mmprep_worker.writer.core import WriterCore
+from mmprep_worker.writer.plans import PlanStore
+from mmprep_worker.writer.state import KillLane, Send, ToLane
+from mmprep_worker.writer.tasks import HEAVY_COST, MAX_METADATA
+
+GEOMETRY = Geometry.plan(16 * 4096, 64)
+QUARTER = GEOMETRY.arena_capacity // 4
+LEASE_SECONDS, TASK_SECONDS, UPLOAD_SECONDS, QUARANTINE_SECONDS = 30.0, 60.0, 5.0, 60.0
+A, B, C = (bytes([n]) * 32 for n in range(3))
+META = b"metadata"
+
+
+class World:
+    """A core with lanes, frontends ``f0`` and ``f1`` and backend ``engine``; it keeps what was sent to each."""
+
+    def __init__(self, *, lanes: int = 2, max_items: int = 8, warm: bool = True) -> None:
+        self.memory = bytearray(GEOMETRY.total_size)
+        self.now = 0.0
+        self.ids = count(1)
+        quarantine = Quarantine(max_keys=8, seconds=QUARANTINE_SECONDS)
+        self.core = WriterCore(
+            ring=Ring(GEOMETRY, 1, Clock(GEOMETRY.slots), QUARTER),
+            flights=Flights(max_waiting=64, upload_seconds=UPLOAD_SECONDS, quarantine=quarantine),
+            queue=FairQueue(max_items=max_items, max_bytes=10_000),
+            admission=Admission(max_items=max_items, max_bytes=10_000, max_items_per_client=max_items),
+            quarantine=quarantine,
+            plans=PlanStore(1 << 16),
+            metrics=Metrics(),
+            segment=messages.SegmentInfo("segment", bytes(16), GEOMETRY.total_size),
+            lanes=lanes,
+            lease_seconds=LEASE_SECONDS,
+            task_seconds=TASK_SECONDS,
+            read=lambda offset, length: bytes(self.memory[offset : offset + length]),
+            new_id=lambda: next(self.ids).to_bytes(16, "big"),
+        )
+        self.inbox: dict[str, list[Send]] = {}
+        self.tasks: dict[int, messages.Task] = {}
+        self.granted: dict[int, messages.Granted] = {}
+        self.killed: list[int] = []
+        for name in ("f0", "f1"):
+            self.hello(name, "frontend")
+        self.hello("engine", "backend")
+        if warm:
+            for number in range(lanes):
+                self.ready(number)
+
+    def hello(self, name, role, *, identity=None, pid=1):
+        self.say(identity or name, messages.Hello(PROTOCOL, "1", role, name, pid))
+
+    def say(self, name, message):
+        self.core.message(name.encode(), message, self.now)
+        self.carry_out()
+
+    def offer(self, name, call, *keys, need="tensors", lease=None, seconds=100, nbytes=10, cost=1, priority=0):
+        items = tuple(messages.Offered(key, "image", cost, nbytes) for key in keys)
+        to = None if lease is None else messages.LeaseTo(lease, "view")
+        self.say(name, messages.Offer(call, need, seconds * 1000, priority, items, to))
+
+    def put(self, name, flight, nbytes=10):
+        put = messages.Put(name, flight, "blake3", bytes(32), b"")
+        self.core.put(put, f"medium of {flight}", nbytes, self.now)
+        self.carry_out()
+
+    def ready(self, number):
+        self.core.lane_ready(number, 1000 + number, b"card", self.now)
+        self.carry_out()
+
+    def lane(self, number, message, *frames):
+        self.core.from_lane(number, message, list(frames), self.now)
+        self.carry_out()
+
+    def lane_of(self, flight):
+        return next(number for number, task in self.tasks.items() if task.task == flight)
+
+    def fill(self, flight, length=100, meta=META):
+        number = self.lane_of(flight)
+        self.lane(number, messages.AskExtent(flight, length), meta)
+        granted = self.granted.pop(number)
+        self.memory[granted.offset : granted.offset + len(meta)] = meta
+        self.tasks.pop(number)
+        self.lane(number, messages.Filled(flight, 1, 1))
+
+    def fail(self, flight, error):
+        number = self.lane_of(flight)
+        self.tasks.pop(number)
+        self.lane(number, messages.TaskFailed(flight, messages.Fault.of(error)))
+
+    def die(self, number):
+        self.tasks.pop(number, None)
+        self.core.lane_exited(number, self.now)
+        self.carry_out()
+        self.ready(number)
+
+    def compute(self, name, call, *keys, **options):
+        """Offer, upload and fill."""
+        self.offer(name, call, *keys, **options)
+        for want in self.wants(name, call):
+            self.put(name, want.flight)
+            self.fill(want.flight)
+        return self.answer(name, call)
+
+    def tick(self, seconds):
+        self.now += seconds
+        self.core.tick(self.now)
+        self.carry_out()
+
+    def carry_out(self):
+        self.core.ring.take_writes()
+        for action in self.core.take_actions():
+            match action:
+                case Send():
+                    self.inbox.setdefault(action.peer.decode("latin-1"), []).append(action)
+                case ToLane(number, messages.Task() as task, medium):
+                    assert medium == f"medium of {task.task}"
+                    self.tasks[number] = task
+                case ToLane(number, messages.Granted() as granted):
+                    self.granted[number] = granted
+                case ToLane(number, messages.Denied()):
+                    self.tasks.pop(number)
+                case KillLane(number):
+                    self.killed.append(number)
+        self.core.validate()
+
+    def got(self, name, kind, call=None):
+        sent = [send for send in self.inbox.get(name, []) if isinstance(send.message, kind)]
+        return [send for send in sent if call is None or send.message.call == call]
+
+    def wants(self, name, call):
+        return [want for send in self.got(name, messages.Wants, call) for want in send.message.wants]
+
+    def answer(self, name, call):
+        """Return the items of the one answer, or ``None`` where there is none yet."""
+        sent = self.got(name, messages.Answer, call)
+        assert len(sent) <= 1
+        return [unpack(frame, messages.ItemAnswer) for frame in sent[0].frames] if sent else None
+
+    def fault(self, name, call):
+        """Return the fault with which the call as a whole has failed."""
+        (send,) = self.got(name, messages.Failed, call)
+        return send.message.fault
+
+    def outcomes(self, name, call):
+        return [item.outcome for item in self.answer(name, call)]
+
+    def counted(self, metric):
+        return sum(value for name, _, value in self.core.metrics.snapshot().counters if name == metric)
+
+    def idle(self):
+        core = self.core
+        nothing = not (len(core.flights) or len(core.queue) or len(core.admission) or core.ring.holders)
+        return nothing and core.ring.stats().filling == 0
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+def error(kind):
+    import mmprep.errors
+
+    return getattr(mmprep.errors, kind)("broken")
+
+
+# --- single flight ------------------------------------------------------------------------------------------------------
+
+
+def test_two_frontends_that_miss_the_same_item_cause_one_upload_and_one_task(world):
+    world.offer("f0", 1, A)
+    world.offer("f1", 1, A)
+    (want,) = world.wants("f0", 1)
+    assert not world.wants("f1", 1)
+    world.put("f0", want.flight)
+    assert len(world.tasks) == 1
+    world.fill(want.flight)
+    assert world.outcomes("f0", 1) == ["computed"]
+    assert world.outcomes("f1", 1) == ["joined"]
+    assert world.answer("f0", 1)[0].generation == world.answer("f1", 1)[0].generation
+
+
+def test_joined_calls_are_counted_as_joins_and_as_hits(world):
+    world.offer("f0", 1, A)
+    world.offer("f1", 1, A)
+    world.offer("f1", 2, A, B)
+    assert world.counted("mmprep_singleflight_joins_total") == 2
+    assert world.counted("mmprep_mm_cache_queries_total") == 4
+    assert world.counted("mmprep_mm_cache_hits_total") == 2
+
+
+def test_those_who_join_a_plan_are_told_so(world):
+    for name in ("f0", "f1"):
+        world.offer(name, 1, A, need="plan")
+    world.put("f0", 1)
+    world.tasks.pop(0)
+    world.lane(0, messages.Planned(1), META)
+    assert world.outcomes("f0", 1) == ["computed"]
+    assert world.outcomes("f1", 1) == ["joined"]
+
+
+def test_when_the_uploader_is_gone_another_joiner_is_asked_and_the_item_is_computed(world):
+    world.offer("f0", 1, A)
+    world.offer("f1", 1, A)
+    world.core.peer_gone("frontend", "f0", world.now)
+    world.carry_out()
+    (want,) = world.wants("f1", 1)
+    world.put("f1", want.flight)
+    world.fill(want.flight)
+    assert world.outcomes("f1", 1) == ["joined"]
+
+
+def test_a_flight_goes_on_for_those_who_wait_when_its_uploader_left_after_the_upload(world):
+    world.offer("f0", 1, A)
+    world.offer("f1", 1, A)
+    world.put("f0", 1)
+    world.core.peer_gone("frontend", "f0", world.now)
+    world.carry_out()
+    world.die(world.lane_of(1))
+    world.fill(1)
+    assert world.outcomes("f1", 1) == ["joined"]
+
+
+# --- answers and pins ---------------------------------------------------------------------------------------------------
+
+
+def test_the_hits_of_an_offer_are_pinned_at_once_and_let_go_by_unpin(world):
+    world.compute("f0", 1, A)
+    world.compute("f0", 2, B)
+    for call in (1, 2):
+        world.say("f0", messages.Unpin(call))
+    assert not world.core.ring.holders
+    world.offer("f1", 1, A, B, C)
+    (holder,) = world.core.ring.holders
+    assert len(world.core.ring.pinned_by(holder)) == 2
+    assert world.answer("f1", 1) is None
+    world.put("f1", 3)
+    world.fill(3)
+    assert world.outcomes("f1", 1) == ["hit", "hit", "computed"]
+    assert len(world.core.ring.pinned_by(holder)) == 3
+    world.say("f1", messages.Unpin(1))
+    assert world.idle()
+
+
+def test_an_unpin_before_the_answer_changes_nothing_and_a_cancel_after_it_lets_go(world):
+    world.offer("f0", 1, A)
+    world.say("f0", messages.Unpin(1))
+    world.put("f0", 1)
+    world.fill(1)
+    assert world.outcomes("f0", 1) == ["computed"]
+    assert world.core.ring.holders
+    world.say("f0", messages.Cancel(1))
+    assert world.idle()
+
+
+def test_a_key_that_is_offered_twice_in_one_call_is_computed_once_and_pinned_once(world):
+    answers = world.compute("f0", 1, A, B, A)
+    assert [want.index for want in world.wants("f0", 1)] == [0, 1]
+    assert [answer.outcome for answer in answers] == ["computed"] * 3
+    assert answers[0] == answers[2] != answers[1]
+    assert world.counted("mmprep_singleflight_joins_total") == 0
+    (holder,) = world.core.ring.holders
+    assert len(world.core.ring.pinned_by(holder)) == 2
+    world.offer("f1", 1, A, A)
+    assert world.outcomes("f1", 1) == ["hit", "hit"]
+
+
+def test_hits_above_half_of_the_ring_are_refused_and_leave_nothing_pinned(world):
+    keys = [bytes([n]) * 32 for n in range(3)]
+    for call, key in enumerate(keys, 1):
+        world.offer("f0", call, key)
+        world.put("f0", call)
+        world.fill(call, length=QUARTER - 64)
+        world.say("f0", messages.Unpin(call))
+    world.offer("f0", 9, *keys[:2])
+    world.say("f0", messages.Unpin(9))
+    world.offer("f0", 10, *keys)
+    assert world.fault("f0", 10).kind == "TooLarge"
+    assert world.idle()
+    world.offer("f0", 11, *keys, need="plan")
+    assert world.outcomes("f0", 11) == ["hit"] * 3
+
+
+def test_a_call_whose_computed_items_are_above_half_of_the_ring_fails_and_leaves_nothing_pinned(world):
+    world.offer("f0", 1, A, B, C)
+    for flight in (1, 2, 3):
+        world.put("f0", flight)
+        world.fill(flight, length=QUARTER - 64)
+    assert sorted(world.outcomes("f0", 1)) == ["computed", "computed", "failed"]
+    assert world.idle()
+
+
+def test_a_call_with_a_failed_item_is_answered_whole_and_keeps_nothing_pinned(world):
+    world.offer("f0", 1, A, B)
+    world.put("f0", 1)
+    world.put("f0", 2)
+    world.fill(1)
+    assert world.answer("f0", 1) is None
+    world.fail(2, error("DecodeError"))
+    first, second = world.answer("f0", 1)
+    assert first.outcome == "computed"
+    assert (second.outcome, second.fault.kind) == ("failed", "DecodeError")
+    assert world.idle()
+
+
+def test_a_call_whose_time_is_over_is_told_so_once_and_leaves_nothing(world):
+    world.compute("f0", 1, C)
+    world.say("f0", messages.Unpin(1))
+    world.offer("f0", 2, A, B, C, seconds=3)
+    world.put("f0", 2)
+    world.tick(3.0)
+    assert world.fault("f0", 2).kind == "DeadlineExceeded"
+    assert not world.core.ring.holders
+    world.fail(2, error("DecodeError"))
+    assert world.answer("f0", 2) is None
+    assert world.idle()
+
+
+def test_a_call_refused_as_busy_leaves_nothing_behind():
+    world = World(max_items=1)
+    world.compute("f0", 1, A)
+    world.say("f0", messages.Unpin(1))
+    world.offer("f0", 2, B)
+    queries = world.counted("mmprep_mm_cache_queries_total")
+    world.offer("f1", 1, A, C)
+    assert world.fault("f1", 1).kind == "Busy"
+    assert not world.core.ring.holders
+    assert len(world.core.flights) == 1
+    assert world.counted("mmprep_mm_cache_queries_total") == queries
+    world.offer("f1", 1, A)
+    assert world.outcomes("f1", 1) == ["hit"]
+
+
+def test_a_call_number_that_is_in_use_ends_the_connection_and_its_calls(world):
+    world.offer("f0", 1, A)
+    world.offer("f0", 1, B)
+    assert world.got("f0", messages.Refused)
+    assert not world.got("f0", messages.Failed)
+    assert world.idle()
+
+
+# --- plans --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_offer_for_plans_computes_no_tensors_and_evicts_nothing(world):
+    world.offer("f0", 1, A, need="plan")
+    world.put("f0", 1)
+    number = world.lane_of(1)
+    assert world.tasks.pop(number).need == "plan"
+    world.lane(number, messages.Planned(1), META)
+    (answer,) = world.answer("f0", 1)
+    assert (answer.outcome, answer.meta, answer.length) == ("computed", META, 0)
+    stats = world.core.ring.stats()
+    assert (stats.entries, stats.evictions) == (0, 0)
+    assert world.idle()
+
+
+def test_plans_outlive_the_eviction_of_their_tensors(world):
+    world.compute("f0", 1, A)
+    world.say("f0", messages.Unpin(1))
+    assert world.core.ring.remove(A)
+    world.offer("f0", 2, A, need="plan")
+    (answer,) = world.answer("f0", 2)
+    assert (answer.outcome, answer.meta) == ("hit", META)
+    world.offer("f0", 3, A)
+    assert world.wants("f0", 3)
+
+
+def test_a_plan_that_was_dropped_is_read_from_its_entry(world):
+    world.compute("f0", 1, A)
+    world.core.plans.clear()
+    world.offer("f0", 2, A, need="plan")
+    assert world.answer("f0", 2)[0].meta == META
+    assert world.core.plans.get(A) == META
+
+
+def test_who_waits_for_a_plan_gets_it_where_there_is_no_room_for_the_tensors(world):
+    world.offer("f0", 1, A)
+    world.offer("f1", 1, A, need="plan")
+    world.put("f0", 1)
+    world.lane(world.lane_of(1), messages.AskExtent(1, QUARTER), META)
+    assert world.answer("f0", 1)[0].fault.kind == "TooLarge"
+    assert world.answer("f1", 1)[0].meta == META
+
+
+def test_metadata_that_no_frame_holds_fails_the_item_and_not_the_writer(world):
+    world.offer("f0", 1, A)
+    world.put("f0", 1)
+    world.lane(world.lane_of(1), messages.AskExtent(1, 10), bytes(MAX_METADATA + 1))
+    assert world.answer("f0", 1)[0].fault.kind == "TooLarge"
+    world.offer("f0", 2, B)
+    world.put("f0", 2)
+    world.fill(2, meta=bytes(MAX_METADATA) if MAX_METADATA < QUARTER // 2 else bytes(QUARTER // 2))
+    assert MAX_METADATA < CONTROL_LIMIT
+    assert world.outcomes("f0", 2) == ["computed"]
+
+
+# --- leases -------------------------------------------------------------------------------------------------------------
+
+
+def test_leases_are_delivered_when_every_item_of_the_request_is_there(world):
+    world.compute("f0", 1, A)
+    world.offer("f0", 2, A, B, lease="engine")
+    assert not len(world.core.ring.leases)
+    world.put("f0", 2)
+    world.fill(2)
+    answers = world.answer("f0", 2)
+    assert {world.core.ring.leases.get(answer.lease).owner for answer in answers} == {"engine"}
+    assert len(world.core.ring.leases) == 2
+    world.say("f0", messages.Unpin(1))
+    assert not world.core.ring.holders
+
+
+def test_no_lease_is_delivered_when_an_item_of_the_request_has_failed(world):
+    world.compute("f0", 1, A)
+    world.offer("f0", 2, A, B, lease="engine")
+    world.put("f0", 2)
+    world.fail(2, error("DecodeError"))
+    assert world.outcomes("f0", 2) == ["hit", "failed"]
+    assert not len(world.core.ring.leases)
+
+
+def test_a_lease_to_a_backend_that_nobody_registered_is_refused_before_anything_is_computed(world):
+    world.offer("f0", 1, A, lease="nobody")
+    assert (world.fault("f0", 1).kind, world.fault("f0", 1).param) == ("NotFound", "backend_id")
+    assert world.idle()
+
+
+def test_a_backend_that_died_while_its_items_were_computed_gets_no_lease(world):
+    world.offer("f0", 1, A, lease="engine")
+    world.put("f0", 1)
+    world.core.peer_gone("backend", "engine", world.now)
+    world.fill(1)
+    assert world.fault("f0", 1).kind == "NotFound"
+    assert not len(world.core.ring.leases)
+    assert world.idle()
+
+
+def test_a_backend_that_cannot_be_reached_keeps_its_leases_until_its_process_lock_falls(world):
+    world.compute("f0", 1, A, lease="engine")
+    world.core.unreachable(b"engine", world.now)
+    world.tick(1000.0)
+    assert len(world.core.ring.leases) == 1
+    assert ("backend", "engine") in {(peer.role, peer.id) for peer in world.core.peers.values()}
+    world.core.peer_gone("backend", "engine", world.now)
+    assert not len(world.core.ring.leases)
+
+
+@pytest.mark.parametrize(("pid", "left"), [(1, 1), (2, 0)], ids=["the same process", "another process"])
+def test_leases_outlive_a_new_connection_of_their_process_and_not_another_process(world, pid, left):
+    world.compute("f0", 1, A, lease="engine")
+    world.hello("engine", "backend", identity="engine again", pid=pid)
+    assert len(world.core.ring.leases) == left
+
+
+def test_a_frontend_speaks_for_the_backend_it_names_and_a_backend_only_for_itself(world):
+    (answer,) = world.compute("f0", 1, A, lease="engine")
+    world.hello("f0", "backend", identity="a backend of that name")
+    world.say("a backend of that name", messages.Release(7, (answer.lease,), "engine"))
+    world.say("f0", messages.Release(7, (answer.lease,)))
+    assert world.fault("f0", 7).kind == "InvalidRequest"
+    assert len(world.core.ring.leases) == 1
+    world.say("f0", messages.Renew(8, (answer.lease, bytes(16)), "engine"))
+    assert world.got("f0", messages.Renewed, 8)[0].message.lost == (bytes(16),)
+    world.say("f0", messages.Release(0, (answer.lease,), "engine"))
+    assert not len(world.core.ring.leases)
+    assert not world.got("f0", messages.Done, 0)
+
+
+def test_a_backend_acquires_upgrades_and_releases(world):
+    (answer,) = world.compute("f0", 1, A)
+    world.say("engine", messages.Acquire(1, answer.slot, answer.generation, "copy"))
+    lease = world.got("engine", messages.Acquired, 1)[0].message.lease
+    world.say("engine", messages.Upgrade(2, lease, "view"))
+    assert world.core.ring.leases.get(lease).kind == "view"
+    world.say("engine", messages.Acquire(3, answer.slot, answer.generation + 1, "copy"))
+    assert world.fault("engine", 3).kind == "StaleAddress"
+    world.say("engine", messages.Release(4, (lease,)))
+    world.say("engine", messages.Upgrade(5, lease, "copy"))
+    assert world.fault("engine", 5).kind == "LeaseLost"
+
+
+# --- uploads ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_upload_of_another_size_than_was_offered_fails_its_sender_and_another_is_asked(world):
+    world.offer("f0", 1, A)
+    world.offer("f1", 1, A)
+    world.put("f0", 1, nbytes=9000)
+    assert world.answer("f0", 1)[0].fault.kind == "ProtocolError"
+    assert not world.tasks
+    (want,) = world.wants("f1", 1)
+    world.put("f1", want.flight)
+    world.fill(want.flight)
+    assert world.outcomes("f1", 1) == ["joined"]
+
+
+def test_bytes_with_another_digest_fail_their_sender_and_another_is_asked(world):
+    world.offer("f0", 1, A)
+    world.offer("f1", 1, A)
+    world.put("f0", 1)
+    world.fail(1, error("ProtocolError"))
+    assert world.answer("f0", 1)[0].fault.kind == "ProtocolError"
+    assert world.wants("f1", 1)
+    world.say("f1", messages.Cancel(1))
+    assert world.idle()
+
+
+def test_uploads_that_are_late_repeated_unknown_or_of_another_frontend_are_dropped(world):
+    world.offer("f0", 1, A)
+    world.put("f1", 1)
+    world.put("f0", 99)
+    assert not world.tasks
+    world.put("f0", 1)
+    world.put("f0", 1)
+    world.fill(1)
+    world.put("f0", 1)
+    assert not world.tasks
+    assert world.outcomes("f0", 1) == ["computed"]
+
+
+def test_an_upload_that_never_comes_fails_the_item_after_a_while(world):
+    world.offer("f0", 1, A)
+    world.tick(UPLOAD_SECONDS)
+    assert world.answer("f0", 1)[0].fault.kind == "DeadlineExceeded"
+    assert world.idle()
+
+
+# --- lanes --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_item_whose_lane_died_is_tried_once_more_and_then_quarantined(world):
+    world.offer("f0", 1, A, B)
+    world.put("f0", 1)
+    number = world.lane_of(1)
+    world.lane(number, messages.AskExtent(1, 100), META)
+    assert world.core.ring.stats().filling
+    world.die(number)
+    assert not world.core.ring.stats().filling
+    world.die(world.lane_of(1))
+    world.put("f0", 2)
+    world.fill(2)
+    first, second = world.answer("f0", 1)
+    assert (first.outcome, first.fault.kind, second.outcome) == ("failed", "MediaError", "computed")
+    world.offer("f1", 1, A, B)
+    assert not world.wants("f1", 1)
+    assert world.outcomes("f1", 1) == ["failed", "hit"]
+    world.tick(QUARANTINE_SECONDS)
+    world.offer("f1", 2, A)
+    assert world.wants("f1", 2)
+
+
+def test_items_in_quarantine_do_not_count_against_the_room_for_the_others():
+    world = World(max_items=1)
+    world.offer("f0", 1, A)
+    world.put("f0", 1)
+    world.die(world.lane_of(1))
+    world.die(world.lane_of(1))
+    world.offer("f0", 2, A, B)
+    assert [want.index for want in world.wants("f0", 2)] == [1]
+
+
+def test_a_lane_beyond_its_time_is_killed_once_and_gets_no_more_work(world):
+    world.offer("f0", 1, A)
+    world.put("f0", 1)
+    number = world.lane_of(1)
+    world.tick(TASK_SECONDS)
+    world.tick(TASK_SECONDS / 2)
+    assert world.killed == [number]
+    world.fail(1, error("DecodeError"))
+    world.offer("f0", 2, B, C)
+    for flight in (2, 3):
+        world.put("f0", flight)
+    assert list(world.tasks) == [1 - number]
+
+
+@pytest.mark.parametrize("misdeed", ["asks twice", "fills nothing", "plans", "sends no metadata"])
+def test_a_lane_that_breaks_the_protocol_is_killed_and_its_item_is_tried_again(world, misdeed):
+    world.offer("f0", 1, A)
+    world.put("f0", 1)
+    number = world.lane_of(1)
+    if misdeed == "asks twice":
+        world.lane(number, messages.AskExtent(1, 100), META)
+        world.lane(number, messages.AskExtent(1, 100), META)
+    elif misdeed == "fills nothing":
+        world.lane(number, messages.Filled(1, 1, 1))
+    elif misdeed == "plans":
+        world.lane(number, messages.Planned(1), META)
+    else:
+        world.lane(number, messages.AskExtent(1, 100))
+    assert world.killed == [number]
+    assert world.answer("f0", 1) is None
+    world.die(number)
+    world.fill(1)
+    assert world.outcomes("f0", 1) == ["computed"]
+
+
+def test_a_lane_that_fails_with_an_extent_gives_it_back(world):
+    world.offer("f0", 1, A)
+    world.put("f0", 1)
+    world.lane(world.lane_of(1), messages.AskExtent(1, 100), META)
+    world.fail(1, error("DecodeError"))
+    assert world.idle()
+
+
+def test_what_a_lane_says_about_another_task_is_passed_over(world):
+    world.offer("f0", 1, A)
+    world.put("f0", 1)
+    world.lane(world.lane_of(1), messages.TaskFailed(2, messages.Fault.of(error("DecodeError"))))
+    world.lane(1 - world.lane_of(1), messages.Filled(1, 1, 1))
+    assert world.answer("f0", 1) is None
+    assert not world.killed
+
+
+def test_the_first_lane_takes_no_slow_work_unless_it_is_the_only_one(world):
+    world.offer("f0", 1, A, B, cost=HEAVY_COST)
+    for flight in (1, 2):
+        world.put("f0", flight)
+    assert list(world.tasks) == [1]
+    alone = World(lanes=1)
+    alone.offer("f0", 1, A, cost=HEAVY_COST)
+    alone.put("f0", 1)
+    assert list(alone.tasks) == [0]
+
+
+def test_a_later_joiner_makes_a_queued_item_more_urgent(world):
+    world.offer("f0", 1, A, B)
+    for flight in (1, 2):
+        world.put("f0", flight)
+    keys = [bytes([n]) * 32 for n in (10, 11)]
+    world.offer("f0", 2, *keys)
+    for flight in (3, 4):
+        world.put("f0", flight)
+    world.offer("f1", 1, keys[1], priority=-1)
+    world.fill(1)
+    assert {task.task for task in world.tasks.values()} == {2, 4}
+
+
+def test_a_full_ring_is_busy_and_not_an_endless_wait(world):
+    keys = [bytes([n]) * 32 for n in range(10, 15)]
+    for call, key in enumerate(keys, 1):
+        world.offer("f0", call, key)
+        world.put("f0", call)
+        if call < 5:
+            world.fill(call, length=QUARTER - 64)
+    world.lane(world.lane_of(5), messages.AskExtent(5, QUARTER - 64), META)
+    assert world.answer("f0", 5)[0].fault.kind == "Busy"
+    assert world.answer("f0", 5)[0].fault.retry_after_ms == 1000
+
+
+def test_an_exit_of_a_lane_counts_as_a_restart_whatever_it_was_doing():
+    world = World(warm=False)
+    world.core.lane_exited(0, world.now)
+    world.ready(0)
+    world.die(0)
+    assert world.counted("mmprep_lane_restarts_total") == 2
+
+
+# --- peers --------------------------------------------------------------------------------------------------------------
+
+
+def test_every_frontend_gets_the_card_once_whether_it_connects_before_or_after_the_lanes_are_warm():
+    world = World(warm=False)
+    for number in (0, 1):
+        assert not world.core.card
+        world.ready(number)
+    world.die(0)
+    world.hello("f2", "frontend")
+    assert [len(world.got(name, messages.Card)) for name in ("f0", "f1", "f2", "engine")] == [1, 1, 0, 0]
+    assert world.got("f2", messages.WriterWelcome)[0].message.card == b"card"
+
+
+def test_who_does_not_say_hello_first_is_refused_and_so_is_who_says_it_twice(world):
+    world.say("stranger", messages.Clear(1))
+    assert world.got("stranger", messages.Refused)
+    world.offer("f0", 1, A)
+    world.hello("f0", "frontend")
+    assert world.got("f0", messages.Refused)
+    assert world.idle()
+    world.hello("f0", "frontend")
+    assert len(world.got("f0", messages.WriterWelcome)) == 2
+
+
+def test_a_role_that_has_nothing_to_say_to_the_writer_is_refused(world):
+    world.hello("x", "lane")
+    assert world.got("x", messages.Refused)
+
+
+def test_messages_of_another_role_fail_and_change_nothing(world):
+    world.offer("engine", 1, A)
+    assert world.fault("engine", 1).kind == "InvalidRequest"
+    world.say("f0", messages.Acquire(2, 0, 0, "view"))
+    assert world.fault("f0", 2).kind == "InvalidRequest"
+
+
+def test_identities_that_differ_in_one_byte_above_ascii_are_two_peers(world):
+    for number, identity in enumerate((b"\x00\xfe", b"\x00\xff")):
+        world.core.message(identity, messages.Hello(PROTOCOL, "1", "frontend", f"g{number}", 1), world.now)
+        offer = messages.Offer(1, "tensors", 1000, 0, (messages.Offered(bytes([number]) * 32, "image", 1, 10),))
+        world.core.message(identity, offer, world.now)
+    world.carry_out()
+    assert len(world.core.flights) == 2
+    world.core.unreachable(b"\x00\xfe", world.now)
+    world.core.validate()
+    assert [flight.uploader[0] for flight in world.core.flights] == ["\x00\xff"]
+
+
+def test_a_frontend_that_connects_again_has_lost_its_calls_and_its_pins(world):
+    world.compute("f0", 1, A)
+    world.offer("f0", 2, B)
+    world.hello("f0", "frontend", identity="f0 again")
+    assert world.idle()
+
+
+def test_processes_without_a_lock_are_remembered_up_to_a_bound(world):
+    for number in range(100):
+        world.hello(f"cli-{number}", "control")
+    assert len(world.core.peers) < 30
+    world.say("cli-99", messages.Clear(1))
+    assert world.got("cli-99", messages.Done, 1)
+
+
+def test_clearing_drops_what_nobody_holds_and_what_is_pinned_stays_readable(world):
+    (kept,) = world.compute("f0", 1, A)
+    world.compute("f0", 2, B)
+    world.say("f0", messages.Unpin(2))
+    world.say("f0", messages.Clear(3))
+    assert world.got("f0", messages.Done, 3)
+    assert bytes(world.memory[kept.offset : kept.offset + len(META)]) == META
+    assert world.core.ring.stats().entries == 1
+    world.offer("f1", 1, A, need="plan")
+    assert world.wants("f1", 1)
