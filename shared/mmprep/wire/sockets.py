@@ -69,7 +69,7 @@ class Pump:
         self._socket = socket
         self._handler = handler
         self._copy = copy
-        self._routes = socket.socket_type == zmq.ROUTER
+        self._routes = socket.type == zmq.ROUTER
         self._outbox = Outbox(max_messages=_MOST_WAITING, max_bytes=outbox_bytes)
         self._loop = asyncio.get_running_loop()
         self._fd = int(socket.getsockopt(zmq.FD))
