@@ -71,8 +71,8 @@ def parse_address(plain: object) -> Address:
     InvalidRequest
         It has not the form of an address; the message says where.
     """
-    if isinstance(plain, Address):
-        return plain
+    if isinstance(plain, Address):  # its constructor checks nothing
+        plain = msgspec.to_builtins(plain)
     try:
         return msgspec.convert(plain, Address)
     except msgspec.ValidationError as error:
@@ -121,11 +121,7 @@ def check_record(address: Address, record: bytes, geometry: layout.Geometry) -> 
     if (
         found is None
         or not found.readable
-        or (found.generation, found.offset, found.length)
-        != (
-            address.generation,
-            address.offset,
-            address.length,
-        )
+        or (found.generation, found.offset, found.length, found.meta_len)
+        != (address.generation, address.offset, address.length, address.metadata_length)
     ):
         raise StaleAddress("the item was evicted or replaced since; ask for it again")
