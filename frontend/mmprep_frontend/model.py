@@ -16,12 +16,15 @@ from mmprep.card import ModelCard
 from mmprep.errors import InvalidRequest, NotFound, StartupError
 from mmprep_frontend.media.intake import Intake, Medium, Source
 from mmprep_frontend.render.conversation import Conversation, walk
+from mmprep_frontend.render.prompt_cache import PromptCache
 from mmprep_frontend.render.requests import ChatRequest, TokenizeRequest, parse
 from mmprep_frontend.render.sentinels import Sentinels
 from mmprep_frontend.render.template import ChatTemplate, load_sources
 from mmprep_frontend.render.tokens import EncodedPrompt, Tokenizer
 
 _DEFAULT_LENGTH = 32_768
+#: Tokens of all cached prompts of one frontend: some 10 MB.
+_CACHED_TOKENS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class ServedModel:
     ----------
     name: under which it is served.
     max_model_len: tokens of prompt and answer together.
+    prompts: those that were encoded before.
     """
 
     name: str
@@ -40,6 +44,7 @@ class ServedModel:
     template: ChatTemplate
     tokenizer: Tokenizer
     max_model_len: int
+    prompts: PromptCache
 
     def check_name(self, name: str | None) -> None:
         """Refuse another model's name; raises NotFound."""
@@ -75,9 +80,13 @@ class ServedModel:
 
     def encode_chat(self, conversation: Conversation, request: ChatRequest | TokenizeRequest) -> EncodedPrompt:
         """Render and tokenize; on the render thread."""
-        special = request.add_special_tokens if isinstance(request, ChatRequest) else request.adds_special_tokens
         rendered = self.template.render(conversation, request)
-        return self.tokenizer.encode_prompt(rendered, add_special_tokens=special)
+        return self.tokenizer.encode_prompt(rendered, add_special_tokens=_adds_special_tokens(request))
+
+    def prompt_key(self, conversation: Conversation, request: ChatRequest | TokenizeRequest) -> bytes | None:
+        """Return what identifies the request's prompt in :attr:`prompts`."""
+        salt = request.cache_salt if isinstance(request, ChatRequest) else None
+        return self.prompts.key(conversation, request, special=_adds_special_tokens(request), salt=salt)
 
     def encode_chat_and_read(
         self,
@@ -85,9 +94,14 @@ class ServedModel:
         request: ChatRequest | TokenizeRequest,
         intake: Intake,
         sources: list[Source],
+        known: EncodedPrompt | None,
     ) -> tuple[EncodedPrompt, list[Medium | None]]:
-        """As :meth:`encode_chat`, and decode and hash small media in the same hop."""
-        return self.encode_chat(conversation, request), intake.read_now(sources)
+        """As :meth:`encode_chat` unless the prompt is ``known``, and decode and hash small media in the same hop."""
+        return known or self.encode_chat(conversation, request), intake.read_now(sources)
+
+
+def _adds_special_tokens(request: ChatRequest | TokenizeRequest) -> bool:
+    return request.add_special_tokens if isinstance(request, ChatRequest) else request.adds_special_tokens
 
 
 def load_model(
@@ -112,13 +126,15 @@ def load_model(
     sentinels = Sentinels(card)
     tokenizer = Tokenizer(loaded, card, sentinels)
     sources = load_sources(directory) if template is None else {"default": template}
+    chat_template = ChatTemplate(sources, tokenizer.special_tokens, sentinels)
     return ServedModel(
         name,
         card,
         sentinels,
-        ChatTemplate(sources, tokenizer.special_tokens, sentinels),
+        chat_template,
         tokenizer,
         max_model_len or _context_length(directory),
+        PromptCache(0 if chat_template.depends_on_time else _CACHED_TOKENS),
     )
 
 

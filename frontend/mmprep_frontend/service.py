@@ -23,7 +23,7 @@ from mmprep.items import ItemMeta, unpack_meta
 from mmprep.metrics import Metrics
 from mmprep.wire.messages import ItemAnswer, LeaseTo, Need
 from mmprep_frontend.dispatch import Offered, OfferItem, WriterLink
-from mmprep_frontend.media.intake import SMALL, Intake, Medium, Source, first_error, size
+from mmprep_frontend.media.intake import SMALL, TINY, Intake, Medium, Source, first_error, size
 from mmprep_frontend.media.keys import item_key, scope
 from mmprep_frontend.media.sources import HttpSource
 from mmprep_frontend.model import ServedModel
@@ -210,15 +210,21 @@ class Service:
         attachments: Sequence[memoryview],
         deadline: float,
     ) -> tuple[EncodedPrompt, list[Medium]]:
-        parts = conversation.media
-        sources = self._intake.sources(parts, attachments)
-        here = not any(isinstance(source, HttpSource) for source in sources)
-        if here and sum(map(size, sources)) <= SMALL:
-            prompt, media = await self._on_render_thread(
-                model.encode_chat_and_read, conversation, request, self._intake, sources
-            )
-            return prompt, [medium for medium in media if medium is not None]
-        return await self._side_by_side(model, request, conversation, sources, deadline)
+        sources = self._intake.sources(conversation.media, attachments)
+        key = model.prompt_key(conversation, request)
+        prompt = model.prompts.get(key)
+        at_hand = not any(isinstance(source, HttpSource) for source in sources)
+        nbytes = sum(map(size, sources))
+        if prompt is not None and at_hand and nbytes <= TINY:
+            return prompt, _all(self._intake.read_now(sources))
+        if at_hand and nbytes <= SMALL:
+            encode = model.encode_chat_and_read
+            encoded, media = await self._on_render_thread(encode, conversation, request, self._intake, sources, prompt)
+            model.prompts.put(key, encoded)
+            return encoded, _all(media)
+        encoded, read = await self._side_by_side(model, request, conversation, sources, known=prompt, deadline=deadline)
+        model.prompts.put(key, encoded)
+        return encoded, read
 
     async def _side_by_side(
         self,
@@ -226,17 +232,20 @@ class Service:
         request: ChatRequest | TokenizeRequest,
         conversation: Conversation,
         sources: list[Source],
+        *,
+        known: EncodedPrompt | None,
         deadline: float,
     ) -> tuple[EncodedPrompt, list[Medium]]:
         started = time.monotonic()
         try:
             async with asyncio.TaskGroup() as group:
                 reading = group.create_task(self._intake.read(sources, conversation.media, deadline))
-                encoding = group.create_task(self._on_render_thread(model.encode_chat, conversation, request))
+                if known is None:
+                    encoding = group.create_task(self._on_render_thread(model.encode_chat, conversation, request))
         except* MmprepError as failures:
             raise first_error(failures) from None
         self.metrics.observe("mmprep_stage_seconds", time.monotonic() - started, stage="fetch")
-        return encoding.result(), reading.result()
+        return known or encoding.result(), reading.result()
 
     async def _items(
         self, model: ServedModel, parts: Sequence[MediaPart], media: Sequence[Medium], terms: Terms
@@ -381,6 +390,10 @@ class Service:
         result = await asyncio.get_running_loop().run_in_executor(self._render_thread, work, *arguments)
         self.metrics.observe("mmprep_stage_seconds", time.monotonic() - started, stage="tokenize")
         return result
+
+
+def _all(media: Sequence[Medium | None]) -> list[Medium]:
+    return [medium for medium in media if medium is not None]
 
 
 @contextmanager

@@ -62,7 +62,13 @@ class ChatTemplate:
         environment = _environment()
         self._sentinels = sentinels
         self._special_tokens = {name: sentinels.hide(text) for name, text in special_tokens.items()}
+        self._depends_on_time = any("strftime_now" in source for source in sources.values())
         self._compiled = {name: _compile(environment, sentinels.hide(source)) for name, source in sources.items()}
+
+    @property
+    def depends_on_time(self) -> bool:
+        """Whether a template asks for the time, so that the same conversation may give another prompt later."""
+        return self._depends_on_time
 
     def format_for(self, request: ChatRequest | TokenizeRequest) -> ContentFormat:
         """Return what the template for ``request`` takes as a message's content."""

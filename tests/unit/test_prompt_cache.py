@@ -1,0 +1,90 @@
+"""The cache of encoded prompts."""
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from mmprep_frontend.render.conversation import Conversation
+from mmprep_frontend.render.prompt_cache import PromptCache
+from mmprep_frontend.render.requests import parse
+from mmprep_frontend.render.tokens import EncodedPrompt
+
+HELLO = Conversation([{"role": "user", "content": "Hello"}], [], 0)
+
+
+def request(**fields):
+    import msgspec
+
+    body = {"messages": [{"role": "user", "content": "Hello"}], **fields}
+    return parse(msgspec.json.encode(body), "chat")
+
+
+def key(cache, conversation=HELLO, *, special=False, salt=None, **fields):
+    return cache.key(conversation, request(**fields), special=special, salt=salt)
+
+
+def encoded(length):
+    return EncodedPrompt([1] * length, [], "")
+
+
+def test_equal_conversations_have_one_key_whatever_is_sampled():
+    cache = PromptCache(100)
+    assert key(cache) == key(cache, temperature=0.5, max_tokens=7, mm_payload="none")
+
+
+def test_everything_that_the_template_is_given_is_part_of_the_key():
+    cache = PromptCache(100)
+    others = [
+        key(cache, Conversation([{"role": "user", "content": "Hallo"}], [], 0)),
+        key(cache, tools=[{"type": "function", "function": {"name": "look"}}]),
+        key(cache, documents=[{"text": "x"}]),
+        key(cache, chat_template_kwargs={"enable_thinking": False}),
+        key(cache, reasoning_effort="low"),
+        key(cache, add_generation_prompt=False),
+        key(cache, add_generation_prompt=False, continue_final_message=True),
+        key(cache, special=True),
+        key(cache, salt="tenant"),
+    ]
+    assert len({key(cache), *others}) == len(others) + 1
+
+
+def test_a_cache_of_no_size_keeps_nothing_and_finds_nothing():
+    cache = PromptCache(0)
+    assert key(cache) is None
+    cache.put(None, encoded(3))
+    assert cache.get(None) is None
+
+
+def test_a_huge_conversation_has_no_key():
+    assert key(PromptCache(100), Conversation([{"role": "user", "content": "x" * 70_000}], [], 0)) is None
+
+
+class PromptCacheMachine(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.cache = PromptCache(20)
+        self.recent = []
+
+    @rule(key=st.binary(min_size=1, max_size=1), length=st.integers(1, 25))
+    def put(self, key, length):
+        known = self.cache.get(key)
+        prompt = encoded(length)
+        self.cache.put(key, prompt)
+        if known is not None:
+            assert self.cache.get(key) is known
+        else:
+            assert (self.cache.get(key) is prompt) == (length <= 20)
+        if self.cache.get(key) is not None:
+            self.recent = [key]
+
+    @rule(key=st.binary(min_size=1, max_size=1))
+    def get(self, key):
+        if self.cache.get(key) is not None:
+            self.recent = [key]
+
+    @invariant()
+    def holds(self):
+        self.cache.validate()
+        assert all(self.cache.get(key) is not None for key in self.recent), "what was used last was dropped"
+
+
+TestPromptCacheMachine = PromptCacheMachine.TestCase
