@@ -113,6 +113,8 @@ def check_record(address: Address, record: bytes, geometry: layout.Geometry) -> 
     ------
     StaleAddress
         The slot holds something else now.
+    InvalidRequest
+        It is that item, and its metadata has another length.
     """
     try:
         found = layout.unpack_record(record, address.slot, geometry)
@@ -121,7 +123,8 @@ def check_record(address: Address, record: bytes, geometry: layout.Geometry) -> 
     if (
         found is None
         or not found.readable
-        or (found.generation, found.offset, found.length, found.meta_len)
-        != (address.generation, address.offset, address.length, address.metadata_length)
+        or (found.generation, found.offset, found.length) != (address.generation, address.offset, address.length)
     ):
         raise StaleAddress("the item was evicted or replaced since; ask for it again")
+    if found.meta_len != address.metadata_length:
+        raise InvalidRequest("the address's metadata has another length than the item's", param="address")
