@@ -258,6 +258,7 @@ def test_a_link_whose_loop_slept_through_the_change_sends_the_next_one_nothing_t
         # The loop stands still for so long that a socket that connects again by itself would have done it.
         assert not monitor.poll(300)
         socket.disable_monitor()
+        monitor.close()
         stack.callback(Pump(socket, second).close)
         for _ in range(10):
             peer.link.send([b"for the dead"])
