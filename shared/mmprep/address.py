@@ -71,8 +71,8 @@ def parse_address(plain: object) -> Address:
     InvalidRequest
         It has not the form of an address; the message says where.
     """
-    if isinstance(plain, Address):
-        return plain
+    if isinstance(plain, Address):  # its constructor checks nothing
+        plain = msgspec.to_builtins(plain)
     try:
         return msgspec.convert(plain, Address)
     except msgspec.ValidationError as error:
@@ -113,6 +113,8 @@ def check_record(address: Address, record: bytes, geometry: layout.Geometry) -> 
     ------
     StaleAddress
         The slot holds something else now.
+    InvalidRequest
+        It is that item, and its metadata has another length.
     """
     try:
         found = layout.unpack_record(record, address.slot, geometry)
@@ -121,11 +123,8 @@ def check_record(address: Address, record: bytes, geometry: layout.Geometry) -> 
     if (
         found is None
         or not found.readable
-        or (found.generation, found.offset, found.length)
-        != (
-            address.generation,
-            address.offset,
-            address.length,
-        )
+        or (found.generation, found.offset, found.length) != (address.generation, address.offset, address.length)
     ):
         raise StaleAddress("the item was evicted or replaced since; ask for it again")
+    if found.meta_len != address.metadata_length:
+        raise InvalidRequest("the address's metadata has another length than the item's", param="address")

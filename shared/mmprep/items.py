@@ -76,8 +76,8 @@ class FieldSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        count = DTYPE_SIZES[self.dtype]
+        """Bytes of the tensor; raises ``ValueError`` where its dtype is none of :data:`DTYPE_SIZES`."""
+        count = storage_dtype(self.dtype).itemsize
         for extent in self.shape:
             count *= extent
         return count
@@ -175,9 +175,12 @@ def unpack_meta(blob: bytes) -> ItemMeta:
     """
     try:
         plain = msgpack.unpackb(blob, use_list=True, strict_map_key=True)
-        return msgspec.convert(plain, ItemMeta)
+        meta = msgspec.convert(plain, ItemMeta, builtin_types=(bytes,))
+        for spec in meta.fields:
+            storage_dtype(spec.dtype)
     except (msgspec.ValidationError, msgpack.UnpackException, ValueError) as error:
         raise ValueError(f"not an item's metadata: {error}") from None
+    return meta
 
 
 def field_array(region: memoryview, spec: FieldSpec) -> NDArray[Any]:

@@ -540,6 +540,7 @@ class WriterCoreMachine(RuleBasedStateMachine):
             case messages.Answer():
                 call = connection.calls[message.call]
                 assert call.state == "waiting", "a second answer, or one to a call that was cancelled"
+                assert message.leased_to in {None, call.offer.lease and call.offer.lease.backend}
                 self.answered(call, [unpack(frame, messages.ItemAnswer) for frame in frames])
             case messages.Failed() if message.call in connection.calls:
                 assert connection.calls[message.call].state == "waiting", "a second answer"

@@ -203,6 +203,10 @@ def test_lengths_that_are_not_there_are_refused(frame):
     refused(b"\x92\xa6Cancel" + frame)
 
 
+def test_text_is_not_taken_for_bytes():
+    refused(msgpack.packb(["Card", "Y2FyZA=="]), messages.FromWriter)
+
+
 def test_text_that_is_no_unicode_is_refused():
     refused(b"\x92\xa2\xff\xfe\x01")
 

@@ -59,6 +59,12 @@ def test_64_joiners_cause_one_upload_and_all_get_the_result(flights):
     assert len(flights) == flights.waiting == 0
 
 
+def test_an_upload_that_an_earlier_writer_asked_for_is_for_no_flight_of_this_one():
+    flights = Flights(max_waiting=9, upload_seconds=1.0, quarantine=Quarantine(max_keys=1, seconds=1.0), after=1 << 39)
+    assert join(flights, ("a", 1)).flight_id == (1 << 39) + 1
+    assert not flights.uploaded(1, "a", 10)
+
+
 def test_those_who_join_a_running_flight_get_its_result_too(flights):
     join(flights, ("a", 1))
     run(flights, 1, "a")

@@ -40,6 +40,12 @@ def _text(text: str, _option: str) -> str:
     return text
 
 
+def _host(text: str, option: str) -> str:
+    if not text.strip():
+        raise StartupError(f"{option}: give an address; 0.0.0.0 or :: for every one of this machine")
+    return text
+
+
 def _optional(text: str, _option: str) -> str | None:
     return text or None
 
@@ -53,6 +59,26 @@ def _whole(low: int, high: int) -> Callable[[str, str], int]:
         if not low <= number <= high:
             raise StartupError(f"{option}: {text!r} is no whole number from {low} to {high}")
         return number
+
+    return read
+
+
+def _size(low: str, high: str) -> Callable[[str, str], int]:
+    def read(text: str, option: str) -> int:
+        size = parse_size(text, option)
+        if not parse_size(low, option) <= size <= parse_size(high, option):
+            raise StartupError(f"{option}: {text!r} is not from {low} to {high}")
+        return size
+
+    return read
+
+
+def _duration(low: str, high: str) -> Callable[[str, str], float]:
+    def read(text: str, option: str) -> float:
+        seconds = parse_duration(text, option)
+        if not parse_duration(low, option) <= seconds <= parse_duration(high, option):
+            raise StartupError(f"{option}: {text!r} is not from {low} to {high}")
+        return seconds
 
     return read
 
@@ -91,11 +117,11 @@ def _domains(text: str, _option: str) -> tuple[str, ...]:
 
 
 OPTIONS = (
-    Option("host", _text, "127.0.0.1", "address to listen on"),
+    Option("host", _host, "127.0.0.1", "address to listen on"),
     Option("port", _whole(0, 65535), "8790", "port to listen on; 0: a free one"),
     Option("frontends", _whole(1, 256), "2", "frontend processes, which share the port"),
     Option("lanes", _whole(0, 256), "0", "processes that decode; 0: one a core, at least 2"),
-    Option("cache-size", parse_size, "1GiB", "shared memory for processed items"),
+    Option("cache-size", _size("1MiB", "64TiB"), "1GiB", "shared memory for processed items"),
     Option("max-object-size", _text, "", "largest item in the cache; default, and most: a quarter of it"),
     Option("runtime-dir", _optional, "", "directory for sockets and locks; default: $XDG_RUNTIME_DIR/mmprep"),
     Option("served-model-name", _optional, "", "name of the model in requests; default: the directory's"),
@@ -103,12 +129,12 @@ OPTIONS = (
     Option("max-model-len", _optional_whole, "", "tokens of prompt and answer; default: the model's"),
     Option("tensor-dtype", _choice(*_DTYPES), "auto", "dtype of pixels where a request names none"),
     Option("hash", _choice(*_HASHES), "blake3", "hash of the media's bytes"),
-    Option("lease-seconds", parse_duration, "30s", "how long a lease holds without renewal"),
+    Option("lease-seconds", _duration("100ms", "1d"), "30s", "how long a lease holds without renewal"),
     Option("queue-limit", _whole(1, 1_000_000), "1024", "media that may wait or be in work"),
-    Option("request-timeout", parse_duration, "60s", "longest time for one request"),
-    Option("drain-timeout", parse_duration, "10s", "time for requests under way when the service stops"),
-    Option("max-media-size", parse_size, "256MiB", "largest medium, encoded"),
-    Option("max-body-size", parse_size, "384MiB", "largest request body"),
+    Option("request-timeout", _duration("100ms", "1d"), "60s", "longest time for one request"),
+    Option("drain-timeout", _duration("0s", "1d"), "10s", "time for requests under way when the service stops"),
+    Option("max-media-size", _size("1KiB", "64GiB"), "256MiB", "largest medium, encoded"),
+    Option("max-body-size", _size("1KiB", "64GiB"), "384MiB", "largest request body"),
     Option("max-image-pixels", _whole(1, 1 << 31), "178956970", "most pixels of one picture"),
     Option("allowed-media-domains", _domains, "", "only fetch media from these: a.example,*.b.example"),
     Option("allow-private-networks", _switch, "false", "fetch media from private addresses too", flag=True),
@@ -197,8 +223,6 @@ def _as_text(value: Any) -> str:
 
 def _decide(values: dict[str, Any], model: str | None) -> ServeOptions:
     cache_size = values["cache_size"]
-    if cache_size < 1 << 20:
-        raise StartupError("--cache-size: at least 1MiB is needed")
     largest = values["max_object_size"]
     largest = cache_size // 4 if not largest else parse_size(largest, "--max-object-size")
     if not 4096 <= largest <= cache_size // 4:

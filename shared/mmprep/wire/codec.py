@@ -100,7 +100,8 @@ def unpack(frame: bytes | memoryview, kind: Any, *, limit: int = CONTROL_LIMIT) 
             max_array_len=_MAX_COUNT,
             max_map_len=_MAX_COUNT,
         )
-        return msgspec.convert(plain, _member(kind, plain))
+        # Without the types named, text would be taken for bytes in base64.
+        return msgspec.convert(plain, _member(kind, plain), builtin_types=(bytes,))
     except msgspec.ValidationError as error:
         raise ProtocolError(f"a message does not fit its schema: {error}") from None
     except (msgpack.UnpackException, ValueError, RecursionError, TypeError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mmprep.errors import Busy
@@ -49,10 +49,9 @@ class Outbox:
         queue.append(frames)
         self._bytes[peer] = total
 
-    def first(self) -> Iterator[tuple[bytes, Sequence[Any]]]:
-        """Yield the oldest message of each peer; :meth:`sent` takes it out."""
-        for peer in list(self._waiting):
-            yield peer, self._waiting[peer][0]
+    def first(self) -> list[tuple[bytes, Sequence[Any]]]:
+        """Return the oldest message of each peer; :meth:`sent` takes it out."""
+        return [(peer, queue[0]) for peer, queue in self._waiting.items()]
 
     def sent(self, peer: bytes) -> None:
         """The oldest message of ``peer`` has gone."""

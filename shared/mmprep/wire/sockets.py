@@ -10,12 +10,14 @@ is refused with :class:`~mmprep.errors.Busy`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from mmprep.errors import MmprepError
 from mmprep.wire.codec import CONTROL_LIMIT, MAX_FRAMES
@@ -168,9 +170,9 @@ class Pump:
 class Link:
     """A DEALER that is one peer of a ROUTER, and starts afresh when the other side goes away.
 
-    A DEALER that reconnects would replay messages that were meant for a dead process. So every loss closes the socket;
-    the next one has a new random identity (an *incarnation*), greets anew, and ``on_down`` tells the owner that all calls
-    under way are lost.
+    A DEALER that reconnects would replay messages that were meant for a dead process. So a socket has one connection in
+    its life, and every loss closes it; the next one has a new random identity (an *incarnation*), greets anew, and
+    ``on_down`` tells the owner that all calls under way are lost.
 
     Parameters
     ----------
@@ -209,6 +211,7 @@ class Link:
         self._pump: Pump | None = None
         self._monitor: Pump | None = None
         self._socket: zmq.Socket[bytes] | None = None
+        self._retry: asyncio.TimerHandle | None = None
         self._open()
 
     def send(self, frames: Frames) -> None:
@@ -218,6 +221,8 @@ class Link:
 
     def close(self) -> None:
         """Close for good."""
+        if self._retry is not None:
+            self._retry.cancel()
         if self._socket is not None:
             self._socket.disable_monitor()
         for pump in (self._monitor, self._pump):
@@ -229,7 +234,9 @@ class Link:
         socket = self._context.socket(zmq.DEALER)
         configure(socket, frame_limit=self._frame_limit)
         socket.routing_id = f"{self._name}:{os.urandom(8).hex()}".encode()
-        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        # ZeroMQ would connect again before this loop hears of the loss, and send what waits to whoever is there then.
+        socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
         socket.connect(self._endpoint)
         self._socket = socket
         self._pump = Pump(socket, self._on_message, copy=self._copy)
@@ -237,8 +244,16 @@ class Link:
         self._pump.send(self._greeting())
 
     def _monitored(self, frames: list[Any]) -> None:
-        del frames
-        self._restart()
+        if parse_monitor_message(frames)["event"] == zmq.EVENT_DISCONNECTED:
+            self._restart()
+        elif self._socket is not None:  # nobody is there yet
+            loop = asyncio.get_running_loop()
+            self._retry = loop.call_later(_RECONNECT_MS / 1000, self._connect_again, self._socket)
+
+    def _connect_again(self, socket: zmq.Socket[bytes]) -> None:
+        with contextlib.suppress(zmq.ZMQError):  # it has forgotten the endpoint already
+            socket.disconnect(self._endpoint)
+        socket.connect(self._endpoint)
 
     def _restart(self) -> None:
         self.close()

@@ -86,7 +86,7 @@ class Flight(msgspec.Struct, eq=False):
 
     Attributes
     ----------
-    id: never used again in the life of a writer.
+    id: never used again in the life of a writer, nor, by chance, in that of another.
     cost: estimated pixels.
     uploader: who was asked for the bytes, or sent them.
     upload_deadline: when another is asked, in seconds; only read while wanted.

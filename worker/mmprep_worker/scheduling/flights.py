@@ -57,9 +57,12 @@ class Flights:
         How long an uploader has until another waiter is asked; above zero.
     quarantine:
         Of keys that took lanes down; offers of them are refused.
+    after:
+        Ids are above this. A random one for each writer keeps uploads that an earlier one asked for, and that arrive
+        late, out of flights of other keys.
     """
 
-    def __init__(self, *, max_waiting: int, upload_seconds: float, quarantine: Quarantine) -> None:
+    def __init__(self, *, max_waiting: int, upload_seconds: float, quarantine: Quarantine, after: int = 0) -> None:
         self._max_waiting = max_waiting
         self._upload_seconds = upload_seconds
         self._flights: dict[int, Flight] = {}
@@ -71,7 +74,7 @@ class Flights:
         self._alarms: list[tuple[float, int, int, Call | None]] = []
         self._max_alarms = _SLACK
         self._waiting = 0
-        self._last_id = 0
+        self._last_id = after
         self._last_alarm = 0
         self._quarantine = quarantine
 

@@ -11,10 +11,11 @@ class PlanStore:
     Parameters
     ----------
     max_bytes:
-        Of keys and metadata together.
+        Of metadata, and :attr:`OVERHEAD` a plan.
     """
 
-    _OVERHEAD = 200
+    #: Bytes that a plan costs beside its metadata.
+    OVERHEAD = 200
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -32,15 +33,17 @@ class PlanStore:
         return meta
 
     def put(self, key: bytes, meta: bytes) -> None:
-        """Keep the metadata of ``key``."""
+        """Keep the metadata of ``key``, unless they alone are above the bound."""
         previous = self._plans.pop(key, None)
         if previous is not None:
-            self._bytes -= len(previous) + self._OVERHEAD
+            self._bytes -= len(previous) + self.OVERHEAD
+        if len(meta) + self.OVERHEAD > self._max_bytes:
+            return
         self._plans[key] = meta
-        self._bytes += len(meta) + self._OVERHEAD
+        self._bytes += len(meta) + self.OVERHEAD
         while self._bytes > self._max_bytes:
             _, dropped = self._plans.popitem(last=False)
-            self._bytes -= len(dropped) + self._OVERHEAD
+            self._bytes -= len(dropped) + self.OVERHEAD
 
     def clear(self) -> None:
         """Forget everything."""
@@ -49,5 +52,5 @@ class PlanStore:
 
     def validate(self) -> None:
         """Check the invariants."""
-        assert self._bytes == sum(len(meta) + self._OVERHEAD for meta in self._plans.values()), "bytes are miscounted"
+        assert self._bytes == sum(len(meta) + self.OVERHEAD for meta in self._plans.values()), "bytes are miscounted"
         assert self._bytes <= self._max_bytes, "above the limit"

@@ -116,6 +116,7 @@ class WriterShell:
                 max_waiting=settings.queue_limit * _WAITERS,
                 upload_seconds=settings.upload_seconds,
                 quarantine=quarantine,
+                after=int.from_bytes(os.urandom(5), "big"),
             ),
             quarantine=quarantine,
             queue=FairQueue(max_items=settings.queue_limit, max_bytes=settings.queue_bytes),

@@ -1,0 +1,99 @@
+"""Calls under way: each gets one outcome, and those that nobody awaits leave nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from mmprep.errors import Busy, ServiceUnavailable, StaleAddress
+from mmprep.wire import calls as module
+from mmprep.wire.calls import CallTable
+
+
+def run(check):
+    asyncio.run(check(CallTable()))
+
+
+def test_a_call_gets_its_outcome_and_what_comes_later_is_passed_over():
+    async def check(calls):
+        number, future = calls.open()
+        calls.resolve(number, "answer")
+        calls.resolve(number, StaleAddress("late"))
+        calls.resolve(number, "later")
+        assert await future == "answer"
+        assert len(calls) == 0
+
+    run(check)
+
+
+def test_an_error_is_raised_where_the_call_is_awaited():
+    async def check(calls):
+        number, future = calls.open()
+        calls.resolve(number, StaleAddress("gone"))
+        with pytest.raises(StaleAddress, match="gone"):
+            await future
+
+    run(check)
+
+
+def test_numbers_are_never_used_again():
+    async def check(calls):
+        numbers = []
+        for _ in range(5):
+            number, _ = calls.open()
+            calls.forget(number)
+            numbers.append(number)
+        assert numbers == sorted(set(numbers))
+        assert numbers[0] > 0, "0 stands for no call"
+
+    run(check)
+
+
+def test_an_outcome_for_a_call_that_is_unknown_or_was_cancelled_is_passed_over():
+    async def check(calls):
+        calls.resolve(99, "answer")
+        number, future = calls.open()
+        future.cancel()
+        calls.resolve(number, "answer")
+        assert future.cancelled()
+        assert len(calls) == 0
+
+    run(check)
+
+
+def test_forgetting_says_whether_the_call_was_under_way():
+    async def check(calls):
+        number, future = calls.open()
+        assert calls.forget(number)
+        assert not calls.forget(number)
+        calls.resolve(number, "answer")
+        assert not future.done()
+
+    run(check)
+
+
+def test_when_the_other_side_is_gone_every_call_under_way_fails_by_itself():
+    async def check(calls):
+        futures = [calls.open()[1] for _ in range(3)]
+        calls.fail_all(ServiceUnavailable, "the writer went away")
+        raised = await asyncio.gather(*futures, return_exceptions=True)
+        assert [type(error) for error in raised] == [ServiceUnavailable] * 3
+        assert len({id(error) for error in raised}) == 3, "one exception raised in several tasks mixes their tracebacks"
+        assert len(calls) == 0
+
+    run(check)
+
+
+def test_the_number_of_calls_is_bounded(monkeypatch):
+    monkeypatch.setattr(module, "_MOST_CALLS", 2)
+
+    async def check(calls):
+        first, _ = calls.open()
+        calls.open()
+        with pytest.raises(Busy):
+            calls.open()
+        calls.forget(first)
+        calls.open()
+
+    run(check)
