@@ -7,6 +7,7 @@ an answer pinned stays pinned until :meth:`Offered.release`.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from mmprep.wire import messages
 from mmprep.wire.calls import CallTable
 from mmprep.wire.codec import PROTOCOL, pack, unpack
 from mmprep.wire.sockets import Link, Pump, configure
+
+_log = logging.getLogger("mmprep.dispatch")
 
 _BULK_OUTBOX = 256 << 20
 
@@ -264,6 +267,9 @@ class WriterLink:
                 self._calls.resolve(message.call, message.fault.error())
             case messages.Done() | messages.Renewed():
                 self._calls.resolve(message.call, message)
+            case messages.Refused():
+                _log.error("the writer refuses this frontend: %s", message.fault.message)
+                self._calls.fail_all(ServiceUnavailable, "the preprocessing worker refuses this frontend")
             case messages.WriterWelcome():
                 self._welcomed(message)
             case messages.Card():

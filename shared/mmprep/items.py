@@ -164,7 +164,7 @@ class ItemMeta(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
         return packed
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def unpack_meta(blob: bytes) -> ItemMeta:
     """Return the metadata that :meth:`ItemMeta.pack` wrote. Remembered: pictures of one size have the same.
 

@@ -123,7 +123,7 @@ class LeaseTo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 
 class Offer(Wire, frozen=True):
-    """The keys of a whole request. Answered by at most one :class:`Wants` and then one :class:`Answer` or Failed.
+    """The keys of a whole request. Answered by one :class:`Answer` or Failed, before which :class:`Wants` may come.
 
     Without ``lease`` the answered entries stay pinned for this call until :class:`Unpin`.
     """

@@ -108,6 +108,9 @@ class Lane:
             return
         prepared = family.open(task.modality, medium, options)
         opened = time.monotonic_ns()
+        for spec in prepared.meta.fields:
+            if spec.dtype not in DTYPE_SIZES:
+                raise DecodeError(f"the model's processor returned dtype {spec.dtype}, which cannot be handed over")
         blob = prepared.meta.pack()
         granted = self._ask_extent(task.task, blob, region_size(prepared.meta.fields))
         if granted is None:
@@ -127,9 +130,6 @@ class Lane:
         extent = self._segment.buffer[granted.offset : granted.offset + granted.length]
         extent[: len(blob)] = blob
         region = extent[align(len(blob)) :]
-        for spec in prepared.meta.fields:
-            if spec.dtype not in DTYPE_SIZES:
-                raise DecodeError(f"the model's processor returned dtype {spec.dtype}, which cannot be handed over")
         prepared.fill({spec.name: field_array(region, spec) for spec in prepared.meta.fields})
 
     # --- messages -------------------------------------------------------------------------------------------------
