@@ -49,6 +49,8 @@ _log = logging.getLogger("mmprep.writer")
 
 _INPUT = 0
 _BATCH = 128
+#: Milliseconds after which a supervisor that takes no message is gone.
+_SUPERVISOR_MS = 5000
 _CHECK_LOCKS_EVERY = 0.25
 _SLOT_BYTES = 64 * 1024
 _PLAN_BYTES = 32 << 20
@@ -70,6 +72,7 @@ class WriterShell:
         self._context: zmq.Context[Any] = zmq.Context()
         self._supervisor: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         configure(self._supervisor)
+        self._supervisor.sndtimeo = _SUPERVISOR_MS
         self._supervisor.connect(self._runtime.supervisor)
         self._tell(messages.Hello(PROTOCOL, mmprep.__version__, "writer", "0", os.getpid()))
         self._tell(messages.StateChange(False, "the ring is being made"))
@@ -357,7 +360,10 @@ class WriterShell:
             self._pool.kill(action.lane)
 
     def _tell(self, message: msgspec.Struct) -> None:
-        self._supervisor.send(pack(message))
+        try:
+            self._supervisor.send(pack(message))
+        except zmq.Again:
+            raise SystemExit("mmprep: the writer's supervisor is gone") from None
 
     def _say_state(self) -> None:
         warm = sum(lane.ready for lane in self._core.lanes)
