@@ -1,0 +1,110 @@
+"""The commands beside ``serve``, as a person or a script runs them."""
+
+import json
+
+import pytest
+from tests.integration.service import decode_item, image, mmprep, photo, serving, text, user
+
+from mmprep import Backend, embedded
+
+
+@pytest.fixture(scope="module")
+def service():
+    with serving("--cache-size", "32MiB", "--frontends", 2, "--lanes", 2) as running:
+        yield running
+
+
+def test_render_writes_the_answer_to_a_request_from_a_file(service, tmp_path):
+    messages = user(photo("cat.png"), text("What is it?"))
+    file = tmp_path / "request.json"
+    file.write_text(json.dumps({"messages": messages, "mm_dtype": "float32"}))
+    done = mmprep("render", file, "--cache-size", "32MiB")
+    assert done.returncode == 0, done.stderr
+    answer, expected = json.loads(done.stdout), service.render(messages, mm_dtype="float32")
+    assert answer["token_ids"] == expected["token_ids"]
+    assert answer["features"] == expected["features"]
+    assert decode_item(answer["features"]["kwargs_data"]["image"][0])["pixel_values"].dtype == "float32"
+
+
+def test_render_reads_standard_input_takes_a_model_and_tells_an_error_by_its_exit_status():
+    request = json.dumps({"messages": user(image(b"no picture"))}).encode()
+    done = mmprep("render", "-", "--model", embedded.path(), "--cache-size", "32MiB", stdin=request)
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"]["code"] == 415
+    assert "Traceback" not in done.stderr
+
+
+def test_render_tells_of_a_file_that_is_not_there_before_it_starts_anything(tmp_path):
+    done = mmprep("render", tmp_path / "none.json")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "cannot be read" in done.stderr
+    done = mmprep("render", "-", "--cache-size", "nothing", stdin=b"{}")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "--cache-size" in done.stderr
+
+
+def test_status_in_json_has_the_keys_of_the_interface(service):
+    with Backend(service.endpoint, id="engine-0") as backend:
+        answer = service.render(user(photo("cat.png")), mm_payload="shm", backend_id=backend.id)
+        status = service.status()
+        (address,) = answer["features"]["mm_addresses"]["image"]
+        item = backend.open(address)
+        item.release()
+    assert status["supervisor"] == {"pid": service.process.pid}
+    assert len(status["frontends"]) == 2
+    assert all({"pid", "inflight"} <= set(frontend) for frontend in status["frontends"])
+    assert {"pid", "incarnation"} <= set(status["worker"])
+    assert len(status["lanes"]) == 2
+    assert all({"pid", "state"} <= set(lane) for lane in status["lanes"])
+    (told,) = status["backends"]
+    assert {"id", "pid", "leases"} <= set(told)
+    assert (told["id"], told["leases"]) == ("engine-0", 1)
+    ring = status["ring"]
+    assert {"capacity", "free", "ready", "leased", "filling", "entries", "evictions"} <= set(ring)
+    assert ring["free"] + ring["ready"] + ring["leased"] + ring["filling"] == ring["capacity"]
+    assert ring["leased"] >= address["length"]
+    assert ring["entries"] >= 1
+    assert status["segment"] == address["segment"]
+    assert isinstance(status["queues"], dict)
+
+
+def test_status_for_people_names_every_process(service):
+    status = service.status()
+    done = mmprep("status", "--runtime-dir", service.runtime_dir)
+    assert done.returncode == 0
+    pids = [status["supervisor"]["pid"], status["worker"]["pid"]]
+    pids += [process["pid"] for kind in ("frontends", "lanes") for process in status[kind]]
+    assert all(f"pid {pid}" in done.stdout for pid in pids)
+    assert {"ring", "cache hits", "queue"} <= {line[:10].strip() for line in done.stdout.splitlines()}
+    assert "\x1b" not in done.stdout
+
+
+def test_status_without_a_service_says_how_to_start_one(tmp_path):
+    for directory in (tmp_path, tmp_path / "none"):
+        done = mmprep("status", "--json", "--runtime-dir", directory)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "mmprep serve" in done.stderr
+
+
+def test_every_command_explains_itself():
+    usage = mmprep("--help")
+    assert usage.returncode == 0
+    assert mmprep().returncode == 2
+    assert mmprep("fly").returncode == 2
+    commands = [line.split()[0] for line in usage.stdout.splitlines() if line.startswith("  ")]
+    assert {"serve", "render", "status", "doctor"} <= set(commands)
+    for command in commands:
+        done = mmprep(command, "--help")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(f"usage: mmprep {command}")
+    assert "--lease-seconds" in mmprep("serve", "--help").stdout
+    assert mmprep("serve", "--no-such-option").returncode == 2
+
+
+def test_doctor_exits_by_what_it_finds(runtime_dir, tmp_path):
+    fit = mmprep("doctor", embedded.path(), "--cache-size", "1MiB", "--runtime-dir", runtime_dir)
+    assert fit.returncode == 0, fit.stdout
+    unfit = mmprep("doctor", tmp_path, "--cache-size", "1MiB", "--runtime-dir", runtime_dir)
+    assert unfit.returncode == 1
+    assert "fail" in unfit.stdout
+    assert "Traceback" not in unfit.stderr
