@@ -118,10 +118,8 @@ class Arena:
         if found is None:
             return None
         start, last, run, steps = found
-        # The run's head is not needed where its last block is long.
-        while run - start.length >= need:
-            run -= start.length
-            start = start.next
+        # The run's head goes too, even where its last block alone is long enough: a small entry before long ones would
+        # else be passed over for ever.
         evicted = self._claim(start, last, run)
         if run > need:
             self._split(start, need)

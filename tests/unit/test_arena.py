@@ -63,10 +63,16 @@ def test_a_run_goes_across_free_space_and_several_victims():
     assert arena.free_bytes == 0
 
 
-def test_no_more_neighbours_go_than_are_needed():
+def test_the_first_run_that_fits_goes_and_nothing_behind_it():
     arena, (a, b, c) = filled(1, 4, 1)
-    assert arena.allocate(256, answers({a: E, b: E, c: E})).evicted == (b,)
-    assert list(arena.extents()) == [(a, 64), (b, 256), (c, 64)]
+    assert arena.allocate(256, answers({a: E, b: E, c: E})).evicted == (a, b)
+    assert list(arena.extents()) == [(a, 256), (c, 64)]
+
+
+def test_a_small_extent_before_long_ones_is_not_passed_over_for_ever():
+    arena, (a, *_) = filled(1, 4, 4)
+    evicted = [arena.allocate(256, lambda _: E).evicted for _ in range(3)]
+    assert any(a in victims for victims in evicted)
 
 
 def test_what_a_victim_had_too_much_is_free_again():
