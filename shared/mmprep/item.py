@@ -20,6 +20,9 @@ class Source(Protocol):
     def copy(self) -> memoryview:
         """Return the tensor region, private to the caller and checked."""
 
+    def hold_now(self) -> memoryview | None:
+        """Return the tensor region without a copy, valid until :meth:`release`; ``None`` where that takes a :meth:`hold`."""
+
     async def hold(self) -> memoryview:
         """Return the tensor region without a copy, valid until :meth:`let_go`."""
 
@@ -38,6 +41,9 @@ class Inline:
 
     def copy(self) -> memoryview:
         return memoryview(bytearray(self._region))
+
+    def hold_now(self) -> memoryview:
+        return self._region
 
     async def hold(self) -> memoryview:
         return self._region
@@ -75,20 +81,26 @@ class Shared:
         copied: memoryview = mapping.copy(self._address)
         return copied[self._start() :]
 
+    def hold_now(self) -> memoryview | None:
+        return self._region(self._mapping()) if self._always_view else None
+
     async def hold(self) -> memoryview:
         mapping = self._mapping()
         mapping.check(self._address)
-        if self._views == 0 and not self._always_view:
+        if self._views == 0:
             await self._registration.upgrade(self._lease.id, "view")
         self._views += 1
-        mapping.check(self._address)
-        extent: memoryview = mapping.extent(self._address)
-        return extent[self._start() :]
+        return self._region(mapping)
 
     async def let_go(self) -> None:
         self._views -= 1
-        if self._views == 0 and not self._always_view:
+        if self._views == 0:
             await self._registration.upgrade(self._lease.id, "copy")
+
+    def _region(self, mapping: Any) -> memoryview:
+        mapping.check(self._address)
+        extent: memoryview = mapping.extent(self._address)
+        return extent[self._start() :]
 
     def release(self) -> None:
         self._lease.release()
@@ -103,22 +115,35 @@ class View:
     def __init__(self, item: Item, run: Runner | None) -> None:
         self._item = item
         self._run = run
+        self._held = False
 
     def __enter__(self) -> dict[str, NDArray[Any]]:
         if self._run is None:
             raise InvalidRequest("this item belongs to an asynchronous client: use `async with item.view()`")
-        arrays: dict[str, NDArray[Any]] = self._run(self.__aenter__())
-        return arrays
+        region = self._item.source.hold_now()
+        if region is None:
+            region = self._run(self._hold())
+        return tensors.arrays(self._item.meta, region)
 
     def __exit__(self, *_: object) -> None:
-        assert self._run is not None
-        self._run(self.__aexit__())
+        if self._held:
+            assert self._run is not None
+            self._run(self._item.source.let_go())
 
     async def __aenter__(self) -> dict[str, NDArray[Any]]:
-        return tensors.arrays(self._item.meta, await self._item.source.hold())
+        region = self._item.source.hold_now()
+        if region is None:
+            region = await self._hold()
+        return tensors.arrays(self._item.meta, region)
 
     async def __aexit__(self, *_: object) -> None:
-        await self._item.source.let_go()
+        if self._held:
+            await self._item.source.let_go()
+
+    async def _hold(self) -> memoryview:
+        region = await self._item.source.hold()
+        self._held = True
+        return region
 
 
 class Item:

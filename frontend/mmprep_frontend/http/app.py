@@ -37,6 +37,23 @@ _REQUEST_ID: Final = web.RequestKey("request_id", str)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
+class Running:
+    """The requests under way."""
+
+    def __init__(self) -> None:
+        self.tasks: set[asyncio.Task[object]] = set()
+        self.ended = False
+
+    def end(self) -> None:
+        """Cancel them all; each is answered with 503."""
+        self.ended = True
+        for task in self.tasks:
+            task.cancel()
+
+
+RUNNING: Final = web.AppKey("running", Running)
+
+
 def make_app(
     service: Service,
     *,
@@ -60,6 +77,7 @@ def make_app(
     bodies = Bodies(max_body=max_body, max_held=max_held, max_requests=max_requests, seconds=body_seconds)
     edge = _Edge(service, version, bodies)
     app = web.Application(middlewares=[_tell])
+    app[RUNNING] = Running()
     for path, handler in (
         ("/v1/chat/completions/render", edge.rendering(service.render_chat, "chatcmpl-")),
         ("/v1/completions/render", edge.rendering(service.render_completions, "cmpl-")),
@@ -143,6 +161,9 @@ def _refuse(reason: str | None) -> None:
 async def _tell(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give the request its id, and turn whatever is raised for it into an answer."""
     request[_REQUEST_ID] = request_id = request_id_of(request)
+    running, task = request.app[RUNNING], asyncio.current_task()
+    assert task is not None
+    running.tasks.add(task)
     try:
         answer = await handler(request)
     except MmprepError as error:
@@ -150,13 +171,18 @@ async def _tell(request: web.Request, handler: Handler) -> web.StreamResponse:
     except web.HTTPException as error:
         answer = routing_error(error)
     except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
+        if running.ended:
+            task.uncancel()
+            answer = error_answer(ServiceUnavailable("the service has stopped; send the request again"))
+            answer.force_close()
+        elif task.cancelling():
             raise
-        # Something inside was cancelled, not this request: the client is still there and waits.
-        answer = _fault(request, request_id)
+        else:  # something inside was cancelled, not this request: the client is still there and waits
+            answer = _fault(request, request_id)
     except Exception:  # noqa: BLE001
         answer = _fault(request, request_id)
+    finally:
+        running.tasks.discard(task)
     answer.headers[REQUEST_ID_HEADER] = request_id
     answer.headers["Server"] = "mmprep"
     return answer

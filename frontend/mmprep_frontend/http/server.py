@@ -17,6 +17,7 @@ from aiohttp.log import access_logger
 from mmprep.errors import InvalidRequest
 from mmprep.ports import reserve_port
 from mmprep_frontend.http.answers import error_answer, internal_error
+from mmprep_frontend.http.app import RUNNING
 
 _log = logging.getLogger(__name__)
 
@@ -49,13 +50,15 @@ class HttpServer:
         self.port: int = address[1]
 
     async def close(self, grace: float) -> None:
-        """Stop listening at once, let requests under way end for ``grace`` seconds, then cancel them."""
+        """Stop listening at once, let requests under way end for ``grace`` seconds, then answer them with 503."""
         self._listener.close()
         # Requests that have arrived begin before connections without one are closed.
         await asyncio.sleep(0)
         server = self._runner.server
         if server is not None:
             await _until_idle(server, grace)
+            self._runner.app[RUNNING].end()
+            await _until_idle(server, _CLOSING)
             server.pre_shutdown()
             await server.shutdown(_CLOSING)
         await self._runner.cleanup()

@@ -1,4 +1,7 @@
-"""The other end of an ipc socket: answers every message with an empty one, until its parent tells it to go."""
+"""The other end of an ipc socket: answers every message with an empty one, until its parent tells it to go.
+
+A message is ``[what to do first, data]``: ``hash`` the data, which have just been received, or nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import sys
 from typing import Any
 
 import zmq
+from blake3 import blake3
 
 from mmprep.bench.running import read_orders
 
@@ -20,7 +24,9 @@ def _answer_all(endpoint: str) -> None:
     print("ready", flush=True)  # noqa: T201 -- the protocol with the parent
     while sys.stdin.fileno() not in (ready := dict(poller.poll())):
         if socket in ready:
-            identity, *_ = socket.recv_multipart(copy=False)
+            identity, first, data = socket.recv_multipart(copy=False)
+            if first.bytes == b"hash":
+                blake3(data.buffer).digest()
             socket.send_multipart([identity, b""])
     context.destroy(linger=0)
 

@@ -1,8 +1,9 @@
 """Handing tensors to another process: an address of the ring against the bytes in a message.
 
 The tensors are real items of a running service, float32. For every hand-over by address the service leases it anew to the
-reader (through HTTP, as an engine's caller would), outside of the time that is measured; what is measured starts when the
-sender sends the address, or copies the tensor out of the ring to send it, and ends in the reader.
+reader (through HTTP, as an engine's caller would, as the kind that the reader needs), outside of the time that is
+measured; what is measured starts when the sender sends the address, or copies the tensor out of the ring to send it, and
+ends in the reader.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from mmprep.bench.figures import median
 from mmprep.bench.pictures import Size
 from mmprep.bench.running import Child, Service
 from mmprep.client import Client
+from mmprep.wire.messages import LeaseKind
 
 _READER = "bench-reader"
 _FIELD = "pixel_values"
 
 Kind = Literal["view", "copy", "inline"]
+_LEASES: tuple[LeaseKind, ...] = ("view", "copy")
 
 
 class Tensor(NamedTuple):
@@ -50,13 +53,14 @@ class _Requests:
     def __init__(self, running: Service) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60.0)
 
-    def address(self, picture: bytes) -> dict[str, Any]:
-        """Return a freshly leased address of the item made of ``picture``."""
+    def address(self, picture: bytes, kind: LeaseKind) -> dict[str, Any]:
+        """Return an address, freshly leased as ``kind``, of the item made of ``picture``."""
         body = {
             "messages": _messages("data:image/jpeg;base64," + base64.b64encode(picture).decode()),
             "mm_payload": "shm",
             "mm_dtype": "float32",
             "backend_id": _READER,
+            "lease_kind": kind,
         }
         headers = {"Content-Type": "application/json"}
         self._connection.request("POST", "/v1/chat/completions/render", json.dumps(body), headers)
@@ -97,14 +101,14 @@ def _one(
     picture = pictures.jpeg(tensor.picture)
     times: dict[Kind, list[dict[str, float]]] = {"view": [], "copy": [], "inline": []}
     with Backend(f"ipc://{running.runtime_dir}") as sender:
-        item = sender.acquire(requests.address(picture) | {"lease": None})
+        item = sender.acquire(requests.address(picture, "copy") | {"lease": None})
         with item.view() as arrays:
             pixels = arrays[_FIELD]
             header = {"dtype": pixels.dtype.str, "shape": pixels.shape}
             # Turn by turn, so that what else the machine does meets all of them.
             for _ in range(repeats):
-                for kind in ("view", "copy"):
-                    address = json.dumps(requests.address(picture)).encode()
+                for kind in _LEASES:
+                    address = json.dumps(requests.address(picture, kind)).encode()
                     times[kind].append(_hand_over(socket, {"kind": kind, "sent": time.monotonic()}, address))
                 sent = {"kind": "inline", "sent": time.monotonic(), **header}
                 times["inline"].append(_hand_over(socket, sent, pixels.tobytes()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ _HASHES = ("blake3", "sha256")
 _LEVELS = ("debug", "info", "warning", "error")
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
+#: What cannot be a host name is refused here; the frontends' URL policy judges the rest.
+_DOMAIN = re.compile(r"(\*\.)?[^\s/:*@?#%\\]+|\[[0-9A-Fa-f:.]+\]")
 
 
 class Option(NamedTuple):
@@ -112,8 +115,14 @@ def _limits(text: str, option: str) -> dict[str, int]:
     return limits
 
 
-def _domains(text: str, _option: str) -> tuple[str, ...]:
-    return tuple(filter(None, (piece.strip() for piece in text.split(","))))
+def _domains(text: str, option: str) -> tuple[str, ...]:
+    domains = tuple(filter(None, (piece.strip() for piece in text.split(","))))
+    for domain in domains:
+        if not _DOMAIN.fullmatch(domain):
+            raise StartupError(
+                f"{option}: {domain!r} is no host name; give names as a.example, or *.b.example for all below"
+            )
+    return domains
 
 
 OPTIONS = (
