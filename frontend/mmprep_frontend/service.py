@@ -242,7 +242,7 @@ class Service:
                 reading = group.create_task(self._intake.read(sources, conversation.media, deadline))
                 if known is None:
                     encoding = group.create_task(self._on_render_thread(model.encode_chat, conversation, request))
-        except* MmprepError as failures:
+        except BaseExceptionGroup as failures:
             raise first_error(failures) from None
         self.metrics.observe("mmprep_stage_seconds", time.monotonic() - started, stage="fetch")
         return known or encoding.result(), reading.result()
