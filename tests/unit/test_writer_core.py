@@ -48,7 +48,7 @@ class World:
             lease_seconds=LEASE_SECONDS,
             task_seconds=TASK_SECONDS,
             read=lambda offset, length: bytes(self.memory[offset : offset + length]),
-            new_id=lambda: next(self.ids).to_bytes(16, "big"),
+            new_id=lambda: next(self.ids).to_bytes(12, "big"),
         )
         self.inbox: dict[str, list[Send]] = {}
         self.tasks: dict[int, messages.Task] = {}
@@ -62,7 +62,7 @@ class World:
                 self.ready(number)
 
     def hello(self, name, role, *, identity=None, pid=1):
-        self.say(identity or name, messages.Hello(PROTOCOL, "1", role, name, pid))
+        self.say(identity or name, messages.Hello(PROTOCOL, "1", role, name, pid, pid.to_bytes(4, "big")))
 
     def say(self, name, message):
         self.core.message(name.encode(), message, self.now)
