@@ -184,7 +184,9 @@ class Supervisor:
             await writer.stop(_AFTER_DRAIN)
 
     async def _until_quiet(self) -> None:
-        while not self._hurry and not await self._desk.quiet():
+        while True:
+            if self._hurry or await self._desk.quiet():
+                return
             await asyncio.sleep(_LOOK_AGAIN)
 
 
