@@ -105,6 +105,7 @@ class _FrontendLink:
 
     def _on_down(self) -> None:
         self.up.clear()
+        self.refused = None
         self.calls.fail_all(_FrontendLost, "the frontend went away")
 
     def _on_message(self, frames: list[zmq.Frame]) -> None:

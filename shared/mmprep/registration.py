@@ -256,6 +256,7 @@ class Registration:
 
     def _on_down(self) -> None:
         self._up.clear()
+        self._refused = None  # it was this writer's, or about its segment; the next one decides anew
         self._calls.fail_all(ServiceUnavailable, "the writer went away; try again")
 
     def _on_message(self, frames: list[Any]) -> None:
