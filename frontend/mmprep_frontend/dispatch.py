@@ -19,8 +19,9 @@ import zmq
 
 import mmprep
 from mmprep.card import ModelCard
-from mmprep.errors import DeadlineExceeded, MmprepError, ProtocolError, ServiceUnavailable
-from mmprep.process_lock import ProcessLock
+from mmprep.errors import DeadlineExceeded, MmprepError, NotFound, ProtocolError, ServiceUnavailable
+from mmprep.items import align
+from mmprep.process_lock import ProcessLock, holder
 from mmprep.registration import Mapping
 from mmprep.runtime import RuntimeDir
 from mmprep.wire import messages
@@ -31,6 +32,8 @@ from mmprep.wire.sockets import Link, Pump, configure
 _log = logging.getLogger("mmprep.dispatch")
 
 _BULK_OUTBOX = 256 << 20
+#: Seconds until a writer that does not know a living backend is asked again.
+_REGISTERS_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +65,31 @@ class Offered:
     items: one answer an item, in the offer's order.
     mapping: the segment in which the places of this answer lie.
     lease_ms: how long granted leases hold.
+
+    Parameters
+    ----------
+    buffer:
+        A view of the mapping's bytes, made while it was open: when the writer goes away the mapping is closed, and its
+        pages stay for those who still read.
     """
 
     def __init__(
-        self, items: list[messages.ItemAnswer], lease_ms: int, mapping: Mapping, unpin: Callable[[], None] | None
+        self,
+        items: list[messages.ItemAnswer],
+        lease_ms: int,
+        mapping: Mapping,
+        buffer: memoryview,
+        unpin: Callable[[], None] | None,
     ) -> None:
         self.items = items
         self.lease_ms = lease_ms
         self.mapping = mapping
+        self._buffer = buffer
         self._unpin = unpin
+
+    def tensors(self, item: messages.ItemAnswer) -> memoryview:
+        """Return the tensor region of a pinned item as it lies in the ring; good until :meth:`release`."""
+        return self._buffer[item.offset + align(len(item.meta)) : item.offset + item.length]
 
     def release(self) -> None:
         """Let go; again is no error."""
@@ -114,6 +133,7 @@ class WriterLink:
         on_card: Callable[[ModelCard], None],
     ) -> None:
         self._id = str(index)
+        self._runtime = runtime
         self._hasher = hasher
         self._on_card = on_card
         self._calls = CallTable()
@@ -174,7 +194,8 @@ class WriterLink:
         priority:
             Lower is more urgent.
         lease:
-            Where the places are to be leased to a backend; else they are pinned until the answer is released.
+            Where the places are to be leased to a backend; else they are pinned until the answer is released. A new
+            writer may hear of the offer before it hears of the backend: one whose process lives is waited for.
 
         Raises
         ------
@@ -192,6 +213,10 @@ class WriterLink:
                 raise DeadlineExceeded("the request's time was over before its media were processed") from None
             except _WriterLostError:
                 continue
+            except NotFound:
+                if lease is None or holder(self._runtime.lock_path("backend", lease.backend)) is None:
+                    raise
+                await asyncio.sleep(min(_REGISTERS_SECONDS, max(0.0, deadline - loop.time())))
 
     async def _offer_once(
         self,
@@ -203,6 +228,7 @@ class WriterLink:
     ) -> Offered:
         mapping = self._mapping
         assert mapping is not None
+        buffer = mapping.segment.buffer[:]
         number, future = self._calls.open()
         offered = tuple(messages.Offered(i.key, i.modality, i.cost, len(i.medium)) for i in items)
         self._offers[number] = items
@@ -218,7 +244,7 @@ class WriterLink:
             del self._offers[number]
         pinned = lease is None and need == "tensors"
         unpin = (lambda: self._link.send([pack(messages.Unpin(number))])) if pinned else None
-        return Offered(answers, answer.lease_ms, mapping, unpin)
+        return Offered(answers, answer.lease_ms, mapping, buffer, unpin)
 
     def release_soon(self, backend: str, leases: tuple[bytes, ...]) -> None:
         """End leases in the name of a backend, without waiting for the answer."""

@@ -7,7 +7,6 @@ from typing import Any
 import msgspec
 
 from mmprep.address import Address, address_fields
-from mmprep.items import align
 from mmprep_frontend.model import ServedModel
 from mmprep_frontend.render.answer import features, generate_request, json_string, kwargs_data, mm_metadata
 from mmprep_frontend.service import RenderedChat, RenderedItem
@@ -61,8 +60,7 @@ def _text(encoded: dict[str, list[Any]] | None) -> dict[str, list[Any]] | None:
 def _region(chat: RenderedChat, item: RenderedItem) -> memoryview:
     """Return the tensors as they lie in the ring; pinned until the chat is released."""
     assert chat.offered is not None
-    answer = item.answer
-    return chat.offered.mapping.segment.buffer[answer.offset + align(len(answer.meta)) : answer.offset + answer.length]
+    return chat.offered.tensors(item.answer)
 
 
 def _address(chat: RenderedChat, item: RenderedItem) -> Address:
