@@ -285,11 +285,12 @@ class Registration:
     # --- behind the scenes ----------------------------------------------------------------------------------------
 
     async def _until(self, condition: Callable[[], bool]) -> None:
-        """Wait for ``condition``; raises the writer's refusal, and InvalidRequest where this is closed meanwhile."""
+        """Wait for ``condition``; raises a refusal that comes meanwhile, and InvalidRequest where this is closed."""
+        former = self._refusal
         while not condition():
             if self._closed:
                 raise InvalidRequest("this client is closed")
-            if self._refusal is not None:
+            if self._refusal is not former and self._refusal is not None:
                 raise self._refusal
             self._changed.clear()
             await self._changed.wait()
