@@ -8,7 +8,8 @@ on, with times relative to now, and without the names of things that are alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -38,28 +39,31 @@ class World(Protocol):
 
 @dataclass
 class Explored:
-    """Counts; ``new`` are the states first seen after so many events."""
+    """Counts of what was seen; ``events`` has the transitions by the event's name."""
 
-    states: int = 1
-    transitions: int = 0
-    new: list[int] = field(default_factory=lambda: [1])
+    states: int = 0
+    events: Counter[Hashable] = field(default_factory=Counter)
+
+    @property
+    def transitions(self) -> int:
+        """How many events happened, over all states."""
+        return self.events.total()
 
 
 class Broken(AssertionError):
     """Something does not hold; the message has a shortest path of events to it."""
 
 
-def explore(make: Callable[[], World], depth: int) -> Explored:
-    """Visit every state within ``depth`` events of a new world.
+def explore(make: Callable[[], World], depth: int, starts: Sequence[tuple[Event, ...]] = ((),)) -> Explored:
+    """Visit every state within ``depth`` events of a new world, or of where ``starts`` lead.
 
     Raises
     ------
     Broken
         An event, a check or a probe failed.
     """
-    start = make()
-    seen = {start.canonical()}
-    level: list[tuple[Event, ...]] = [()]
+    seen = {_replay(make, start).canonical() for start in starts}
+    level = list(starts)
     explored = Explored()
     for _ in range(depth):
         following: list[tuple[Event, ...]] = []
@@ -69,13 +73,12 @@ def explore(make: Callable[[], World], depth: int) -> Explored:
                 step = (*path, waiting.pop())
                 world, variants = _step(make, step)
                 waiting += variants
-                explored.transitions += 1
+                explored.events[step[-1][0]] += 1
                 state = world.canonical()
                 if state not in seen:
                     seen.add(state)
                     following.append(step)
                     _probe(make, step)
-        explored.new.append(len(following))
         level = following
     explored.states = len(seen)
     return explored

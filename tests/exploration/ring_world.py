@@ -27,7 +27,7 @@ KEYS = [bytes([number]) * 32 for number in range(1, SLOTS + 1)]
 OWNERS = ("engine-0", "engine-1")
 HOLDERS = ("call-0", "call-1")
 LEASES = 2
-LEASE_SECONDS = 2
+LEASE_SECONDS = 1
 #: One overdue view of one unit is tolerated.
 QUOTA = UNIT
 READABLE = (State.READY, State.RETIRED)
@@ -56,7 +56,7 @@ def _id(owner: str, number: int) -> bytes:
 
 
 class RingWorld:
-    def __init__(self, *, keys=2, owners=2):
+    def __init__(self, *, keys=3, owners=2):
         self.keys, self.owners = KEYS[:keys], OWNERS[:owners]
         self.incarnation = 1
         self.ring = self._new_ring()
