@@ -284,7 +284,9 @@ class FlightsWorld:
         for core in (self.flights, self.admission, self.queue, self.quarantine):
             core.validate()
         places = sorted([*self.asked, *self.queued, *self.lanes.values()])
-        assert places == sorted(self.identities), "a flight has no uploader, place in the queue, or lane, or two of them"
+        assert places == sorted(self.identities), (
+            "a flight has no uploader, place in the queue, or lane, or two of them"
+        )
         assert places == sorted(flight.id for flight in self.flights)
         assert places == sorted(flight_id for flight_id in range(self.last_id + 2) if flight_id in self.admission)
         for flight in self.flights:

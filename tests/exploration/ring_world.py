@@ -1,6 +1,6 @@
 """A tiny ring, two backends, requests that pin, and a writer that may die between any two writes of the directory.
 
-Five units of 64 bytes, three slots, two keys besides what was removed while held. The reference knows the memory as the
+Five units of 64 bytes, three slots, three keys, two leases a backend. The reference knows the memory as the
 generation that wrote each unit last, what the writer promised to whom, and what each backend believes to hold. A view is
 read through at any time for as long as its backend believes in it; whoever copies is safe where, whenever a record can
 be read, the memory behind it is its generation's: a generation never comes again, so it was so between two looks, too.
@@ -76,38 +76,9 @@ class RingWorld:
     # --- events ---------------------------------------------------------------------------------------------------
 
     def events(self):
-        found = [("crash",)]
-        # Keys that no entry has are alike.
-        named = {entry.key for entry in self.entries.values()}
-        fresh = [key for key in self.keys if key not in named][:1]
-        for key in [*sorted(named), *fresh]:
-            entry = self._by_key(key)
-            if entry is None:
-                found += [("grant", key[0], size) for size in LENGTHS]
-            elif self.entries[entry].state is State.READY:
-                found.append(("remove", key[0]))
-                if len(self.pins) < len(HOLDERS):
-                    found.append(("hit", key[0]))
-        for generation, entry in self.entries.items():
-            if entry.state is State.GRANTED:
-                found += [("publish", generation), ("abort", generation)]
-            else:
-                found += [
-                    ("deliver", owner, generation, kind)
-                    for owner in self.owners
-                    if self._free_id(owner) < LEASES
-                    for kind in ("copy", "view")
-                ]
+        found = [("crash",), *self._events_of_keys(), *self._events_of_entries(), *self._events_of_leases()]
         found += [("unpin", holder) for holder in self.pins]
-        found += [("owner_gone", owner) for owner in sorted({owner for owner, _ in self.believed})]
-        for lease in sorted(self.believed):
-            found += [("release", *lease)]
-            if lease in self.leases or self.settled:
-                found += [("renew", *lease), ("change", *lease)]
-            else:
-                found.append(("reassert", *lease))
-        late = any(held.deadline <= self.now and not held.overdue for held in self.leases.values())
-        if late:
+        if any(held.deadline <= self.now and not held.overdue for held in self.leases.values()):
             found.append(("tick",))
         elif any(not held.overdue for held in self.leases.values()):
             found.append(("wait",))
@@ -116,6 +87,36 @@ class RingWorld:
         if not self.settled and self.believed.keys() <= self.leases.keys():
             found.append(("settle",))
         return found
+
+    def _events_of_keys(self):
+        # Keys that no entry has are alike.
+        named = {entry.key for entry in self.entries.values()}
+        fresh = [key for key in self.keys if key not in named][:1]
+        for key in [*sorted(named), *fresh]:
+            entry = self._by_key(key)
+            if entry is None:
+                yield from (("grant", key[0], size) for size in LENGTHS)
+            elif self.entries[entry].state is State.READY:
+                yield ("remove", key[0])
+                if len(self.pins) < len(HOLDERS):
+                    yield ("hit", key[0])
+
+    def _events_of_entries(self):
+        owners = [owner for owner in self.owners if self._free_id(owner) < LEASES]
+        for generation, entry in self.entries.items():
+            if entry.state is State.GRANTED:
+                yield from (("publish", generation), ("abort", generation))
+            else:
+                yield from (("deliver", owner, generation, kind) for owner in owners for kind in ("copy", "view"))
+
+    def _events_of_leases(self):
+        yield from (("owner_gone", owner) for owner in sorted({owner for owner, _ in self.believed}))
+        for lease in sorted(self.believed):
+            yield ("release", *lease)
+            if lease in self.leases or self.settled:
+                yield from (("renew", *lease), ("change", *lease))
+            else:
+                yield ("reassert", *lease)
 
     def apply(self, event):
         cut = None

@@ -7,7 +7,7 @@ behaviour, or the reference's events, change; then look at why, and put the new 
 from __future__ import annotations
 
 import pytest
-from explore import Broken, explore
+from explore import Broken, explore, report
 from ring_world import RingWorld
 
 from mmprep.layout import generation
@@ -71,11 +71,6 @@ RESTARTED = (
     ("crash",),
 )
 STARTS = (FULL, SHARED, REMOVED_AND_OVERDUE, RESTARTED)
-
-
-def report(name, explored):
-    print(f"{name}: {explored.states} states, {explored.transitions} transitions, {dict(explored.events)}")
-    return explored.states, explored.transitions
 
 
 def test_no_six_events_on_an_empty_ring_break_a_promise():
