@@ -7,8 +7,8 @@ flights' behaviour, or the reference's events, change; then look at why, and put
 from __future__ import annotations
 
 import pytest
-from explore import Broken, explore, report
-from flights_world import FlightsWorld
+from tests.exploration.explore import Broken, explore, report
+from tests.exploration.flights_world import FlightsWorld
 
 from mmprep_worker.scheduling.flights import Flights
 

@@ -7,8 +7,8 @@ behaviour, or the reference's events, change; then look at why, and put the new 
 from __future__ import annotations
 
 import pytest
-from explore import Broken, explore, report
-from ring_world import RingWorld
+from tests.exploration.explore import Broken, explore, report
+from tests.exploration.ring_world import RingWorld
 
 from mmprep.layout import generation
 from mmprep_worker.ring.space import Space
