@@ -470,6 +470,9 @@ class RingWorld:
             assert not any(self.ring.upgrade(owner, other, kind) for other in others for kind in ("copy", "view"))
         assert self.ring.owner_gone("stranger") == 0
         for (owner, number), held in self.leases.items():
+            if held.deadline > self.now:
+                assert self.ring.renew(owner, [_id(owner, number)], self.now, LEASE_SECONDS / 2)
+        for (owner, number), held in self.leases.items():
             slot = self.entries[held.generation].slot
             for other in ("stranger", *OWNERS):
                 kind = held.kind if other != owner else ("copy" if held.kind == "view" else "view")
