@@ -34,7 +34,8 @@ from mmprep_worker.ring.ring import Ring
 
 def outcome_of(error: BaseException) -> str:
     """Return an error without what is different each time: numbers, names and places."""
-    text = re.sub(r"'[^']*'|`[^`]*`|\$\S*|0x\w+|\d+", "#", str(error))
+    text = str(error).split(" unknown field ")[0]
+    text = re.sub(r"'[^']*'|`[^`]*`|\$\S*|0x\w+|\d+", "#", text)
     return f"{type(error).__name__}: {text[:70]}"
 
 

@@ -13,7 +13,7 @@ from mmprep.wire import codec
 from mmprep_worker.ring import recovery
 
 #: How often each target is executed, and how many different outcomes that has at least.
-NORMAL = {"wire": (15_000, 250), "directory": (600, 25), "address": (12_000, 25)}
+NORMAL = {"wire": (20_000, 200), "directory": (1000, 25), "address": (20_000, 20)}
 SECONDS_AT_LENGTH = 120.0
 
 
