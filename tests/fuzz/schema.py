@@ -110,6 +110,12 @@ def fits(kind: inspect.Type, value: Any) -> bool:  # noqa: C901 -- one case a ty
             return any(fits(member, value) for member in kind.types)
         case inspect.VarTupleType():
             return type(value) is tuple and _length(kind, value) and all(fits(kind.item_type, item) for item in value)
+        case inspect.TupleType():
+            return (
+                type(value) is tuple
+                and len(value) == len(kind.item_types)
+                and all(fits(item, found) for item, found in zip(kind.item_types, value, strict=True))
+            )
         case inspect.DictType():
             return type(value) is dict and all(
                 fits(kind.key_type, key) and fits(kind.value_type, item) for key, item in value.items()
@@ -157,6 +163,8 @@ def sample(rng: Random, kind: inspect.Type) -> Any:  # noqa: C901 -- one case a 
             return sample(rng, rng.choice(kind.types))
         case inspect.VarTupleType():
             return tuple(sample(rng, kind.item_type) for _ in range(rng.randint(kind.min_length or 0, 3)))
+        case inspect.TupleType():
+            return tuple(sample(rng, item) for item in kind.item_types)
         case inspect.DictType():
             return {sample(rng, kind.key_type): sample(rng, kind.value_type) for _ in range(rng.randint(0, 2))}
         case inspect.StructType():
