@@ -18,6 +18,7 @@ import msgspec
 import zmq
 
 import mmprep
+from mmprep import failpoints
 from mmprep.card import ModelCard
 from mmprep.errors import DeadlineExceeded, MmprepError, ProtocolError, ServiceUnavailable
 from mmprep.process_lock import ProcessLock
@@ -76,7 +77,9 @@ class Offered:
         """Let go; again is no error."""
         unpin, self._unpin = self._unpin, None
         if unpin is not None:
+            failpoints.reach("frontend.unpin.before")
             unpin()
+            failpoints.reach("frontend.unpin.after")
 
     def __enter__(self) -> Self:
         return self
@@ -208,6 +211,7 @@ class WriterLink:
         self._offers[number] = items
         try:
             self._link.send([pack(messages.Offer(number, need, deadline_ms, priority, offered, lease))])
+            failpoints.reach("frontend.offer.sent")
             answer, answers = await future
         except BaseException:
             if self._up.is_set():
@@ -278,6 +282,7 @@ class WriterLink:
                 pass
 
     def _answered(self, answer: messages.Answer, frames: list[bytes]) -> None:
+        failpoints.reach("frontend.answer.received")
         items = self._offers.get(answer.call)
         try:
             answers: list[messages.ItemAnswer] = [unpack(frame, messages.ItemAnswer) for frame in frames]
@@ -299,6 +304,7 @@ class WriterLink:
         self.release_soon(answer.leased_to, tuple(item.lease for item in answers if item.lease is not None))
 
     def _put(self, wants: messages.Wants) -> None:
+        failpoints.reach("frontend.wants.received")
         items = self._offers.get(wants.call)
         if items is None:
             return
@@ -307,6 +313,7 @@ class WriterLink:
             header = messages.Put(self._id, want.flight, self._hasher, item.digest, item.options)
             try:
                 self._bulk.send([pack(header), item.medium])
+                failpoints.reach("frontend.put.sent")
             except MmprepError as error:
                 self._calls.resolve(wants.call, error)
 

@@ -20,7 +20,7 @@ import msgspec
 import zmq
 
 import mmprep
-from mmprep import layout
+from mmprep import failpoints, layout
 from mmprep.address import Address, check_against, check_record
 from mmprep.errors import LeaseLost, MmprepError, ProtocolError, ServiceUnavailable
 from mmprep.process_lock import ProcessLock
@@ -52,6 +52,7 @@ class Mapping:
         check_against(address, segment=self.name, epoch=self.epoch, geometry=self.geometry)
         start = self.geometry.record_offset(address.slot)
         check_record(address, bytes(self.segment.buffer[start : start + layout.RECORD_SIZE]), self.geometry)
+        failpoints.reach("backend.mapped")
 
     def extent(self, address: Address) -> memoryview:
         """Return the extent's bytes as they lie there; read-only, not copied."""
@@ -172,6 +173,7 @@ class Registration:
 
     def lease(self, lease_id: bytes, sent_at: float) -> Lease:
         """Take charge of a lease that an answer granted to this backend; ``sent_at`` by ``time.monotonic``."""
+        failpoints.reach("backend.lease.received")
         return Lease(self, lease_id, sent_at)
 
     def adopt(self, lease: Lease) -> None:
@@ -249,7 +251,9 @@ class Registration:
             for lease_id in batch:
                 self._leases.pop(lease_id, None)
                 self._lost.discard(lease_id)
+            failpoints.reach("backend.release.before")
             self._link.send([pack(messages.Release(0, batch))])
+            failpoints.reach("backend.release.after")
 
     def _greeting(self) -> list[bytes]:
         return [pack(messages.Hello(PROTOCOL, mmprep.__version__, "backend", self.id, os.getpid()))]

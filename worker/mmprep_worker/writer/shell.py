@@ -21,7 +21,7 @@ import msgspec
 import zmq
 
 import mmprep
-from mmprep import layout
+from mmprep import failpoints, layout
 from mmprep.errors import Busy, MmprepError, ProtocolError
 from mmprep.metrics import Metrics
 from mmprep.process_lock import ProcessLock, holder
@@ -239,7 +239,9 @@ class WriterShell:
             self._core.unreachable(identity, time.monotonic())
             self._send_frames(identity, [pack(messages.Refused(messages.Fault.of(error)))])
             return
+        failpoints.reach("writer.message.before", message)
         self._core.message(identity, message, time.monotonic())
+        failpoints.reach("writer.message.after", message)
 
     def _bulk_message(self, frames: list[zmq.Frame]) -> None:
         try:
@@ -247,6 +249,7 @@ class WriterShell:
         except MmprepError as error:
             _log.warning("a bulk message was refused: %s", error)
             return
+        failpoints.reach("writer.put.received")
         if len(frames) == 2:
             self._core.put(put, frames[1], len(frames[1]), time.monotonic())
 
@@ -309,13 +312,19 @@ class WriterShell:
         core = self._core
         for slot, record in core.ring.take_writes():
             start = self._geometry.record_offset(slot)
+            failpoints.reach("writer.record.before")
             self._segment.buffer[start : start + layout.RECORD_SIZE] = record
+            failpoints.reach("writer.record.after")
         for action in core.take_actions():
             match action:
                 case Send():
+                    failpoints.reach("writer.send.before", action.message)
                     self._send_frames(action.peer, [pack(action.message), *action.frames])
+                    failpoints.reach("writer.send.after", action.message)
                 case ToLane():
+                    failpoints.reach("writer.lane.before", action.message)
                     self._to_lane(action)
+                    failpoints.reach("writer.lane.after", action.message)
                 case KillLane():
                     _log.warning("lane %d is beyond its time and is killed", action.lane)
                     self._pool.kill(action.lane)
