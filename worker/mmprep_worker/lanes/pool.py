@@ -79,6 +79,10 @@ class LanePool:
         """The lane is warm: its next restart is immediate."""
         self._failures[number] = 0
 
+    def failures(self, number: int) -> int:
+        """Return how many times in a row the lane has ended before it was warm."""
+        return self._failures[number]
+
     def exited(self, number: int, now: float) -> int:
         """Reap an exited lane, plan its replacement, and return its exit status (negative: the signal)."""
         child = self._children.pop(number)

@@ -55,7 +55,12 @@ _CHECK_LOCKS_EVERY = 0.25
 _SLOT_BYTES = 64 * 1024
 _PLAN_BYTES = 32 << 20
 _QUARANTINED = 1024
+#: A medium in quarantine is refused for at least this long, and for so many times of a lane's time for one medium: the
+#: strike of a first try that took all of it must still count when the second one has.
 _QUARANTINE_SECONDS = 60.0
+_QUARANTINE_TASKS = 3
+#: Starts of a lane that end before it was ever warm, after which the service gives up; later ones wait longer each time.
+_START_TRIES = 4
 #: Calls that may wait, for each medium that may be in work.
 _WAITERS = 16
 
@@ -112,7 +117,8 @@ class WriterShell:
     def _make_core(self) -> WriterCore:
         settings = self._settings
         largest = min(settings.max_object_size, self._geometry.arena_capacity // 4)
-        quarantine = Quarantine(max_keys=_QUARANTINED, seconds=_QUARANTINE_SECONDS)
+        quarantined = max(_QUARANTINE_SECONDS, _QUARANTINE_TASKS * settings.task_seconds)
+        quarantine = Quarantine(max_keys=_QUARANTINED, seconds=quarantined)
         return WriterCore(
             ring=Ring(self._geometry, 1, Clock(self._geometry.slots), largest),
             flights=Flights(
@@ -264,7 +270,7 @@ class WriterShell:
         except MmprepError as error:
             _log.error("lane %s broke the protocol and is replaced: %s", number, error)
             if number is not None:
-                self._pool.kill(number)
+                self._core.lane_broke_protocol(number)
             return
         if isinstance(message, messages.LaneReady | messages.LaneBroken):
             if self._pool.is_child(message.lane, message.token):
@@ -275,16 +281,27 @@ class WriterShell:
 
     def _lane_announced(self, identity: bytes, message: messages.LaneReady | messages.LaneBroken, now: float) -> None:
         if isinstance(message, messages.LaneBroken):
-            self._tell(messages.StateChange(False, message.fault.message, True))
+            self._lane_cannot_start(message.lane, message.fault.message)
             return
         self._lane_peers[identity] = message.lane
         self._lane_identities[message.lane] = identity
         self._pool.settled(message.lane)
         self._core.lane_ready(message.lane, self._pool.pid(message.lane), message.card, now)
 
+    def _lane_cannot_start(self, number: int, why: str) -> None:
+        """A service whose lanes were never warm ends; in one that works, the lane is tried again, ever more rarely."""
+        if not self._core.card:
+            self._tell(messages.StateChange(False, why, True))
+        else:
+            _log.error("lane %d cannot start, and is tried again: %s", number, why)
+            self._pool.kill(number)
+
     def _lane_exited(self, number: int, now: float) -> None:
         status = self._pool.exited(number, now)
         _log.warning("lane %d ended with status %d and is replaced", number, status)
+        if not self._core.card and self._pool.failures(number) >= _START_TRIES:
+            why = f"the lanes end with status {status} before they are warm; raise --lane-memory if they need more"
+            self._lane_cannot_start(number, why)
         identity = self._lane_identities.pop(number, None)
         if identity is not None:
             self._lane_peers.pop(identity, None)
