@@ -20,7 +20,7 @@ What happens at the point, one of:
   the one that replaces it does not die again. While the file exists, the entry is asleep and counts nothing: a test
   that makes the files first and removes one at a time leads one service through all points.
 
-``point[Name]``: only where what is being handled there is a ``Name``, as in ``writer.send.before[Answer]``.
+Of several entries for one point the first that is due is taken. ``point[Name]``: only where what is being handled there is a ``Name``, as in ``writer.send.before[Answer]``.
 """
 
 from __future__ import annotations
@@ -175,16 +175,14 @@ def _reached(point: str, about: object) -> str | None:
     check()
     assert _armed is not None
     assert point in POINTS, f"{point} is not registered"
-    kind = None
-    for trap in _armed.get(point, ()):
-        with _lock:
-            due = trap.is_due(about)
-        if due:
-            if trap.touch is not None:
-                _create(trap.touch)
-            _act(trap.action, point)
-            kind = trap.kind or kind
-    return kind
+    with _lock:
+        trap = next((trap for trap in _armed.get(point, ()) if trap.is_due(about)), None)
+    if trap is None:
+        return None
+    if trap.touch is not None:
+        _create(trap.touch)
+    _act(trap.action, point)
+    return trap.kind
 
 
 def _act(action: str | None, point: str) -> None:
