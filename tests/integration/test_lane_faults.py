@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import zmq
 from PIL import Image
 from tests.integration.faulty import asked, drawn, faulty, is_right
 from tests.integration.service import PATIENCE, SHM, image, is_alive, mmprep, photo, serving, text, user
+from tests.models import write_qwen2_vl
 
 import mmprep as package
 from mmprep import Client, layout
@@ -278,3 +280,18 @@ def test_lanes_that_have_no_room_for_the_model_end_the_start_with_a_word_about_i
     (told,) = [line for line in done.stderr.splitlines() if line.startswith("mmprep: ")]
     assert "--lane-memory" in told
     assert list(runtime_dir.iterdir()) == []
+
+
+def test_a_lane_that_cannot_start_again_is_tried_again_while_the_others_work(tmp_path):
+    model = write_qwen2_vl(tmp_path / "model")
+    config, aside = model / "preprocessor_config.json", tmp_path / "aside"
+    with serving("--frontends", 1, "--lanes", 2, "--cache-size", "16MiB", model=model) as service:
+        lanes = service.pids()["lane"]
+        config.rename(aside)
+        os.kill(lanes[0], signal.SIGKILL)
+        service.status_when(lambda s: counted(s, "mmprep_lane_restarts_total") >= 2, "a start that failed")
+        assert service.get("/ready").status == 200
+        assert service.chat(user(photo("cat.png"))).status == 200
+        aside.rename(config)
+        assert len(set(service.pids()["lane"]) & set(lanes)) == 1, "one is new, the other one is as it was"
+        service.quiet()
