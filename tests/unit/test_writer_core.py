@@ -6,7 +6,7 @@ from itertools import count
 
 import pytest
 
-from mmprep.layout import Geometry
+from mmprep.layout import Geometry, pack_free
 from mmprep.metrics import Metrics
 from mmprep.wire import messages
 from mmprep.wire.codec import CONTROL_LIMIT, PROTOCOL, unpack
@@ -30,13 +30,18 @@ META = b"metadata"
 class World:
     """A core with lanes, frontends ``f0`` and ``f1`` and backend ``engine``; it keeps what was sent to each."""
 
-    def __init__(self, *, lanes: int = 2, max_items: int = 8, warm: bool = True) -> None:
+    def __init__(self, *, lanes: int = 2, max_items: int = 8, warm: bool = True, awaited=()) -> None:
         self.memory = bytearray(GEOMETRY.total_size)
         self.now = 0.0
         self.ids = count(1)
         quarantine = Quarantine(max_keys=8, seconds=QUARANTINE_SECONDS)
+        ring = Ring(GEOMETRY, 1, Clock(GEOMETRY.slots), QUARTER)
+        if awaited:
+            ring.restore(b"".join(map(pack_free, range(GEOMETRY.slots))))
         self.core = WriterCore(
-            ring=Ring(GEOMETRY, 1, Clock(GEOMETRY.slots), QUARTER),
+            awaited=awaited,
+            silent_at=100.0,
+            ring=ring,
             flights=Flights(max_waiting=64, upload_seconds=UPLOAD_SECONDS, quarantine=quarantine),
             queue=FairQueue(max_items=max_items, max_bytes=10_000),
             admission=Admission(max_items=max_items, max_bytes=10_000, max_items_per_client=max_items),
@@ -48,7 +53,7 @@ class World:
             lease_seconds=LEASE_SECONDS,
             task_seconds=TASK_SECONDS,
             read=lambda offset, length: bytes(self.memory[offset : offset + length]),
-            new_id=lambda: next(self.ids).to_bytes(16, "big"),
+            new_id=lambda: next(self.ids).to_bytes(12, "big"),
         )
         self.inbox: dict[str, list[Send]] = {}
         self.tasks: dict[int, messages.Task] = {}
@@ -62,7 +67,7 @@ class World:
                 self.ready(number)
 
     def hello(self, name, role, *, identity=None, pid=1):
-        self.say(identity or name, messages.Hello(PROTOCOL, "1", role, name, pid))
+        self.say(identity or name, messages.Hello(PROTOCOL, "1", role, name, pid, pid.to_bytes(4, "big")))
 
     def say(self, name, message):
         self.core.message(name.encode(), message, self.now)
@@ -439,6 +444,37 @@ def test_a_lease_to_a_backend_that_nobody_registered_is_refused_before_anything_
     world.offer("f0", 1, A, lease="nobody")
     assert (world.fault("f0", 1).kind, world.fault("f0", 1).param) == ("NotFound", "backend_id")
     assert world.idle()
+
+
+def test_an_offer_that_comes_before_the_backend_that_it_names_has_said_hello_again_waits_for_it():
+    world = World(awaited=[("backend", "late"), ("frontend", "f0")])
+    world.offer("f0", 1, A, lease="late")
+    world.offer("f0", 2, A, lease="late")
+    world.offer("f0", 3, A, lease="stranger")
+    assert world.fault("f0", 3).kind == "NotFound"
+    world.say("f0", messages.Cancel(2))
+    assert not world.got("f0", messages.Wants)
+    world.hello("late", "backend")
+    assert not world.got("f0", messages.Wants, 2)
+    (want,) = world.wants("f0", 1)
+    world.say("late", messages.Reassert(1, (), True))
+    world.say("f0", messages.Reassert(1, (), True))
+    world.put("f0", want.flight)
+    world.fill(want.flight)
+    (answer,) = world.answer("f0", 1)
+    assert answer.lease is not None
+
+
+def test_an_offer_for_a_backend_that_is_gone_before_it_said_hello_again_fails():
+    world = World(awaited=[("backend", "late")])
+    world.offer("f0", 1, A, lease="late")
+    world.offer("f1", 1, A, lease="late")
+    assert not world.got("f0", messages.Failed)
+    world.core.unreachable(b"f1", world.now)
+    world.core.peer_gone("backend", "late", world.now)
+    world.carry_out()
+    assert world.fault("f0", 1).kind == "NotFound"
+    assert not world.got("f1", messages.Failed)
 
 
 def test_a_backend_that_died_while_its_items_were_computed_gets_no_lease(world):

@@ -7,7 +7,6 @@ from typing import Any
 import msgspec
 
 from mmprep.address import Address, address_fields
-from mmprep.items import align
 from mmprep_frontend.model import ServedModel
 from mmprep_frontend.render.answer import features, generate_request, json_string, kwargs_data, mm_metadata
 from mmprep_frontend.service import RenderedChat, RenderedItem
@@ -40,6 +39,8 @@ def _features(chat: RenderedChat) -> dict[str, Any] | None:
             m: [kwargs_data(i.meta, _region(chat, i), batch_size=len(items)) for i in items]
             for m, items in by_modality.items()
         }
+        if chat.offered is not None:
+            chat.offered.check()
     if payload == "shm":
         addresses = {m: [_address(chat, i) for i in items] for m, items in by_modality.items()}
     return features(
@@ -61,8 +62,7 @@ def _text(encoded: dict[str, list[Any]] | None) -> dict[str, list[Any]] | None:
 def _region(chat: RenderedChat, item: RenderedItem) -> memoryview:
     """Return the tensors as they lie in the ring; pinned until the chat is released."""
     assert chat.offered is not None
-    answer = item.answer
-    return chat.offered.mapping.segment.buffer[answer.offset + align(len(answer.meta)) : answer.offset + answer.length]
+    return chat.offered.region(item.answer)
 
 
 def _address(chat: RenderedChat, item: RenderedItem) -> Address:

@@ -116,8 +116,10 @@ class HttpDoor:
             else:
                 answer = encode_chat_answer(chat, model, request_id)
             self._service.metrics.observe("mmprep_stage_seconds", time.monotonic() - started, stage="serialize")
-        finally:
-            chat.release()
+        except BaseException:
+            chat.give_back()
+            raise
+        chat.release()
         return answer
 
     @staticmethod

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmprep.digest import Hasher
-from mmprep.errors import InvalidRequest, MmprepError, TooLarge
+from mmprep.errors import InvalidRequest, TooLarge
 from mmprep_frontend.media.fetch import Fetcher
 from mmprep_frontend.media.sources import DataSource, HttpSource, parse_source
 from mmprep_frontend.render.conversation import MediaPart
@@ -96,7 +96,7 @@ class Intake:
                     group.create_task(self._one(source, part, deadline))
                     for source, part in zip(sources, parts, strict=True)
                 ]
-        except* MmprepError as failures:
+        except BaseExceptionGroup as failures:
             raise first_error(failures) from None
         return [task.result() for task in tasks]
 
@@ -126,7 +126,10 @@ def size(source: Source) -> int:
 
 
 def first_error(group: BaseExceptionGroup[Any]) -> BaseException:
-    """Return the first error in a (nested) group."""
+    """Return the first error in a (nested) group.
+
+    It is for ``except BaseExceptionGroup``: Python before 3.11.4 wraps what an ``except*`` raises into a group again.
+    """
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

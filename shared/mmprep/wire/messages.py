@@ -50,13 +50,18 @@ class Fault(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
 
 class Hello(Wire, frozen=True):
-    """The first message of a connection. ``incarnation`` is random and new with every connection."""
+    """The first message of a connection.
+
+    ``instance`` is random, the same for all connections under one hold of the process lock: another one under the same
+    id means that the former process is gone.
+    """
 
     protocol: int
     version: ShortText
     role: Literal["frontend", "backend", "lane", "writer", "client", "control"]
     id: Name
     pid: Natural
+    instance: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
 
 
 class Refused(Wire, frozen=True):
@@ -90,7 +95,11 @@ class SegmentInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
 
 
 class WriterWelcome(Wire, frozen=True):
-    """The writer's answer to :class:`Hello`. ``card`` is empty until the lanes are warm, then comes as :class:`Card`."""
+    """The writer's answer to :class:`Hello`. ``card`` is empty until the lanes are warm, then comes as :class:`Card`.
+
+    A reader that knows the segment's epoch already goes on with what it holds there, which it tells by
+    :class:`Reassert`. Another epoch is another segment: the one before stays as it is, for whoever has it mapped.
+    """
 
     protocol: int
     incarnation: Natural
@@ -190,6 +199,33 @@ class Unpin(Wire, frozen=True):
     call: Call
 
 
+class Held(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A lease that was granted by an earlier writer."""
+
+    lease: LeaseId
+    slot: Natural
+    generation: Natural
+    kind: LeaseKind
+
+
+class Reassert(Wire, frozen=True):
+    """What this backend holds, told to a new writer before anything else; ``last``: that was all.
+
+    Every reader tells the writer that welcomes it, if only that it holds nothing. Answered by :class:`Renewed`.
+    """
+
+    call: Call
+    leases: Annotated[tuple[Held, ...], msgspec.Meta(max_length=1024)]
+    last: bool
+
+
+class Repin(Wire, frozen=True):
+    """What the answer to an earlier writer's call had pinned, as slots and generations; :class:`Unpin` ends it."""
+
+    call: Call
+    places: Annotated[tuple[tuple[Natural, Natural], ...], msgspec.Meta(max_length=256)]
+
+
 class Renew(Wire, frozen=True):
     """Prolong leases of this backend, from now. Answered by :class:`Renewed`."""
 
@@ -245,7 +281,7 @@ class Clear(Wire, frozen=True):
     call: Call
 
 
-ToWriter: TypeAlias = Hello | Offer | Cancel | Unpin | Renew | Release | Acquire | Upgrade | Clear
+ToWriter: TypeAlias = Hello | Offer | Cancel | Unpin | Reassert | Repin | Renew | Release | Acquire | Upgrade | Clear
 FromWriter: TypeAlias = WriterWelcome | Refused | Card | Wants | Answer | Failed | Done | Renewed | Acquired
 
 
@@ -342,10 +378,11 @@ ToLane: TypeAlias = Granted | Denied
 
 
 class FrontendWelcome(Wire, frozen=True):
-    """The frontend's answer to a client's :class:`Hello`."""
+    """The frontend's answer to a client's :class:`Hello`. ``max_frame``: bytes of the largest frame that it takes."""
 
     protocol: int
     version: ShortText
+    max_frame: Natural
 
 
 class Request(Wire, frozen=True):

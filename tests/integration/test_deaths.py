@@ -51,6 +51,9 @@ RELEASE = {
 }
 BACKEND = ("backend.lease.received", "backend.mapped", "backend.release.before", "backend.release.after")
 
+#: What is pinned for a frontend or leased to its client; a writer may die at both.
+PAYLOAD = {label: "shm" for label, point in REQUEST.items() if point.startswith("writer.") and "Unpin" not in point}
+
 ENTRIES = {label: f"{point}=kill{'@2' if label in SECOND else ''}" for label, point in (REQUEST | RELEASE).items()}
 
 #: A reader that takes a picture by address and lets it go.
@@ -94,7 +97,7 @@ def test_requests_are_answered_when_a_process_dies_where(broken, clients, label)
     picture = drawn(next(numbers))
     broken.gates.open(label)
     with ThreadPoolExecutor(2) as threads:
-        struck = threads.submit(reads, client, picture)
+        struck = threads.submit(reads, client, picture, PAYLOAD.get(label, "tensors"))
         beside = threads.submit(reads, other, KNOWN)
         assert struck.result()
         assert beside.result()
