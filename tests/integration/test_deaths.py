@@ -3,6 +3,7 @@
 One service goes through all points. Beside the request that meets the point, another client asks for what is in the cache.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -49,12 +50,19 @@ RELEASE = {
     "a release was received": "writer.message.before[Release]",
     "a lease was released": "writer.message.after[Release]",
 }
+TAKEOVER = {
+    "a reader was welcomed": "writer.send.after[WriterWelcome]",
+    "a reader tells what it holds": "writer.message.before[Reassert]",
+    "a reader has told what it holds": "writer.message.after[Reassert]",
+}
 BACKEND = ("backend.lease.received", "backend.mapped", "backend.release.before", "backend.release.after")
 
 #: What is pinned for a frontend or leased to its client; a writer may die at both.
 PAYLOAD = {label: "shm" for label, point in REQUEST.items() if point.startswith("writer.") and "Unpin" not in point}
 
-ENTRIES = {label: f"{point}=kill{'@2' if label in SECOND else ''}" for label, point in (REQUEST | RELEASE).items()}
+ENTRIES = {
+    label: f"{point}=kill{'@2' if label in SECOND else ''}" for label, point in (REQUEST | RELEASE | TAKEOVER).items()
+}
 
 #: A reader that takes a picture by address and lets it go.
 READER = """
@@ -129,6 +137,25 @@ def test_nothing_stays_leased_when_the_writer_dies_where(broken, clients, label)
     broken.status_when(lambda s: _one_is_gone(s, "writer", before), "the end of the writer")
     broken.whole()
     assert eventually(lambda: reads(client, picture, "shm"), "an answer by address")
+    broken.whole()
+
+
+@pytest.mark.parametrize("label", TAKEOVER)
+def test_leases_and_requests_outlive_a_writer_and_its_successor_that_dies_where(broken, clients, label):
+    client, other = clients
+    picture = drawn(next(numbers))
+    held = client.chat(asked(picture), payload="shm", timeout=PATIENCE)
+    (before,) = broken.pids("writer")
+    broken.gates.open(label)
+    with ThreadPoolExecutor(2) as threads:
+        os.kill(before, signal.SIGKILL)
+        calls = [threads.submit(reads, one, drawn(next(numbers)), "shm") for one in (client, other)]
+        assert all(call.result() for call in calls)
+    broken.gates.wait(label)
+    assert is_right(held, picture)
+    broken.whole()
+    assert before not in broken.pids("writer")
+    assert reads(other, picture, "shm")
     broken.whole()
 
 
