@@ -53,9 +53,11 @@ class Frontend:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="media")
         self._metrics = Metrics()
         self._draining = False
+        self._ends_at = 0.0
         self._reason: str | None = "the model is being loaded"
         self._stop = asyncio.Event()
         self._loading: asyncio.Task[None] | None = None
+        self._native: NativeDoor | None = None
         hasher = Hasher(settings.hash)  # type: ignore[arg-type]
         policy = UrlPolicy(settings.allowed_media_domains, settings.allow_private_networks)
         self._fetcher = Fetcher(policy, max_bytes=settings.max_media_size, timeout=settings.fetch_timeout)
@@ -79,26 +81,28 @@ class Frontend:
         )
 
     async def run(self) -> None:
-        """Serve until SIGTERM or until the supervisor is gone, then drain."""
+        """Serve until the second SIGTERM, or until the supervisor is gone, then stop; drain from the first one on."""
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self._stop.set)
+        loop.add_signal_handler(signal.SIGTERM, self._told_to_stop)
         loop.add_reader(_INPUT, self._input_ready)
         door = HttpDoor(
             self._service, not_ready=self._not_ready, refusal=self._refusal, collect=self._supervisor.metrics
         )
         app = make_app(door, version=mmprep.__version__, max_body=self._settings.max_body_size)
         http = await serve_http(app, self._settings.host, self._settings.port)
-        native = NativeDoor(
+        native = self._native = NativeDoor(
             self._context,
             self._runtime.frontend(self._settings.index),
             self._service,
             max_body_size=self._settings.max_body_size,
             refusal=self._refusal,
         )
+        if self._reason is None:
+            native.open()
         try:
             await self._stop.wait()
         finally:
-            await self._drain(http, native)
+            await self._end(http, native)
 
     # --- readiness ------------------------------------------------------------------------------------------------
 
@@ -144,6 +148,8 @@ class Frontend:
             return
         self._service.model = model
         self._reason = None
+        if self._native is not None:
+            self._native.open()
         self._supervisor.say(messages.StateChange(True, ""))
 
     def _report(self) -> ProcessReport:
@@ -159,10 +165,23 @@ class Frontend:
             asyncio.get_running_loop().remove_reader(_INPUT)
             self._stop.set()
 
-    async def _drain(self, http: HttpServer, native: NativeDoor) -> None:
+    def _told_to_stop(self) -> None:
+        if self._draining:
+            self._stop.set()
+            return
+        self._drain()
+        asyncio.get_running_loop().call_later(self._settings.drain_timeout, self._stop.set)
+
+    def _drain(self) -> None:
+        """Refuse new work. Doors stay open: ``/ready`` says no, and leases are still renewed and released."""
         self._draining = True
+        self._ends_at = asyncio.get_running_loop().time() + self._settings.drain_timeout
         self._supervisor.say(messages.StateChange(False, "the service is stopping"))
-        grace = self._settings.drain_timeout
+
+    async def _end(self, http: HttpServer, native: NativeDoor) -> None:
+        if not self._draining:
+            self._drain()
+        grace = max(0.0, self._ends_at - asyncio.get_running_loop().time())
         await asyncio.gather(http.close(grace), native.close(grace))
         await self._fetcher.close()
         self._writer.close()

@@ -8,6 +8,7 @@ import sys
 
 import msgspec
 import pytest
+from tests.integration.service import eventually
 
 from mmprep import embedded
 from mmprep.process_lock import holder
@@ -18,10 +19,9 @@ from mmprep_worker.lanes.pool import LanePool
 
 @pytest.fixture
 def segment():
-    made = Segment.create("/mmprep-0-test-lane", 1 << 20)
-    yield made
-    made.unlink()
-    made.close()
+    with Segment.create("/mmprep-0-test-lane", 1 << 20) as made:
+        yield made.name
+        made.unlink()
 
 
 def orders(runtime_dir, segment, token=bytes(32)):
@@ -30,7 +30,7 @@ def orders(runtime_dir, segment, token=bytes(32)):
         token=token.hex(),
         endpoint=f"ipc://{runtime_dir}/lanes.sock",  # nobody listens there: this writer is gone
         lock=str(runtime_dir / "lane-0.lock"),
-        segment=segment.name,
+        segment=segment,
         model=str(embedded.path()),
         max_image_pixels=1 << 24,
         max_media_size=1 << 24,
@@ -39,16 +39,29 @@ def orders(runtime_dir, segment, token=bytes(32)):
     )
 
 
-def test_a_lane_whose_writer_goes_away_while_it_warms_up_ends(runtime_dir, segment):
-    config = orders(runtime_dir, segment)
-    lane = subprocess.run(
-        [sys.executable, "-m", "mmprep_worker.lanes"],
-        input=msgspec.json.encode(config) + b"\n",
-        capture_output=True,
-        check=False,
+def start(config):
+    lane = subprocess.Popen(
+        [sys.executable, "-m", "mmprep_worker.lanes"], stdin=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    assert (lane.returncode, lane.stderr) == (0, b"")
+    lane.stdin.write(msgspec.json.encode(config) + b"\n")
+    lane.stdin.flush()
+    return lane
+
+
+def test_a_lane_whose_writer_goes_away_while_it_warms_up_ends(runtime_dir, segment):
+    lane = start(orders(runtime_dir, segment))
+    eventually(lambda: holder(runtime_dir / "lane-0.lock"), "the lane's lock")
+    _, said = lane.communicate()
+    assert (lane.returncode, said) == (0, b"")
     assert holder(runtime_dir / "lane-0.lock") is None
+
+
+def test_a_lane_whose_writer_goes_away_before_it_has_begun_takes_no_lock(runtime_dir):
+    """The next writer starts a lane of the same number at once; found by ``scripts/chaos``."""
+    lane = start(orders(runtime_dir, "/mmprep-0-gone"))
+    _, said = lane.communicate()
+    assert (lane.returncode, said) == (0, b"")
+    assert not (runtime_dir / "lane-0.lock").exists()
 
 
 @pytest.mark.parametrize("warm", [False, True])

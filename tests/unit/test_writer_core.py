@@ -6,7 +6,7 @@ from itertools import count
 
 import pytest
 
-from mmprep.layout import Geometry, pack_free
+from mmprep.layout import RECORD_SIZE, Geometry
 from mmprep.metrics import Metrics
 from mmprep.wire import messages
 from mmprep.wire.codec import CONTROL_LIMIT, PROTOCOL, unpack
@@ -17,7 +17,7 @@ from mmprep_worker.scheduling.flights import Flights
 from mmprep_worker.scheduling.queue import FairQueue
 from mmprep_worker.writer.core import WriterCore
 from mmprep_worker.writer.plans import PlanStore
-from mmprep_worker.writer.state import KillLane, Send, ToLane
+from mmprep_worker.writer.state import KillLane, ReadersSilent, Send, ToLane
 from mmprep_worker.writer.tasks import HEAVY_COST, MAX_METADATA
 
 GEOMETRY = Geometry.plan(16 * 4096, 64)
@@ -30,18 +30,13 @@ META = b"metadata"
 class World:
     """A core with lanes, frontends ``f0`` and ``f1`` and backend ``engine``; it keeps what was sent to each."""
 
-    def __init__(self, *, lanes: int = 2, max_items: int = 8, warm: bool = True, awaited=()) -> None:
+    def __init__(self, *, lanes: int = 2, max_items: int = 8, warm: bool = True, **taken_over) -> None:
         self.memory = bytearray(GEOMETRY.total_size)
         self.now = 0.0
         self.ids = count(1)
         quarantine = Quarantine(max_keys=8, seconds=QUARANTINE_SECONDS)
-        ring = Ring(GEOMETRY, 1, Clock(GEOMETRY.slots), QUARTER)
-        if awaited:
-            ring.restore(b"".join(map(pack_free, range(GEOMETRY.slots))))
         self.core = WriterCore(
-            awaited=awaited,
-            silent_at=100.0,
-            ring=ring,
+            ring=taken_over.pop("ring", None) or Ring(GEOMETRY, 1, Clock(GEOMETRY.slots), QUARTER),
             flights=Flights(max_waiting=64, upload_seconds=UPLOAD_SECONDS, quarantine=quarantine),
             queue=FairQueue(max_items=max_items, max_bytes=10_000),
             admission=Admission(max_items=max_items, max_bytes=10_000, max_items_per_client=max_items),
@@ -54,11 +49,13 @@ class World:
             task_seconds=TASK_SECONDS,
             read=lambda offset, length: bytes(self.memory[offset : offset + length]),
             new_id=lambda: next(self.ids).to_bytes(12, "big"),
+            **taken_over,
         )
         self.inbox: dict[str, list[Send]] = {}
         self.tasks: dict[int, messages.Task] = {}
         self.granted: dict[int, messages.Granted] = {}
         self.killed: list[int] = []
+        self.silent: list[tuple[tuple[str, str], ...]] = []
         for name in ("f0", "f1"):
             self.hello(name, "frontend")
         self.hello("engine", "backend")
@@ -127,7 +124,9 @@ class World:
         self.carry_out()
 
     def carry_out(self):
-        self.core.ring.take_writes()
+        for slot, record in self.core.ring.take_writes():
+            start = GEOMETRY.record_offset(slot)
+            self.memory[start : start + RECORD_SIZE] = record
         for action in self.core.take_actions():
             match action:
                 case Send():
@@ -141,6 +140,8 @@ class World:
                     self.tasks.pop(number)
                 case KillLane(number):
                     self.killed.append(number)
+                case ReadersSilent(readers):
+                    self.silent.append(readers)
         self.core.validate()
 
     def got(self, name, kind, call=None):
@@ -444,37 +445,6 @@ def test_a_lease_to_a_backend_that_nobody_registered_is_refused_before_anything_
     world.offer("f0", 1, A, lease="nobody")
     assert (world.fault("f0", 1).kind, world.fault("f0", 1).param) == ("NotFound", "backend_id")
     assert world.idle()
-
-
-def test_an_offer_that_comes_before_the_backend_that_it_names_has_said_hello_again_waits_for_it():
-    world = World(awaited=[("backend", "late"), ("frontend", "f0")])
-    world.offer("f0", 1, A, lease="late")
-    world.offer("f0", 2, A, lease="late")
-    world.offer("f0", 3, A, lease="stranger")
-    assert world.fault("f0", 3).kind == "NotFound"
-    world.say("f0", messages.Cancel(2))
-    assert not world.got("f0", messages.Wants)
-    world.hello("late", "backend")
-    assert not world.got("f0", messages.Wants, 2)
-    (want,) = world.wants("f0", 1)
-    world.say("late", messages.Reassert(1, (), True))
-    world.say("f0", messages.Reassert(1, (), True))
-    world.put("f0", want.flight)
-    world.fill(want.flight)
-    (answer,) = world.answer("f0", 1)
-    assert answer.lease is not None
-
-
-def test_an_offer_for_a_backend_that_is_gone_before_it_said_hello_again_fails():
-    world = World(awaited=[("backend", "late")])
-    world.offer("f0", 1, A, lease="late")
-    world.offer("f1", 1, A, lease="late")
-    assert not world.got("f0", messages.Failed)
-    world.core.unreachable(b"f1", world.now)
-    world.core.peer_gone("backend", "late", world.now)
-    world.carry_out()
-    assert world.fault("f0", 1).kind == "NotFound"
-    assert not world.got("f1", messages.Failed)
 
 
 def test_a_backend_that_died_while_its_items_were_computed_gets_no_lease(world):

@@ -11,6 +11,7 @@ import ctypes
 import logging
 import os
 import resource
+import select
 import signal
 import sys
 import time
@@ -176,6 +177,12 @@ def _keep_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
+def _writer_is_gone() -> bool:
+    poller = select.poll()
+    poller.register(_INPUT, 0)
+    return bool(poller.poll(0))
+
+
 def main() -> None:
     """Run one lane; the orders come on standard input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -184,6 +191,8 @@ def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     _keep_memory()
     config: LaneConfig = read_settings(LaneConfig)
+    if _writer_is_gone():  # before the signal was asked for: its successor waits for this lane's lock
+        return
     lock = ProcessLock(Path(config.lock))
     if not lock.acquire():
         sys.exit(f"lane {config.lane}: its lock is held by another process")

@@ -15,8 +15,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import msgspec
-
 from mmprep import errors
 from mmprep.metrics import Metrics
 from mmprep.wire import messages
@@ -117,8 +115,6 @@ class WriterCore:
         self._calls: dict[Call, PendingCall] = {}
         self._out: list[Action] = []
         self._awaited = set(awaited)
-        #: Offers in the name of backends that live and have not said hello yet: their frontends were faster.
-        self._early: list[tuple[Peer, messages.Offer, float]] = []
         self._silent_at = silent_at if self._awaited else math.inf
         self._holds = Holds(ring, plans, read)
         self._leasing = Leasing(ring, lease_seconds, new_id)
@@ -180,8 +176,6 @@ class WriterCore:
             self._refuse(identity, "the first message of a connection must be a hello", now)
         elif isinstance(message, messages.Offer) and message.call in peer.calls:
             self._refuse(identity, "the call's number is in use", now)
-        elif isinstance(message, messages.Offer) and self._is_early(message) and len(self._early) < _MOST_CALLS:
-            self._early.append((peer, message, now))
         else:
             try:
                 self._from_peer(peer, message, now)
@@ -231,7 +225,6 @@ class WriterCore:
         if role == "backend":
             self.ring.owner_gone(peer_id)
         self._heard_of(role, peer_id)
-        self._take_early(now)
         self._tasks.dispatch(now)
 
     def unreachable(self, identity: bytes, now: float) -> None:
@@ -280,7 +273,6 @@ class WriterCore:
         if hello.role == "control" and len(controls) >= _MOST_CONTROLS:
             del self.peers[controls[0].identity]
         self._welcome(identity, hello)
-        self._take_early(now)
 
     def _welcome(self, identity: bytes, hello: messages.Hello) -> None:
         peer = self.peers[identity] = Peer(identity, hello)
@@ -365,25 +357,8 @@ class WriterCore:
         else:
             self._finish(pending, now)
 
-    def _is_registered(self, backend: str) -> bool:
-        return any(peer.role == "backend" and peer.id == backend for peer in self.peers.values())
-
-    def _is_early(self, offer: messages.Offer) -> bool:
-        to = offer.lease
-        return to is not None and ("backend", to.backend) in self._awaited and not self._is_registered(to.backend)
-
-    def _take_early(self, now: float) -> None:
-        """Take the offers whose backend has said hello meanwhile, or is gone."""
-        early, self._early = self._early, []
-        for peer, offer, since in early:
-            if self._is_early(offer):
-                self._early.append((peer, offer, since))
-            elif self.peers.get(peer.identity) is peer:
-                left = max(1, offer.deadline_ms - int((now - since) * 1000))
-                self.message(peer.identity, msgspec.structs.replace(offer, deadline_ms=left), now)
-
     def _check_backend(self, to: messages.LeaseTo) -> None:
-        if not self._is_registered(to.backend):
+        if not any(peer.role == "backend" and peer.id == to.backend for peer in self.peers.values()):
             raise errors.NotFound(
                 f"no living backend is registered as {to.backend!r}; register it before asking for addresses",
                 param="backend_id",
@@ -469,7 +444,6 @@ class WriterCore:
             self._drop(pending)
 
     def _cancel(self, peer: Peer, number: int, now: float) -> None:
-        self._early = [early for early in self._early if (early[0], early[1].call) != (peer, number)]
         pending = peer.calls.get(number)
         if pending is not None:
             self._drop(pending)

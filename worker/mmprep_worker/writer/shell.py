@@ -275,8 +275,10 @@ class WriterShell:
             if len(frames) != 2 + has_blob:
                 raise ProtocolError("a lane's message has a wrong number of frames")
         except MmprepError as error:
-            _log.error("lane %s broke the protocol and is replaced: %s", number, error)
-            if number is not None:
+            if number is None:
+                _log.warning("a message of a process that is no lane was refused: %s", error)
+            else:
+                _log.error("lane %d broke the protocol and is replaced: %s", number, error)
                 self._core.lane_broke_protocol(number)
             return
         if isinstance(message, messages.LaneReady | messages.LaneBroken):
