@@ -17,7 +17,7 @@ import msgspec
 import zmq
 
 import mmprep
-from mmprep import layout
+from mmprep import failpoints, layout
 from mmprep.card import ModelCard
 from mmprep.errors import DeadlineExceeded, MmprepError, NotFound, ServiceUnavailable
 from mmprep.holdings import Life
@@ -112,7 +112,9 @@ class Offered:
 
     def release(self) -> None:
         """Let go; again is no error."""
+        failpoints.reach("frontend.unpin.before")
         self._link.unpin(self._token)
+        failpoints.reach("frontend.unpin.after")
 
     def give_back(self) -> None:
         """Let go, also of leases: the answer will not reach anybody."""
@@ -249,6 +251,7 @@ class WriterLink:
         self._waiting[token] = items, future
         try:
             self._carry_out(actions)
+            failpoints.reach("frontend.offer.sent")
             async with asyncio.timeout_at(terms.deadline):
                 answer, answers = await future
         except TimeoutError:
@@ -314,6 +317,7 @@ class WriterLink:
             case messages.Answer():
                 self._answered(message, frames[1:])
             case messages.Wants():
+                failpoints.reach("frontend.wants.received")
                 self._carry_out(self._offers.wanted(message))
             case messages.Failed():
                 self._calls.resolve(message.call, message.fault.error())
@@ -330,6 +334,7 @@ class WriterLink:
                 pass
 
     def _answered(self, answer: messages.Answer, frames: list[bytes]) -> None:
+        failpoints.reach("frontend.answer.received")
         try:
             items: list[messages.ItemAnswer] = [unpack(frame, messages.ItemAnswer) for frame in frames]
         except MmprepError as error:
@@ -377,6 +382,7 @@ class WriterLink:
         header = messages.Put(self._id, put.flight, self._hasher, item.digest, item.options)
         try:
             self._bulk.send([pack(header), item.medium])
+            failpoints.reach("frontend.put.sent")
         except MmprepError as error:
             self._settle(Settle(put.token, error))
 

@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from mmprep import failpoints
 from mmprep.digest import Hasher
 from mmprep.errors import DecodeError, InternalError, MmprepError, ProtocolError, TooLarge
 from mmprep.items import DTYPE_SIZES, ItemMeta, align, field_array, region_size
@@ -31,6 +32,7 @@ from mmprep.wire import messages
 from mmprep.wire.codec import pack, unpack
 from mmprep.wire.sockets import configure
 from mmprep_worker.lanes.config import LaneConfig
+from mmprep_worker.lanes.garbage import garbage
 from mmprep_worker.lanes.warmup import warm_up
 from mmprep_worker.models.family import Family, ItemOptions, Prepared
 from mmprep_worker.models.registry import load_family
@@ -79,6 +81,7 @@ class Lane:
         while True:
             frames = self._receive()
             task: messages.Task = unpack(frames[0].buffer, messages.Task)
+            failpoints.reach("lane.task.received")
             self._work(family, task, frames[1])
 
     # --- one task -------------------------------------------------------------------------------------------------
@@ -101,6 +104,7 @@ class Lane:
 
     def _process(self, family: Family, task: messages.Task, medium: memoryview) -> None:
         _check_digest(task, medium)
+        failpoints.reach("lane.digest.checked")
         options = unpack(task.options, ItemOptions)
         started = time.monotonic_ns()
         if task.need == "plan":
@@ -116,9 +120,12 @@ class Lane:
         granted = self._ask_extent(task.task, blob, region_size(prepared.meta.fields))
         if granted is None:
             return
+        failpoints.reach("lane.granted")
         self._fill(prepared, blob, granted)
         done = time.monotonic_ns()
+        failpoints.reach("lane.filled.before")
         self._send(messages.Filled(task.task, (opened - started) // 1000, (done - opened) // 1000))
+        failpoints.reach("lane.filled.after")
 
     def _ask_extent(self, task: int, blob: bytes, tensor_length: int) -> messages.Granted | None:
         self._send(messages.AskExtent(task, tensor_length), blob)
@@ -130,14 +137,17 @@ class Lane:
     def _fill(self, prepared: Prepared, blob: bytes, granted: messages.Granted) -> None:
         extent = self._segment.buffer[granted.offset : granted.offset + granted.length]
         extent[: len(blob)] = blob
+        failpoints.reach("lane.fill.middle")
         region = extent[align(len(blob)) :]
         prepared.fill({spec.name: field_array(region, spec) for spec in prepared.meta.fields})
 
     # --- messages -------------------------------------------------------------------------------------------------
 
     def _send(self, message: msgspec.Struct, *frames: bytes) -> None:
-        self._wait(zmq.POLLOUT)  # a blocking send would wait for ever for a writer that is gone
-        self._socket.send_multipart([pack(message), *frames], zmq.NOBLOCK)
+        kind = failpoints.reach("lane.send", message)
+        for sent in [[pack(message), *frames]] if kind is None else garbage(kind, message, frames):
+            self._wait(zmq.POLLOUT)  # a blocking send would wait for ever for a writer that is gone
+            self._socket.send_multipart(sent, zmq.NOBLOCK)
 
     def _receive(self) -> list[zmq.Frame]:
         self._wait(zmq.POLLIN)
