@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import zmq
-from tests.integration.service import environment, eventually, photo, serving, user
+from tests.integration.service import environment, eventually, is_alive, photo, serving, user
 
 from mmprep import Client, ServiceUnavailable, layout
 from mmprep.registration import Registration
@@ -136,6 +136,18 @@ def test_native_clients_pass_over_a_frontend_that_is_started_again_until_it_take
         assert all(answer["count"] > 0 for answer in answers)
         service.status_when(lambda s: all(f["ready"] for f in s["frontends"]), "a frontend that is ready again")
         assert client.tokenize(prompt="again")["count"] > 0
+
+
+@pytest.mark.parametrize("role", ["writer", "frontend"])
+def test_a_process_that_is_stopped_for_long_is_replaced(service, role):
+    stopped = service.pids()[role][0]
+    os.kill(stopped, signal.SIGSTOP)
+    eventually(lambda: not is_alive(stopped), "the end of the stopped process")
+    assert stopped not in service.pids()[role]
+    eventually(lambda: service.get("/ready").status == 200, "a ready service")
+    with Client(service.endpoint) as client:
+        assert client.chat(user(photo("cat.png")), payload="tensors").items["image"]
+    service.quiet()
 
 
 def test_a_reader_refused_by_a_writer_that_died_takes_the_next_ones_word(runtime_dir, segment):

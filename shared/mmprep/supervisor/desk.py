@@ -23,13 +23,14 @@ _EMPTY = Snapshot([], [], [])
 
 
 class Reporter(msgspec.Struct):
-    """A process that reports here."""
+    """A process that reports here; ``unanswered`` counts the rounds of :meth:`Desk.silent` since its last message."""
 
     identity: bytes
     role: str
     id: str
     state: messages.StateChange
     last: Snapshot
+    unanswered: int = 0
 
 
 class Desk:
@@ -83,6 +84,16 @@ class Desk:
         status["metrics"] = _totals(merge([*self._gone, *(r.last for r in self._reporters.values())]))
         return status
 
+    async def silent(self, rounds: int) -> list[tuple[str, str]]:
+        """Ask every process for a sign of life; return, as role and id, those that gave none in so many rounds.
+
+        Rounds are counted and not seconds, so that nobody is blamed for the time in which this process was stopped.
+        """
+        for reporter in self._reporters.values():
+            reporter.unanswered += reporter.state.ready
+        await self._collect()
+        return [(r.role, r.id) for r in self._reporters.values() if r.unanswered >= rounds]
+
     async def quiet(self) -> bool:
         """Whether no request is under way in any frontend and no backend has a lease."""
         for reporter, report in await self._collect():
@@ -117,6 +128,8 @@ class Desk:
             if len(frames) < 2:
                 raise ProtocolError("a message without a header")
             message = unpack(frames[1], messages.ToSupervisor)
+            if identity in self._reporters:
+                self._reporters[identity].unanswered = 0
             match message:
                 case messages.Hello():
                     self._hello(identity, message)

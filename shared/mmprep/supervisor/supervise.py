@@ -35,6 +35,11 @@ CANNOT_START = 78
 _ORPHANS_SECONDS = 5.0
 _LONGEST_DELAY = 2.0
 _AFTER_DRAIN = 5.0
+#: Seconds between two questions for a sign of life, and after how many unanswered ones a process is killed. The writer may
+#: be making another segment meanwhile, which takes a second or more for each of these bytes.
+_ROUND_SECONDS = 4.0
+_SILENT_ROUNDS = 3
+_BYTES_A_ROUND = 2 << 30
 #: Seconds between two looks for what is still under way while the service drains.
 _LOOK_AGAIN = 0.05
 
@@ -94,9 +99,22 @@ class Supervisor:
             self._start("writer")
             for index in range(self._options.frontends):
                 self._start(f"frontend-{index}")
+            watching = asyncio.create_task(self._watch())
             await self._stopping.wait()
+            watching.cancel()
         finally:
             await self._stop_all()
+
+    async def _watch(self) -> None:
+        """Kill what has been ready and is silent for long: it hangs or is stopped, and its place is needed."""
+        rounds = _SILENT_ROUNDS + self._options.cache_size // _BYTES_A_ROUND
+        while True:
+            await asyncio.sleep(_ROUND_SECONDS)
+            for role, number in await self._desk.silent(rounds):
+                child = self._children.get("writer" if role == "writer" else f"{role}-{number}")
+                if child is not None:
+                    _log.error("%s (pid %d) gives no sign of life and is killed", child.name, child.pid)
+                    child.signal(signal.SIGKILL)
 
     # --- children -------------------------------------------------------------------------------------------------
 
