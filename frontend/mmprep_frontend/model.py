@@ -15,6 +15,7 @@ from typing import Any
 from mmprep.card import ModelCard
 from mmprep.errors import InvalidRequest, NotFound, StartupError
 from mmprep_frontend.media.intake import Intake, Medium, Source
+from mmprep_frontend.render.bounds import TextBounds
 from mmprep_frontend.render.conversation import Conversation, walk
 from mmprep_frontend.render.prompt_cache import PromptCache
 from mmprep_frontend.render.requests import ChatRequest, TokenizeRequest, parse
@@ -35,6 +36,7 @@ class ServedModel:
     ----------
     name: under which it is served.
     max_model_len: tokens of prompt and answer together.
+    bounds: of a request's text.
     prompts: those that were encoded before.
     """
 
@@ -44,6 +46,7 @@ class ServedModel:
     template: ChatTemplate
     tokenizer: Tokenizer
     max_model_len: int
+    bounds: TextBounds
     prompts: PromptCache
 
     def check_name(self, name: str | None) -> None:
@@ -81,7 +84,12 @@ class ServedModel:
     def encode_chat(self, conversation: Conversation, request: ChatRequest | TokenizeRequest) -> EncodedPrompt:
         """Render and tokenize; on the render thread."""
         rendered = self.template.render(conversation, request)
-        return self.tokenizer.encode_prompt(rendered, add_special_tokens=_adds_special_tokens(request))
+        counts = isinstance(request, TokenizeRequest)
+        return self.tokenizer.encode_prompt(
+            rendered,
+            add_special_tokens=_adds_special_tokens(request),
+            check=self.bounds.check_counted if counts else self.bounds.check_prompt,
+        )
 
     def prompt_key(self, conversation: Conversation, request: ChatRequest | TokenizeRequest) -> bytes | None:
         """Return what identifies the request's prompt in :attr:`prompts`."""
@@ -127,13 +135,15 @@ def load_model(
     tokenizer = Tokenizer(loaded, card, sentinels)
     sources = load_sources(directory) if template is None else {"default": template}
     chat_template = ChatTemplate(sources, tokenizer.special_tokens, sentinels)
+    length = max_model_len or _context_length(directory)
     return ServedModel(
         name,
         card,
         sentinels,
         chat_template,
         tokenizer,
-        max_model_len or _context_length(directory),
+        length,
+        TextBounds(length, tokenizer.longest_token),
         PromptCache(0 if chat_template.depends_on_time else _CACHED_TOKENS),
     )
 

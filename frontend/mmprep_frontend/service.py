@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
 
 from mmprep.digest import Hasher
-from mmprep.errors import InternalError, InvalidRequest, MmprepError, ServiceUnavailable
+from mmprep.errors import DeadlineExceeded, InternalError, InvalidRequest, ServiceUnavailable
 from mmprep.items import ItemMeta, unpack_meta
 from mmprep.metrics import Metrics
 from mmprep.wire.messages import ItemAnswer, LeaseTo, Need
@@ -44,6 +44,8 @@ T = TypeVar("T")
 #: Requests above this size are parsed off the loop.
 _LARGE_BODY = 256 * 1024
 _PIXELS_A_BYTE = 4
+#: Characters and ids that one completion request has tokenized or checked before others get their turn.
+_TURN = 64 * 1024
 _ANONYMOUS = "anonymous"
 
 
@@ -170,17 +172,27 @@ class Service:
         MmprepError
             With the place in the request as ``param``.
         """
-        model = self.served()
+        model, arrived = self.served(), _now()
         request = await self._parse(body, lambda: parse(body, "chat"))
         model.check_name(request.model)
-        deadline = self._deadline(request.deadline_ms)
+        deadline = self._deadline(arrived, request.deadline_ms)
         with _naming("messages"):
-            return await self._render(model, request, attachments, deadline)
+            conversation = self._walk(model, request, body)
+            return await self._render(model, request, conversation, attachments, deadline)
+
+    def _walk(self, model: ServedModel, request: ChatRequest | TokenizeRequest, body: bytes) -> Conversation:
+        conversation = model.walk(request, self._limits)
+        model.bounds.check_json(len(body) - sum(len(part.url) for part in conversation.media))
+        return conversation
 
     async def _render(
-        self, model: ServedModel, request: ChatRequest, attachments: Sequence[memoryview], deadline: float
+        self,
+        model: ServedModel,
+        request: ChatRequest,
+        conversation: Conversation,
+        attachments: Sequence[memoryview],
+        deadline: float,
     ) -> RenderedChat:
-        conversation = model.walk(request, self._limits)
         prompt, media = await self._prompt_and_media(model, request, conversation, attachments, deadline)
         if not media:
             check_length(len(prompt.token_ids), model.max_model_len)
@@ -219,7 +231,9 @@ class Service:
             return prompt, _all(self._intake.read_now(sources))
         if at_hand and nbytes <= SMALL:
             encode = model.encode_chat_and_read
-            encoded, media = await self._on_render_thread(encode, conversation, request, self._intake, sources, prompt)
+            encoded, media = await self._on_render_thread(
+                deadline, encode, conversation, request, self._intake, sources, prompt
+            )
             model.prompts.put(key, encoded)
             return encoded, _all(media)
         encoded, read = await self._side_by_side(model, request, conversation, sources, known=prompt, deadline=deadline)
@@ -238,10 +252,11 @@ class Service:
     ) -> tuple[EncodedPrompt, list[Medium]]:
         started = time.monotonic()
         try:
-            async with asyncio.TaskGroup() as group:
+            async with _within(deadline), asyncio.TaskGroup() as group:
                 reading = group.create_task(self._intake.read(sources, conversation.media, deadline))
                 if known is None:
-                    encoding = group.create_task(self._on_render_thread(model.encode_chat, conversation, request))
+                    encode = self._on_render_thread(deadline, model.encode_chat, conversation, request)
+                    encoding = group.create_task(encode)
         except BaseExceptionGroup as failures:
             raise first_error(failures) from None
         self.metrics.observe("mmprep_stage_seconds", time.monotonic() - started, stage="fetch")
@@ -311,12 +326,13 @@ class Service:
 
     async def completions(self, body: bytes, request_id: str) -> list[dict[str, Any]]:
         """Render a completion request; one GenerateRequest a prompt."""
-        model = self.served()
+        model, arrived = self.served(), _now()
+        model.bounds.check_json(len(body))
         request = await self._parse(body, lambda: parse(body, "completion"))
         model.check_name(request.model)
         numbered = request.is_batch
         with _naming("prompt"):
-            encoded = await self._on_render_thread(_encode_prompts, model, request)
+            encoded = await self._encode_prompts(model, request, self._deadline(arrived, request.deadline_ms))
             return [
                 generate_request(
                     request,
@@ -329,23 +345,42 @@ class Service:
                 for index, (token_ids, text) in enumerate(encoded)
             ]
 
+    async def _encode_prompts(
+        self, model: ServedModel, request: CompletionRequest, deadline: float
+    ) -> list[tuple[list[int], str | None]]:
+        """Return ids and text of every prompt, some at a time, so that others get their turn on the render thread."""
+        prompts = request.prompts()
+        params = [f"prompt[{index}]" for index in range(len(prompts))] if request.is_batch else ["prompt"]
+        for prompt, param in zip(prompts, params, strict=True):
+            if isinstance(prompt, str):
+                model.bounds.check_prompt(len(prompt), param)
+        encoded: list[tuple[list[int], str | None]] = []
+        for turn in _turns([len(prompt) for prompt in prompts]):
+            encoded += await self._on_render_thread(
+                deadline, _encode, model, prompts[turn], params[turn], request.add_special_tokens
+            )
+        return encoded
+
     async def tokenize(self, body: bytes, attachments: Sequence[memoryview] = ()) -> dict[str, Any]:
         """Tokenize a text or a chat; media are expanded, and only their plans are computed."""
-        model = self.served()
+        model, arrived = self.served(), _now()
         request = await self._parse(body, lambda: parse(body, "tokenize"))
         model.check_name(request.model)
+        deadline = self._deadline(arrived, request.deadline_ms)
         if request.prompt is not None:
-            prompt = await self._on_render_thread(
-                lambda: model.tokenizer.encode_text(
-                    request.prompt or "", add_special_tokens=request.adds_special_tokens
-                )
+            model.bounds.check_counted(len(request.prompt), "prompt")
+            text, special = request.prompt, request.adds_special_tokens
+            token_ids = await self._on_render_thread(
+                deadline, lambda: model.tokenizer.encode_text(text, add_special_tokens=special)
             )
-            token_ids = prompt
         else:
-            token_ids = await self._tokenize_chat(model, request, attachments)
+            with _naming("messages"):
+                token_ids = await self._tokenize_chat(
+                    model, request, self._walk(model, request, body), attachments, deadline
+                )
         strings = None
         if request.return_token_strs:
-            strings = await self._on_render_thread(model.tokenizer.token_strs, token_ids)
+            strings = await self._on_render_thread(deadline, model.tokenizer.token_strs, token_ids)
         return {
             "count": len(token_ids),
             "max_model_len": model.max_model_len,
@@ -354,10 +389,13 @@ class Service:
         }
 
     async def _tokenize_chat(
-        self, model: ServedModel, request: TokenizeRequest, attachments: Sequence[memoryview]
+        self,
+        model: ServedModel,
+        request: TokenizeRequest,
+        conversation: Conversation,
+        attachments: Sequence[memoryview],
+        deadline: float,
     ) -> list[int]:
-        deadline = self._deadline(None)
-        conversation = model.walk(request, self._limits)
         prompt, media = await self._prompt_and_media(model, request, conversation, attachments, deadline)
         if not media:
             return expand(prompt.token_ids, prompt.placeholders, {}).token_ids
@@ -368,26 +406,31 @@ class Service:
 
     async def detokenize(self, body: bytes) -> dict[str, Any]:
         """Return the text of token ids."""
-        model = self.served()
+        model, arrived = self.served(), _now()
+        model.bounds.check_json(len(body))
         request: DetokenizeRequest = await self._parse(body, lambda: parse(body, "detokenize"))
         model.check_name(request.model)
         model.tokenizer.check_ids(request.tokens, "tokens")
-        return {"prompt": await self._on_render_thread(model.tokenizer.decode, request.tokens)}
+        deadline = self._deadline(arrived, request.deadline_ms)
+        return {"prompt": await self._on_render_thread(deadline, model.tokenizer.decode, request.tokens)}
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
-    def _deadline(self, deadline_ms: int | None) -> float:
+    def _deadline(self, arrived: float, deadline_ms: int | None) -> float:
         seconds = self._request_timeout if deadline_ms is None else min(deadline_ms / 1000, self._request_timeout)
-        return asyncio.get_running_loop().time() + seconds
+        return arrived + seconds
 
     async def _parse(self, body: bytes, work: Callable[[], T]) -> T:
         if len(body) <= _LARGE_BODY:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+        async with _within(_now() + self._request_timeout):
+            return await asyncio.get_running_loop().run_in_executor(self.threads, work)
 
-    async def _on_render_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+    async def _on_render_thread(self, deadline: float, work: Callable[..., T], *arguments: Any) -> T:
+        """Return what ``work`` returns. Where the deadline comes first, work that has not begun is dropped."""
         started = time.monotonic()
-        result = await asyncio.get_running_loop().run_in_executor(self._render_thread, work, *arguments)
+        async with _within(deadline):
+            result = await asyncio.get_running_loop().run_in_executor(self._render_thread, work, *arguments)
         self.metrics.observe("mmprep_stage_seconds", time.monotonic() - started, stage="tokenize")
         return result
 
@@ -405,14 +448,40 @@ def _naming(param: str) -> Iterator[None]:
         raise error.at(param) from None
 
 
-def _encode_prompts(model: ServedModel, request: CompletionRequest) -> list[tuple[list[int], str | None]]:
-    """Return ids and text of every prompt; on the render thread."""
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+@asynccontextmanager
+async def _within(deadline: float) -> AsyncIterator[None]:
+    """Raise DeadlineExceeded where the block is not over by ``deadline``, by the loop's clock."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            yield
+    except TimeoutError:
+        raise DeadlineExceeded("the request's time was over before it was rendered and tokenized") from None
+
+
+def _turns(lengths: Sequence[int]) -> Iterator[slice]:
+    """Cut a list of prompts of these lengths into slices, each of one prompt or of at most ``_TURN`` in sum."""
+    start = size = 0
+    for index, length in enumerate(lengths):
+        if index > start and size + length > _TURN:
+            yield slice(start, index)
+            start, size = index, 0
+        size += length
+    yield slice(start, len(lengths))
+
+
+def _encode(
+    model: ServedModel, prompts: Sequence[str | list[int]], params: Sequence[str], add_special_tokens: bool
+) -> list[tuple[list[int], str | None]]:
+    """Return ids and text of each prompt; on the render thread."""
     encoded: list[tuple[list[int], str | None]] = []
-    for index, prompt in enumerate(request.prompts()):
+    for prompt, param in zip(prompts, params, strict=True):
         if isinstance(prompt, str):
-            ids = model.tokenizer.encode_text(prompt, add_special_tokens=request.add_special_tokens)
-            encoded.append((ids, prompt))
+            encoded.append((model.tokenizer.encode_text(prompt, add_special_tokens=add_special_tokens), prompt))
         else:
-            model.tokenizer.check_ids(prompt, f"prompt[{index}]" if request.is_batch else "prompt")
+            model.tokenizer.check_ids(prompt, param)
             encoded.append((prompt, None))
     return encoded

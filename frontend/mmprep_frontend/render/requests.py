@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from mmprep.errors import InvalidRequest
+from mmprep_frontend.render.bounds import MAX_PROMPTS
 
 Payload: TypeAlias = Literal["tensors", "shm", "none"]
 Kind: TypeAlias = Literal["chat", "completion", "tokenize", "detokenize"]
@@ -230,13 +231,17 @@ class CompletionRequest(_Generating, kw_only=True):
         Raises
         ------
         InvalidRequest
-            The list is empty, or mixes texts, ids and lists.
+            The list is empty, too long, or mixes texts, ids and lists.
         """
         if isinstance(self.prompt, str):
             return [self.prompt]
         kinds = {type(element) for element in self.prompt}
         if kinds == {int}:
             return [self.prompt]  # type: ignore[list-item]
+        if len(self.prompt) > MAX_PROMPTS:
+            raise InvalidRequest(
+                f"The request has {len(self.prompt)} prompts; at most {MAX_PROMPTS} are allowed in one.", param="prompt"
+            )
         if kinds in ({str}, {list}):
             return list(self.prompt)  # type: ignore[arg-type]
         raise InvalidRequest(
@@ -263,6 +268,7 @@ class TokenizeRequest(_Request, kw_only=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool | None = None
+    deadline_ms: _Positive | None = None
 
     @property
     def adds_special_tokens(self) -> bool:
@@ -275,6 +281,7 @@ class DetokenizeRequest(Struct, kw_only=True):
 
     model: str | None = None
     tokens: list[int]
+    deadline_ms: _Positive | None = None
 
 
 Request: TypeAlias = ChatRequest | CompletionRequest | TokenizeRequest | DetokenizeRequest
