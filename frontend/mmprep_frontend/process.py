@@ -31,6 +31,7 @@ from mmprep_frontend.media.intake import Intake
 from mmprep_frontend.media.policy import UrlPolicy
 from mmprep_frontend.model import load_model
 from mmprep_frontend.native import NativeDoor
+from mmprep_frontend.room import Room
 from mmprep_frontend.service import Service
 from mmprep_frontend.supervision import SupervisorLink
 
@@ -38,6 +39,8 @@ _log = logging.getLogger("mmprep.frontend")
 
 _INPUT = 0
 _THREADS = 2
+#: Bytes of all bodies under way, at least.
+_BODIES = 512 << 20
 #: The interpreter's switch interval: with the default of 5 ms a busy thread starves the loop.
 _SWITCH_SECONDS = 0.0005
 
@@ -86,13 +89,16 @@ class Frontend:
         door = HttpDoor(
             self._service, not_ready=self._not_ready, refusal=self._refusal, collect=self._supervisor.metrics
         )
-        app = make_app(door, version=mmprep.__version__, max_body=self._settings.max_body_size)
+        max_body = self._settings.max_body_size
+        room = Room(max_body_bytes=max(_BODIES, max_body))
+        app = make_app(door, version=mmprep.__version__, max_body=max_body, room=room)
         http = await serve_http(app, self._settings.host, self._settings.port)
         native = NativeDoor(
             self._context,
             self._runtime.frontend(self._settings.index),
             self._service,
-            max_body_size=self._settings.max_body_size,
+            max_body_size=max_body,
+            room=room,
             refusal=self._refusal,
         )
         try:

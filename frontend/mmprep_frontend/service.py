@@ -13,13 +13,13 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
 from mmprep.digest import Hasher
 from mmprep.errors import DeadlineExceeded, InternalError, InvalidRequest, ServiceUnavailable
-from mmprep.items import ItemMeta, unpack_meta
+from mmprep.items import ItemMeta, align, unpack_meta
 from mmprep.metrics import Metrics
 from mmprep.wire.messages import ItemAnswer, LeaseTo, Need
 from mmprep_frontend.dispatch import Offered, OfferItem, WriterLink
@@ -40,6 +40,8 @@ from mmprep_frontend.render.requests import (
 from mmprep_frontend.render.tokens import EncodedPrompt
 
 T = TypeVar("T")
+#: A request's JSON as a door holds it.
+Body: TypeAlias = bytes | memoryview
 
 #: Requests above this size are parsed off the loop.
 _LARGE_BODY = 256 * 1024
@@ -99,6 +101,19 @@ class RenderedChat:
         queues = {modality: iter(items) for modality, items in waiting.items()}
         return [next(queues[placed.modality]) for placed in self.expanded.ranges]
 
+    def region(self, item: RenderedItem) -> memoryview:
+        """Return an item's tensors as they lie in the ring; pinned until the chat is released."""
+        assert self.offered is not None
+        answer = item.answer
+        start = answer.offset + align(len(answer.meta))
+        return self.offered.mapping.segment.buffer[start : answer.offset + answer.length]
+
+    def inline_bytes(self) -> int:
+        """Return the bytes of the tensors that travel in the answer itself."""
+        if self.request.payload != "tensors":
+            return 0
+        return sum(len(self.region(item)) for item in self.items)
+
     def release(self) -> None:
         """Let go of what is pinned."""
         if self.offered is not None:
@@ -149,6 +164,18 @@ class Service:
         self._limits = limits
         self._request_timeout = request_timeout
 
+    async def on_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Return what ``work`` returns on a thread; awaits its end also when cancelled.
+
+        It may read memory that is pinned only as long as the caller waits.
+        """
+        running = asyncio.get_running_loop().run_in_executor(self.threads, work, *arguments)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            await asyncio.wait([running])
+            raise
+
     def served(self) -> ServedModel:
         """Return the model; raises ServiceUnavailable while it is not loaded."""
         if self.model is None:
@@ -157,7 +184,7 @@ class Service:
 
     # --- chat -----------------------------------------------------------------------------------------------------
 
-    async def chat(self, body: bytes, attachments: Sequence[memoryview] = ()) -> RenderedChat:
+    async def chat(self, body: Body, attachments: Sequence[memoryview] = ()) -> RenderedChat:
         """Render one chat request.
 
         Parameters
@@ -180,7 +207,7 @@ class Service:
             conversation = self._walk(model, request, body)
             return await self._render(model, request, conversation, attachments, deadline)
 
-    def _walk(self, model: ServedModel, request: ChatRequest | TokenizeRequest, body: bytes) -> Conversation:
+    def _walk(self, model: ServedModel, request: ChatRequest | TokenizeRequest, body: Body) -> Conversation:
         conversation = model.walk(request, self._limits)
         model.bounds.check_json(len(body) - sum(len(part.url) for part in conversation.media))
         return conversation
@@ -324,7 +351,7 @@ class Service:
 
     # --- the rest -------------------------------------------------------------------------------------------------
 
-    async def completions(self, body: bytes, request_id: str) -> list[dict[str, Any]]:
+    async def completions(self, body: Body, request_id: str) -> list[dict[str, Any]]:
         """Render a completion request; one GenerateRequest a prompt."""
         model, arrived = self.served(), _now()
         model.bounds.check_json(len(body))
@@ -361,7 +388,7 @@ class Service:
             )
         return encoded
 
-    async def tokenize(self, body: bytes, attachments: Sequence[memoryview] = ()) -> dict[str, Any]:
+    async def tokenize(self, body: Body, attachments: Sequence[memoryview] = ()) -> dict[str, Any]:
         """Tokenize a text or a chat; media are expanded, and only their plans are computed."""
         model, arrived = self.served(), _now()
         request = await self._parse(body, lambda: parse(body, "tokenize"))
@@ -404,7 +431,7 @@ class Service:
         with offered:
             return self._expand(prompt, items).token_ids
 
-    async def detokenize(self, body: bytes) -> dict[str, Any]:
+    async def detokenize(self, body: Body) -> dict[str, Any]:
         """Return the text of token ids."""
         model, arrived = self.served(), _now()
         model.bounds.check_json(len(body))
@@ -420,7 +447,7 @@ class Service:
         seconds = self._request_timeout if deadline_ms is None else min(deadline_ms / 1000, self._request_timeout)
         return arrived + seconds
 
-    async def _parse(self, body: bytes, work: Callable[[], T]) -> T:
+    async def _parse(self, body: Body, work: Callable[[], T]) -> T:
         if len(body) <= _LARGE_BODY:
             return work()
         async with _within(_now() + self._request_timeout):

@@ -14,12 +14,15 @@ from mmprep.metrics import BUCKETS, Labels, Snapshot
 from mmprep.wire.messages import Name
 from mmprep_frontend.http.chat_answer import encode_chat_answer
 from mmprep_frontend.http.exposition import METRICS, HistogramData, Numbers, Series, expose
+from mmprep_frontend.room import Held
 from mmprep_frontend.service import Service
 
 T = TypeVar("T")
 
 #: Bytes of tensors in an answer from which on it is encoded on a thread.
 _LARGE_ANSWER = 64 * 1024
+#: Bytes that encoding takes for one byte of tensors: base64 of all items and once more as JSON, and one packed item.
+_ENCODING = 4
 
 
 class LeaseRequest(msgspec.Struct):
@@ -56,10 +59,10 @@ class HttpDoor:
         self._collect = collect
         self._started = int(time.time())
 
-    async def render_chat(self, body: bytes, request_id: str) -> bytes:
-        return await self._counted("/v1/chat/completions/render", self._render_chat(body, request_id))
+    async def render_chat(self, body: bytes, request_id: str, held: Held) -> bytes:
+        return await self._counted("/v1/chat/completions/render", self._render_chat(body, request_id, held))
 
-    async def render_completions(self, body: bytes, request_id: str) -> bytes:
+    async def render_completions(self, body: bytes, request_id: str, held: Held) -> bytes:  # noqa: ARG002, the seam
         return await self._counted("/v1/completions/render", self._json(self._service.completions(body, request_id)))
 
     async def tokenize(self, body: bytes) -> bytes:
@@ -103,16 +106,15 @@ class HttpDoor:
     def refusal(self) -> str | None:
         return self._refusal()
 
-    async def _render_chat(self, body: bytes, request_id: str) -> bytes:
+    async def _render_chat(self, body: bytes, request_id: str, held: Held) -> bytes:
         chat = await self._service.chat(body)
         try:
             model = self._service.served()
             started = time.monotonic()
-            heavy = chat.request.payload == "tensors" and sum(item.answer.length for item in chat.items) > _LARGE_ANSWER
-            if heavy:
-                loop = asyncio.get_running_loop()
-                work = loop.run_in_executor(self._service.threads, encode_chat_answer, chat, model, request_id)
-                answer = await _through(work)
+            inline = chat.inline_bytes()
+            held.hold_answer(inline * _ENCODING)
+            if inline > _LARGE_ANSWER:
+                answer = await self._service.on_thread(encode_chat_answer, chat, model, request_id)
             else:
                 answer = encode_chat_answer(chat, model, request_id)
             self._service.metrics.observe("mmprep_stage_seconds", time.monotonic() - started, stage="serialize")
@@ -142,15 +144,6 @@ class HttpDoor:
             service.inflight -= 1
             service.metrics.count("mmprep_requests_total", path=path, outcome=outcome)
             service.metrics.observe("mmprep_request_seconds", time.monotonic() - started, path=path)
-
-
-async def _through(work: asyncio.Future[T]) -> T:
-    """Await work on a thread to its end, also when cancelled: it reads memory that is pinned only until we return."""
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        await asyncio.wait([work])
-        raise
 
 
 def _lease_request(body: bytes) -> LeaseRequest:
