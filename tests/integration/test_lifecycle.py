@@ -17,6 +17,7 @@ from tests.integration.service import (
     SHM,
     Service,
     decode_item,
+    environment,
     eventually,
     image,
     is_alive,
@@ -359,6 +360,76 @@ def test_a_spoilt_model_directory_is_told_by_the_file(runtime_dir, tmp_path, spo
     spoil(directory)
     assert words in refused(runtime_dir, directory)
     assert contents(runtime_dir) == []
+
+
+HIDE = """
+import sys
+
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name in {names!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+
+sys.meta_path.insert(0, Hidden())
+"""
+
+
+def with_modules(directory, **sources):
+    """Return an environment in which these modules come before those that are installed."""
+    directory.mkdir(exist_ok=True)
+    for name, source in sources.items():
+        (directory / f"{name}.py").write_text(source)
+    return {"PYTHONPATH": f"{directory}{os.pathsep}{environment()['PYTHONPATH']}"}
+
+
+@pytest.mark.parametrize("command", ["serve", "render"])
+def test_the_base_install_is_told_to_install_the_server(runtime_dir, tmp_path, command):
+    (tmp_path / "request.json").write_text("{}")
+    env = with_modules(tmp_path / "hidden", sitecustomize=HIDE.format(names={"uvloop", "PIL"}))
+    arguments = [tmp_path / "request.json"] if command == "render" else ["--runtime-dir", runtime_dir, "--port", 0]
+    done = mmprep(command, *arguments, env=env)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"mmprep {command}: uvloop, pillow cannot be found; install the server's dependencies: "
+        "pip install 'mmprep[server]'\n"
+    )
+    assert contents(runtime_dir) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "words"),
+    [
+        ("uvloop", "raise RuntimeError('broken')", "the frontend ended 5 times before it was ready.*status 1"),
+        ("simplejpeg", "raise RuntimeError('broken')", "a lane ended 5 times before it was ready.*status 1"),
+        ("simplejpeg", "import os; os.abort()", "a lane ended 5 times before it was ready.*status -6"),
+        (
+            "simplejpeg",
+            "def __getattr__(name):\n    def function(*_, **__):\n        raise KeyError\n    return function",
+            r"a lane cannot start \(KeyError\)",
+        ),
+    ],
+    ids=["frontend", "lane", "lane that is killed", "lane that cannot warm up"],
+)
+def test_a_process_that_can_never_start_ends_the_service(runtime_dir, tmp_path, module, source, words):
+    env = with_modules(tmp_path / "broken", **{module: source})
+    done = mmprep("serve", "--runtime-dir", runtime_dir, "--port", 0, "--cache-size", "16MiB", env=env)
+    assert done.returncode == 1, done.stderr
+    assert re.search(f"^mmprep: {words}", done.stderr, re.MULTILINE), done.stderr
+    assert contents(runtime_dir) == []
+
+
+def test_a_lane_that_cannot_be_replaced_at_the_moment_does_not_end_the_service(tmp_path):
+    directory = write_qwen2_vl(tmp_path / "model")
+    needed, away = directory / "preprocessor_config.json", tmp_path / "away.json"
+    with serving(*SMALL, model=directory) as service:
+        needed.rename(away)
+        os.kill(service.pids()["lane"][0], signal.SIGKILL)
+        eventually(lambda: "could not start: MODEL: preprocessor_config.json" in service.stderr, "the lane's message")
+        assert service.chat(user(text("Hello"), photo("cat.png"))).status == 200
+        away.rename(needed)
+        service.status_when(lambda s: [lane["state"] for lane in s["lanes"]] == ["idle", "idle"], "two lanes")
 
 
 def test_a_missing_model_directory_and_an_unknown_hub_id_are_told(runtime_dir, tmp_path):

@@ -18,25 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from mmprep.cli.extra import INSTALL, SERVER_MODULES
 from mmprep.errors import StartupError
 from mmprep.runtime import RuntimeDir, default_path
 from mmprep.segment import SHM_DIRECTORY, free_space
 from mmprep.sizes import format_size, parse_size
-
-INSTALL = "install the server's dependencies: pip install 'mmprep[server]'"
-
-#: What the extra ``server`` installs: the module and its distribution.
-SERVER_MODULES = (
-    ("aiohttp", "aiohttp"),
-    ("uvloop", "uvloop"),
-    ("transformers", "transformers"),
-    ("jinja2", "jinja2"),
-    ("PIL", "pillow"),
-    ("simplejpeg", "simplejpeg"),
-    ("blake3", "blake3"),
-    ("pybase64", "pybase64"),
-    ("prometheus_client", "prometheus-client"),
-)
 
 #: Kinds of pictures, Pillow's name of what reads them, and how bad it is if they cannot be read.
 PICTURE_KINDS: tuple[tuple[str, str, Literal["warn", "fail"]], ...] = (

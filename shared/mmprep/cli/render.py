@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from mmprep.cli.extra import require_server
 from mmprep.cli.options import parser, resolve
 from mmprep.errors import InvalidRequest, ServiceUnavailable
 
@@ -22,6 +23,7 @@ def run(arguments: list[str]) -> int:
     made.add_argument("--model", help="model directory or hub id; none: the embedded demonstration model")
     parsed = made.parse_args(arguments)
     body = _read(parsed.file)
+    require_server()
     resolve(parsed, parsed.model)
     with tempfile.TemporaryDirectory(prefix="mmprep-") as directory:
         passed = _passed_on(arguments, parsed.file)

@@ -7,6 +7,7 @@ import sys
 import time
 
 from mmprep import __version__
+from mmprep.cli.extra import require_server
 from mmprep.cli.options import parser, resolve
 from mmprep.runtime import RuntimeDir
 from mmprep.sizes import format_size
@@ -18,6 +19,7 @@ def run(arguments: list[str]) -> int:
     made = parser("serve", "Run the service: one writer with its lanes, and the frontends.")
     made.add_argument("model", nargs="?", help="model directory or hub id; none: the embedded demonstration model")
     parsed = made.parse_args(arguments)
+    require_server()
     options = resolve(parsed, parsed.model)
     logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     started = time.monotonic()

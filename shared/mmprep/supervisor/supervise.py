@@ -29,6 +29,9 @@ _log = logging.getLogger("mmprep.supervisor")
 #: A child's exit status that says: what is wrong will not get better by another try.
 CANNOT_START = 78
 
+#: Starts of a process that was never ready, after which the service gives up.
+MOST_STARTS = 5
+
 _ORPHANS_SECONDS = 5.0
 _LONGEST_DELAY = 5.0
 _AFTER_DRAIN = 5.0
@@ -51,6 +54,7 @@ class Supervisor:
         self._runtime = RuntimeDir.prepare(options.runtime_dir)
         self._children: dict[str, Child] = {}
         self._failures: dict[str, int] = {}
+        self._were_ready: set[str] = set()
         self._stopping = asyncio.Event()
         self._failed: str | None = None
         self._announced = False
@@ -115,6 +119,12 @@ class Supervisor:
         _log.warning("%s (pid %d) ended with status %s and is replaced", child.name, child.pid, child.status)
         failures = self._failures.get(child.name, 0)
         self._failures[child.name] = failures + 1
+        if child.name not in self._were_ready and failures + 1 >= MOST_STARTS:
+            self._fail(
+                f"the {role} ended {failures + 1} times before it was ready, the last time with status {child.status}; "
+                "what it said stands above"
+            )
+            return
         delay = 0.0 if failures == 0 else min(0.1 * 2**failures, _LONGEST_DELAY)
         asyncio.get_running_loop().call_later(delay, self._start, child.name)
 
@@ -131,6 +141,7 @@ class Supervisor:
                 ready = False
             else:
                 self._failures[name] = 0
+                self._were_ready.add(name)
         if ready and not self._announced:
             self._announced = True
             self._on_ready(self._port, self._runtime)

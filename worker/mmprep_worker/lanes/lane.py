@@ -21,7 +21,7 @@ import msgspec
 import zmq
 
 from mmprep.digest import Hasher
-from mmprep.errors import DecodeError, InternalError, MmprepError, ProtocolError, TooLarge
+from mmprep.errors import DecodeError, InternalError, MmprepError, ProtocolError, StartupError, TooLarge
 from mmprep.items import DTYPE_SIZES, ItemMeta, align, field_array, region_size
 from mmprep.process_lock import ProcessLock
 from mmprep.segment import Segment
@@ -70,8 +70,14 @@ class Lane:
             family = load_family(Path(self._config.model), max_image_pixels=self._config.max_image_pixels)
             warm_up(family)
         except MmprepError as error:
-            self._send(messages.LaneBroken(self._config.lane, token, messages.Fault.of(error)))
-            self._receive()
+            self._broken(token, error)
+            return
+        except (WriterGoneError, zmq.ZMQError):
+            raise
+        except Exception as error:  # noqa: BLE001 -- whatever it is, the next start would meet it too
+            _log.exception("lane %d cannot start", self._config.lane)
+            why = f"a lane cannot start ({type(error).__name__}); what it said stands above"
+            self._broken(token, StartupError(why))
             return
         card = msgspec.msgpack.encode(family.card)
         self._send(messages.LaneReady(self._config.lane, token, card))
@@ -79,6 +85,11 @@ class Lane:
             frames = self._receive()
             task: messages.Task = unpack(frames[0].buffer, messages.Task)
             self._work(family, task, frames[1])
+
+    def _broken(self, token: bytes, error: MmprepError) -> None:
+        """Tell why this lane will not work, and wait for the end."""
+        self._send(messages.LaneBroken(self._config.lane, token, messages.Fault.of(error)))
+        self._receive()
 
     # --- one task -------------------------------------------------------------------------------------------------
 

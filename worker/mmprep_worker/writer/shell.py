@@ -34,7 +34,7 @@ from mmprep.wire.frames import recv_frames, send_frames
 from mmprep.wire.outbox import Outbox
 from mmprep.wire.sockets import configure, router
 from mmprep_worker.lanes.config import LaneConfig
-from mmprep_worker.lanes.pool import LanePool
+from mmprep_worker.lanes.pool import MOST_STARTS, LanePool
 from mmprep_worker.ring.policy import Clock
 from mmprep_worker.ring.ring import Ring
 from mmprep_worker.scheduling.admission import Admission, Quarantine
@@ -272,7 +272,11 @@ class WriterShell:
 
     def _lane_announced(self, identity: bytes, message: messages.LaneReady | messages.LaneBroken, now: float) -> None:
         if isinstance(message, messages.LaneBroken):
-            self._tell(messages.StateChange(False, message.fault.message, True))
+            if self._core.card:  # others were warm: what keeps this one from it may pass
+                _log.error("lane %d could not start: %s", message.lane, message.fault.message)
+                self._pool.kill(message.lane)
+            else:
+                self._tell(messages.StateChange(False, message.fault.message, True))
             return
         self._lane_peers[identity] = message.lane
         self._lane_identities[message.lane] = identity
@@ -282,6 +286,9 @@ class WriterShell:
     def _lane_exited(self, number: int, now: float) -> None:
         status = self._pool.exited(number, now)
         _log.warning("lane %d ended with status %d and is replaced", number, status)
+        if self._pool.is_hopeless(number):
+            why = f"a lane ended {MOST_STARTS} times before it was ready, the last time with status {status}"
+            self._tell(messages.StateChange(False, f"{why}; what it said stands above", True))
         identity = self._lane_identities.pop(number, None)
         if identity is not None:
             self._lane_peers.pop(identity, None)
