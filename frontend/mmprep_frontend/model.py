@@ -14,6 +14,7 @@ from typing import Any
 
 from mmprep.card import ModelCard
 from mmprep.errors import InvalidRequest, NotFound, StartupError
+from mmprep.wire.messages import MAX_ITEMS
 from mmprep_frontend.media.intake import Intake, Medium, Source
 from mmprep_frontend.render.bounds import TextBounds
 from mmprep_frontend.render.conversation import Conversation, walk
@@ -57,14 +58,19 @@ class ServedModel:
             )
 
     def walk(self, request: ChatRequest | TokenizeRequest, limits: dict[str, int]) -> Conversation:
-        """Take the media out of a request's messages; raises InvalidRequest."""
+        """Take the media out of a request's messages; raises InvalidRequest, also for more of them than ``limits`` allow."""
         assert request.messages is not None
         conversation = walk(request.messages, self.card, self.template.format_for(request), self.sentinels)
+        if len(conversation.media) > MAX_ITEMS:
+            raise InvalidRequest(
+                f"The request has {len(conversation.media)} media; at most {MAX_ITEMS} are allowed in one.",
+                param=conversation.media[MAX_ITEMS].param,
+            )
         counts: dict[str, int] = {}
         for part in conversation.media:
             counts[part.modality] = counts.get(part.modality, 0) + 1
-            limit = limits.get(part.modality)
-            if limit is not None and counts[part.modality] > limit:
+            limit = limits.get(part.modality, 0)
+            if counts[part.modality] > limit:
                 raise InvalidRequest(
                     f"At most {limit} of modality '{part.modality}' are allowed in one request (--limit-mm-per-prompt).",
                     param=part.param,
