@@ -99,8 +99,8 @@ class ServedModel:
 
     def prompt_key(self, conversation: Conversation, request: ChatRequest | TokenizeRequest) -> bytes | None:
         """Return what identifies the request's prompt in :attr:`prompts`."""
-        salt = request.cache_salt if isinstance(request, ChatRequest) else None
-        return self.prompts.key(conversation, request, special=_adds_special_tokens(request), salt=salt)
+        special = _adds_special_tokens(request)
+        return self.prompts.key(conversation, request, special=special, salt=request.cache_salt)
 
     def encode_chat_and_read(
         self,

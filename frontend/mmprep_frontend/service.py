@@ -426,7 +426,14 @@ class Service:
         prompt, media = await self._prompt_and_media(model, request, conversation, attachments, deadline)
         if not media:
             return expand(prompt.token_ids, prompt.placeholders, {}).token_ids
-        terms = Terms("plan", None, self._tensor_dtype, None, 0, deadline)
+        terms = Terms(
+            need="plan",
+            lease=None,
+            dtype=request.mm_dtype or self._tensor_dtype,
+            salt=request.cache_salt,
+            priority=request.priority or 0,
+            deadline=deadline,
+        )
         offered, items = await self._items(model, conversation.media, media, terms)
         with offered:
             return self._expand(prompt, items).token_ids

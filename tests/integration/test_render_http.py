@@ -239,6 +239,28 @@ def test_hashes_are_stable_and_the_same_whatever_the_payload(service):
     assert len(set(hashes[0]["image"])) == len(PHOTOS)
 
 
+def test_counting_looks_where_rendering_with_the_same_salt_and_dtype_would(service):
+    pixels = np.random.default_rng(7).integers(0, 256, (90, 120, 3), np.uint8)
+    into = io.BytesIO()
+    Image.fromarray(pixels).save(into, "PNG")
+    messages = user(image(into.getvalue(), "png"), text("How long?"))
+
+    def found(**fields):
+        """Tell whether the picture was known, under the key of these fields."""
+        name = 'mmprep_mm_cache_hits_total{modality="image"}'
+        before = service.metrics().get(name, 0)
+        assert service.post("/tokenize", {"messages": messages, **fields}).status == 200
+        return service.metrics().get(name, 0) > before
+
+    service.render(messages, mm_payload="none", cache_salt="tenant", mm_dtype="float32")
+    assert not found()
+    assert not found(cache_salt="tenant")
+    assert not found(mm_dtype="float32")
+    assert found(cache_salt="tenant", mm_dtype="float32")
+    assert found(cache_salt="tenant")
+    assert service.post("/tokenize", {"messages": messages, "mm_dtype": "int4"}).error["param"] == "mm_dtype"
+
+
 def test_dtype_salt_and_content_change_a_hash_and_the_place_in_the_chat_does_not(service):
     def of(name, *before, **fields):
         answer = service.render(user(*before, photo(name), text("?")), mm_payload="none", **fields)

@@ -30,6 +30,8 @@ _Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 _Share = Annotated[float, Meta(ge=0, le=1)]
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
 _Url = Annotated[str, Meta(min_length=1)]
+_Salt = Annotated[str, Meta(min_length=1, max_length=1024)]
+_Dtype = Literal["auto", "uint8", "float32", "bfloat16", "float16"]
 
 
 class TextPart(Struct, tag="text", tag_field="type"):
@@ -173,7 +175,7 @@ class _Generating(_Request, kw_only=True):
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     priority: _Int64 | None = None
-    cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
+    cache_salt: _Salt | None = None
     kv_transfer_params: dict[str, Any] | None = None
     ec_transfer_params: dict[str, Any] | None = None
     mm_payload: Payload | None = None
@@ -181,7 +183,7 @@ class _Generating(_Request, kw_only=True):
     backend_id: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     lease_kind: Literal["copy", "view"] | None = None
     deadline_ms: _Positive | None = None
-    mm_dtype: Literal["auto", "uint8", "float32", "bfloat16", "float16"] | None = None
+    mm_dtype: _Dtype | None = None
     return_prompt_text: bool | None = None
     return_token_ids: bool | None = None
     return_token_offsets: bool | None = None
@@ -268,7 +270,10 @@ class TokenizeRequest(_Request, kw_only=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool | None = None
+    priority: _Int64 | None = None
+    cache_salt: _Salt | None = None
     deadline_ms: _Positive | None = None
+    mm_dtype: _Dtype | None = None
 
     @property
     def adds_special_tokens(self) -> bool:
