@@ -25,8 +25,8 @@ from mmprep_frontend.render.template import ChatTemplate, load_sources
 from mmprep_frontend.render.tokens import EncodedPrompt, Tokenizer
 
 _DEFAULT_LENGTH = 32_768
-#: Tokens of all cached prompts of one frontend: some 10 MB.
-_CACHED_TOKENS = 1 << 18
+#: Bytes of all cached prompts of one frontend.
+_CACHED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,12 @@ class ServedModel:
             check=self.bounds.check_counted if counts else self.bounds.check_prompt,
         )
 
-    def prompt_key(self, conversation: Conversation, request: ChatRequest | TokenizeRequest) -> bytes | None:
-        """Return what identifies the request's prompt in :attr:`prompts`."""
+    def prompt_key(
+        self, conversation: Conversation, request: ChatRequest | TokenizeRequest, nbytes: int
+    ) -> bytes | None:
+        """Return what identifies the prompt in :attr:`prompts` of a request of ``nbytes`` of JSON beside its media."""
         special = _adds_special_tokens(request)
-        return self.prompts.key(conversation, request, special=special, salt=request.cache_salt)
+        return self.prompts.key(conversation, request, nbytes=nbytes, special=special, salt=request.cache_salt)
 
     def encode_chat_and_read(
         self,
@@ -150,7 +152,7 @@ def load_model(
         tokenizer,
         length,
         TextBounds(length, tokenizer.longest_token),
-        PromptCache(0 if chat_template.depends_on_time else _CACHED_TOKENS),
+        PromptCache(0 if chat_template.depends_on_time else _CACHED_BYTES),
     )
 
 

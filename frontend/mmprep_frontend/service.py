@@ -83,6 +83,14 @@ class Terms:
     deadline: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Walked:
+    """A request's conversation, and the bytes of its JSON beside its media."""
+
+    conversation: Conversation
+    nbytes: int
+
+
 @dataclass(slots=True)
 class RenderedChat:
     """A rendered chat; its items may be pinned or leased: see ``offered``."""
@@ -204,23 +212,24 @@ class Service:
         model.check_name(request.model)
         deadline = self._deadline(arrived, request.deadline_ms)
         with _naming("messages"):
-            conversation = self._walk(model, request, body)
-            return await self._render(model, request, conversation, attachments, deadline)
+            walked = self._walk(model, request, body)
+            return await self._render(model, request, walked, attachments, deadline)
 
-    def _walk(self, model: ServedModel, request: ChatRequest | TokenizeRequest, body: Body) -> Conversation:
+    def _walk(self, model: ServedModel, request: ChatRequest | TokenizeRequest, body: Body) -> _Walked:
         conversation = model.walk(request, self._limits)
-        model.bounds.check_json(len(body) - sum(len(part.url) for part in conversation.media))
-        return conversation
+        nbytes = len(body) - sum(len(part.url) for part in conversation.media)
+        model.bounds.check_json(nbytes)
+        return _Walked(conversation, nbytes)
 
     async def _render(
         self,
         model: ServedModel,
         request: ChatRequest,
-        conversation: Conversation,
+        walked: _Walked,
         attachments: Sequence[memoryview],
         deadline: float,
     ) -> RenderedChat:
-        prompt, media = await self._prompt_and_media(model, request, conversation, attachments, deadline)
+        prompt, media = await self._prompt_and_media(model, request, walked, attachments, deadline)
         if not media:
             check_length(len(prompt.token_ids), model.max_model_len)
             return RenderedChat(request, prompt, expand(prompt.token_ids, prompt.placeholders, {}))
@@ -232,7 +241,7 @@ class Service:
             priority=request.priority or 0,
             deadline=deadline,
         )
-        offered, items = await self._items(model, conversation.media, media, terms)
+        offered, items = await self._items(model, walked.conversation.media, media, terms)
         try:
             expanded = self._expand(prompt, items)
             check_length(len(expanded.token_ids), model.max_model_len)
@@ -245,12 +254,13 @@ class Service:
         self,
         model: ServedModel,
         request: ChatRequest | TokenizeRequest,
-        conversation: Conversation,
+        walked: _Walked,
         attachments: Sequence[memoryview],
         deadline: float,
     ) -> tuple[EncodedPrompt, list[Medium]]:
+        conversation = walked.conversation
         sources = self._intake.sources(conversation.media, attachments)
-        key = model.prompt_key(conversation, request)
+        key = model.prompt_key(conversation, request, walked.nbytes)
         prompt = model.prompts.get(key)
         at_hand = not any(isinstance(source, HttpSource) for source in sources)
         nbytes = sum(map(size, sources))
@@ -419,11 +429,11 @@ class Service:
         self,
         model: ServedModel,
         request: TokenizeRequest,
-        conversation: Conversation,
+        walked: _Walked,
         attachments: Sequence[memoryview],
         deadline: float,
     ) -> list[int]:
-        prompt, media = await self._prompt_and_media(model, request, conversation, attachments, deadline)
+        prompt, media = await self._prompt_and_media(model, request, walked, attachments, deadline)
         if not media:
             return expand(prompt.token_ids, prompt.placeholders, {}).token_ids
         terms = Terms(
@@ -434,7 +444,7 @@ class Service:
             priority=request.priority or 0,
             deadline=deadline,
         )
-        offered, items = await self._items(model, conversation.media, media, terms)
+        offered, items = await self._items(model, walked.conversation.media, media, terms)
         with offered:
             return self._expand(prompt, items).token_ids
 

@@ -95,6 +95,14 @@ def with_url(url):
     return user({"type": "image_url", "image_url": {"url": url}}, text("?"))
 
 
+def nested(levels):
+    """Return an object in an object, and so on."""
+    value = {}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
 class Case(NamedTuple):
     """One bad request and the answer to it."""
 
@@ -122,6 +130,12 @@ CASES = {
     "no body": Case(b"", 400, BAD, None, "not valid JSON"),
     "not UTF-8": Case(b'{"messages": [{"role": "user", "content": "\xff"}]}', 400, BAD, None, "not valid JSON"),
     "nested too deeply": Case(b'{"x":' + b"[" * 100_000, 400, BAD, None, "nested too deeply|not valid JSON"),
+    "a schema just below the decoder's limit": Case(
+        chat(HELLO, structured_outputs={"json": nested(900)}), 400, BAD, "structured_outputs", "128 levels"
+    ),
+    "a tool just below the decoder's limit": Case(
+        chat(HELLO, tools=[{"type": "function", "function": nested(900)}]), 400, BAD, "tools", "128 levels"
+    ),
     "a list": Case([], 400, BAD, None, "expected an object"),
     "no messages": Case({}, 400, BAD, "messages", "required"),
     "empty messages": Case(chat([]), 400, BAD, "messages", "at least one"),
@@ -264,6 +278,14 @@ def test_a_bad_request_is_told_what_is_wrong_and_where(service, name):
 def test_text_that_takes_longer_than_its_deadline_is_answered_in_time(service, path, body):
     answer = service.post(path, {**body, "deadline_ms": 1})
     assert (answer.status, answer.error["type"]) == (408, "TimeoutError")
+
+
+def test_deep_arguments_of_a_tool_are_rendered_or_refused_and_never_a_fault(service):
+    call = {"function": {"name": "f", "arguments": "DEEP"}}
+    body = json.dumps(chat([*HELLO, {"role": "assistant", "tool_calls": [call]}])).encode()
+    for levels in range(800, 1020, 4):
+        answer = service.post(CHAT, body.replace(b'"DEEP"', b'{"a":' * levels + b"{}" + b"}" * levels))
+        assert answer.status in {200, 400}, (levels, answer.body)
 
 
 def test_a_text_longer_than_the_model_takes_can_be_counted(service):

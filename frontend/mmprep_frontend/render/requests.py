@@ -347,8 +347,26 @@ _NOT_YET = (
 )
 
 
+#: Fields whose content the schema leaves open.
+_OPEN = (
+    "tools",
+    "tool_choice",
+    "documents",
+    "chat_template_kwargs",
+    "response_format",
+    "structured_outputs",
+    "vllm_xargs",
+    "stream_options",
+    "kv_transfer_params",
+    "ec_transfer_params",
+)
+#: Levels of lists and objects in one of them: far below what encoders and templates can follow.
+_DEEPEST = 128
+
+
 def _check(request: Request) -> None:
     """Refuse what the schema allows and this service does not honour, or what contradicts itself."""
+    _check_depth(request)
     for name in _REFUSED:
         if getattr(request, name, None) is not None:
             raise InvalidRequest(f"'{name}' is not accepted from requests by this service; leave it out.", param=name)
@@ -367,6 +385,27 @@ def _check(request: Request) -> None:
         if (request.prompt is None) == (request.messages is None):
             raise InvalidRequest("Send either 'prompt' or 'messages'.", param="prompt")
         _check_conversation(request)
+
+
+def _check_depth(request: Request) -> None:
+    for name in _OPEN:
+        if _is_too_deep(getattr(request, name, None)):
+            raise InvalidRequest(f"'{name}' is nested more than {_DEEPEST} levels deep.", param=name)
+
+
+def _is_too_deep(value: Any) -> bool:
+    """Whether a value of JSON has more than ``_DEEPEST`` levels; a loop over the levels, as recursion would not end well."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_DEEPEST):
+        if not level:
+            return False
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+    return bool(level)
 
 
 def _check_conversation(request: ChatRequest | TokenizeRequest) -> None:
