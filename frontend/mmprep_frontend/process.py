@@ -45,6 +45,16 @@ _BODIES = 512 << 20
 _SWITCH_SECONDS = 0.0005
 
 
+class _Writer(WriterLink):
+    """The link to the writer, which also knows whether the present writer's lanes are warm: it has sent its card."""
+
+    warm = False
+
+    def _on_down(self) -> None:
+        self.warm = False
+        super()._on_down()
+
+
 class Frontend:
     """Everything of one frontend, on the running loop."""
 
@@ -66,7 +76,7 @@ class Frontend:
         self._tokenizer = asyncio.get_running_loop().run_in_executor(
             self._render_thread, _load_tokenizer, Path(settings.model)
         )
-        self._writer = WriterLink(
+        self._writer = _Writer(
             self._context, self._runtime, settings.index, hasher=settings.hash, on_card=self._on_card
         )
         self._service = Service(
@@ -110,7 +120,7 @@ class Frontend:
 
     def _not_ready(self) -> str | None:
         refusal = self._refusal()
-        if refusal is None and not self._writer.connected:
+        if refusal is None and not self._writer.warm:
             return "the preprocessing worker is being replaced"
         return refusal
 
@@ -119,6 +129,7 @@ class Frontend:
         return "the service is stopping" if self._draining else self._reason
 
     def _on_card(self, card: ModelCard) -> None:
+        self._writer.warm = True
         if self._service.model is not None and self._service.model.card == card:
             return
         self._loading = asyncio.create_task(self._load(card))

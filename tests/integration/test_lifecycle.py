@@ -420,6 +420,36 @@ def test_a_process_that_can_never_start_ends_the_service(runtime_dir, tmp_path, 
     assert contents(runtime_dir) == []
 
 
+GATE = """
+import importlib, os, sys, time
+
+while os.path.exists({gate!r}):
+    time.sleep(0.01)
+sys.path.remove({directory!r})
+del sys.modules["simplejpeg"]
+importlib.import_module("simplejpeg")
+"""
+
+
+def test_a_replaced_writer_is_not_ready_before_its_lanes_are_warm(tmp_path):
+    gate, directory = tmp_path / "gate", tmp_path / "gated"
+    env = with_modules(directory, simplejpeg=GATE.format(gate=str(gate), directory=str(directory)))
+    with serving("--cache-size", "16MiB", "--frontends", 1, "--lanes", 2, env=env) as service:
+        gate.touch()
+        killed = service.pids()["writer"][0]
+        os.kill(killed, signal.SIGKILL)
+        with ThreadPoolExecutor(1) as other:
+            waiting = other.submit(service.chat, user(photo("cat.png")))
+            service.status_when(
+                lambda s: s.get("worker", {}).get("pid") not in {None, killed} and s["pins"], "the frontend's offer"
+            )
+            answer = service.get("/ready")
+            gate.unlink()
+            assert (answer.status, answer.error["type"]) == (503, "ServiceUnavailableError")
+            assert waiting.result().status == 200
+        eventually(lambda: service.get("/ready").status == 200, "a service that is ready again")
+
+
 def test_a_lane_that_cannot_be_replaced_at_the_moment_does_not_end_the_service(tmp_path):
     directory = write_qwen2_vl(tmp_path / "model")
     needed, away = directory / "preprocessor_config.json", tmp_path / "away.json"
