@@ -137,6 +137,7 @@ class Frontend:
     async def _load(self, card: ModelCard) -> None:
         settings = self._settings
         try:
+            _check_dtype(settings.tensor_dtype, card)
             loaded = await self._tokenizer
             model = await asyncio.get_running_loop().run_in_executor(
                 self._render_thread,
@@ -194,6 +195,16 @@ def _load_tokenizer(directory: Path) -> Any:
     from mmprep_frontend.render.tokens import load_tokenizer  # noqa: PLC0415
 
     return load_tokenizer(directory)
+
+
+def _check_dtype(name: str, card: ModelCard) -> None:
+    """Refuse a ``--tensor-dtype`` with which every request would be refused; raises StartupError."""
+    for modality, dtypes in card.dtypes.items():
+        if name != "auto" and name not in dtypes:
+            raise StartupError(
+                f"--tensor-dtype {name}: this model's tensors of modality '{modality}' come as {', '.join(dtypes)}; "
+                "give one of these, or auto"
+            )
 
 
 async def _run(settings: FrontendSettings) -> None:

@@ -27,7 +27,7 @@ from tests.integration.service import (
     text,
     user,
 )
-from tests.models import write_qwen2_vl
+from tests.models import write_llava15, write_qwen2_vl
 
 from mmprep import Client
 
@@ -359,6 +359,12 @@ def test_a_spoilt_model_directory_is_told_by_the_file(runtime_dir, tmp_path, spo
     directory = write_qwen2_vl(tmp_path / "model")
     spoil(directory)
     assert words in refused(runtime_dir, directory)
+    assert contents(runtime_dir) == []
+
+
+def test_a_dtype_that_the_model_does_not_have_is_refused_by_its_option(runtime_dir, tmp_path):
+    message = refused(runtime_dir, write_llava15(tmp_path / "model"), "--tensor-dtype", "uint8")
+    assert re.search("--tensor-dtype uint8: .*float32, bfloat16, float16", message)
     assert contents(runtime_dir) == []
 
 
