@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from mmprep.errors import Busy, DecodeError, InvalidRequest, MmprepError, StartupError
+from mmprep.errors import Busy, DecodeError, InvalidRequest, MmprepError, ServiceUnavailable, StartupError
 from mmprep_frontend.http.app import make_app
 from mmprep_frontend.http.exposition import expose
 from mmprep_frontend.http.server import HttpServer, reserve_port, serve_http
@@ -223,7 +223,8 @@ def test_until_it_is_ready_only_what_needs_no_model_answers(run: Run) -> None:
         (DecodeError("broken", param="messages[0].content[1].image_url"), 422, "UnprocessableEntityError", None),
         (Busy("full", retry_after=2.5), 429, "OverloadedError", "3"),
         (Busy("full", retry_after=0.01), 429, "OverloadedError", "1"),
-        (Busy("full"), 429, "OverloadedError", None),
+        (Busy("full"), 429, "OverloadedError", "1"),
+        (ServiceUnavailable("gone"), 503, "ServiceUnavailableError", "1"),
         (InvalidRequest("wrong", retry_after=2.0), 400, "BadRequestError", None),
     ],
 )
