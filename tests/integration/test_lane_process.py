@@ -25,6 +25,7 @@ def test_a_lane_whose_writer_goes_away_while_it_warms_up_ends(runtime_dir):
         max_media_size=1 << 24,
         data_limit=4 << 30,
         nice=0,
+        log_level="warning",
     )
     try:
         lane = subprocess.run(

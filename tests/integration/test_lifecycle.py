@@ -109,6 +109,14 @@ def _ignoring(service):
         service.chat(user(image(drawn(77), "png")))
 
 
+@pytest.mark.parametrize(("level", "lanes"), [("info", 2), ("warning", 0)])
+def test_every_process_logs_from_the_level_that_was_asked_for(level, lanes):
+    with serving(*SMALL, "--log-level", level) as service:
+        pass
+    warm = [line for line in service.lines if re.search(r"^[-0-9]+ [:,0-9]+ INFO mmprep\.lane: lane \d is warm$", line)]
+    assert len(warm) == lanes
+
+
 def test_a_directory_that_the_service_made_is_gone_with_it(runtime_dir):
     service = Service(runtime_dir / "made", *SMALL).ready()
     assert service.stop() == 0

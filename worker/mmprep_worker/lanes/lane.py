@@ -79,6 +79,7 @@ class Lane:
             why = f"a lane cannot start ({type(error).__name__}); what it said stands above"
             self._broken(token, StartupError(why))
             return
+        _log.info("lane %d is warm", self._config.lane)
         card = msgspec.msgpack.encode(family.card)
         self._send(messages.LaneReady(self._config.lane, token, card))
         while True:
@@ -185,6 +186,7 @@ def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     _keep_memory()
     config: LaneConfig = read_settings(LaneConfig)
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     lock = ProcessLock(Path(config.lock))
     if not lock.acquire():
         sys.exit(f"lane {config.lane}: its lock is held by another process")
