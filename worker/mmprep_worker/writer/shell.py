@@ -52,7 +52,6 @@ _BATCH = 128
 #: Milliseconds after which a supervisor that takes no message is gone.
 _SUPERVISOR_MS = 5000
 _CHECK_LOCKS_EVERY = 0.25
-_SLOT_BYTES = 64 * 1024
 _PLAN_BYTES = 32 << 20
 _QUARANTINED = 1024
 _QUARANTINE_SECONDS = 60.0
@@ -94,15 +93,14 @@ class WriterShell:
     # --- setting up -----------------------------------------------------------------------------------------------
 
     def _make_segment(self) -> Segment:
-        slots = max(1024, min(1 << 18, self._settings.cache_size // _SLOT_BYTES))
-        geometry = layout.Geometry.plan(self._settings.cache_size, slots)
+        geometry = layout.Geometry.for_ring(self._settings.cache_size)
         epoch = os.urandom(layout.EPOCH_SIZE)
         for left in segments_of(
             self._runtime.runtime_id
         ):  # of a writer that was killed: its ring is not taken over yet
             unlink(left)
         segment = Segment.create(segment_name(self._runtime.runtime_id, epoch), geometry.total_size)
-        for slot in range(slots):
+        for slot in range(geometry.slots):
             start = geometry.record_offset(slot)
             segment.buffer[start : start + layout.RECORD_SIZE] = layout.pack_free(slot)
         segment.buffer[: layout.PAGE] = layout.pack_header(layout.Header(epoch, 1, geometry))
