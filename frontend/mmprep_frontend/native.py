@@ -207,8 +207,7 @@ class NativeDoor:
     async def _detokenize(self, peer: bytes, call: int, held: Held, body: memoryview, _: list[memoryview]) -> None:
         self._json(peer, call, held, await self._service.detokenize(body))
 
-    def _json(self, peer: bytes, call: int, held: Held, answer: Any) -> None:
-        encoded = msgspec.json.encode(answer)
+    def _json(self, peer: bytes, call: int, held: Held, encoded: bytes) -> None:
         held.hold_answer(len(encoded))
         if len(encoded) < _TRACKED:
             self._send(peer, messages.Response(call), encoded)

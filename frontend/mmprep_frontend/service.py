@@ -27,7 +27,7 @@ from mmprep_frontend.media.intake import SMALL, TINY, Intake, Medium, Source, fi
 from mmprep_frontend.media.keys import item_key, scope
 from mmprep_frontend.media.sources import HttpSource
 from mmprep_frontend.model import ServedModel
-from mmprep_frontend.render.answer import check_length, generate_request
+from mmprep_frontend.render.answer import check_length, generate_request, json_list
 from mmprep_frontend.render.conversation import Conversation, MediaPart
 from mmprep_frontend.render.expansion import Expanded, expand
 from mmprep_frontend.render.requests import (
@@ -45,6 +45,9 @@ Body: TypeAlias = bytes | memoryview
 
 #: Requests above this size are parsed off the loop.
 _LARGE_BODY = 256 * 1024
+#: Ids up to which an answer is encoded on the loop, and how many the rest of one answer is worth.
+_FEW_IDS = 16_384
+_ANSWER = 100
 _PIXELS_A_BYTE = 4
 #: Characters and ids that one completion request has tokenized or checked before others get their turn.
 _TURN = 64 * 1024
@@ -183,6 +186,10 @@ class Service:
         except asyncio.CancelledError:
             await asyncio.wait([running])
             raise
+
+    async def encode(self, ids: int, work: Callable[[], bytes]) -> bytes:
+        """Return the JSON that ``work`` makes of so many ids: on a thread where they are many."""
+        return work() if ids <= _FEW_IDS else await self.on_thread(work)
 
     def served(self) -> ServedModel:
         """Return the model; raises ServiceUnavailable while it is not loaded."""
@@ -361,8 +368,8 @@ class Service:
 
     # --- the rest -------------------------------------------------------------------------------------------------
 
-    async def completions(self, body: Body, request_id: str) -> list[dict[str, Any]]:
-        """Render a completion request; one GenerateRequest a prompt."""
+    async def completions(self, body: Body, request_id: str) -> bytes:
+        """Render a completion request; JSON of a list of GenerateRequests, one a prompt."""
         model, arrived = self.served(), _now()
         model.bounds.check_json(len(body))
         request = await self._parse(body, lambda: parse(body, "completion"))
@@ -370,17 +377,22 @@ class Service:
         numbered = request.is_batch
         with _naming("prompt"):
             encoded = await self._encode_prompts(model, request, self._deadline(arrived, request.deadline_ms))
-            return [
-                generate_request(
-                    request,
-                    request_id=f"{request_id}-{index}" if numbered else request_id,
-                    model=model.name,
-                    token_ids=token_ids,
-                    max_model_len=model.max_model_len,
-                    prompt_text=text,
+
+            def answers() -> bytes:
+                told = (
+                    generate_request(
+                        request,
+                        request_id=f"{request_id}-{index}" if numbered else request_id,
+                        model=model.name,
+                        token_ids=token_ids,
+                        max_model_len=model.max_model_len,
+                        prompt_text=text,
+                    )
+                    for index, (token_ids, text) in enumerate(encoded)
                 )
-                for index, (token_ids, text) in enumerate(encoded)
-            ]
+                return b"".join((b"[", b",".join(map(msgspec.json.encode, told)), b"]"))
+
+            return await self.encode(sum(_ANSWER + len(token_ids) for token_ids, _ in encoded), answers)
 
     async def _encode_prompts(
         self, model: ServedModel, request: CompletionRequest, deadline: float
@@ -398,8 +410,8 @@ class Service:
             )
         return encoded
 
-    async def tokenize(self, body: Body, attachments: Sequence[memoryview] = ()) -> dict[str, Any]:
-        """Tokenize a text or a chat; media are expanded, and only their plans are computed."""
+    async def tokenize(self, body: Body, attachments: Sequence[memoryview] = ()) -> bytes:
+        """Tokenize a text or a chat, to JSON; media are expanded, and only their plans are computed."""
         model, arrived = self.served(), _now()
         request = await self._parse(body, lambda: parse(body, "tokenize"))
         model.check_name(request.model)
@@ -418,12 +430,18 @@ class Service:
         strings = None
         if request.return_token_strs:
             strings = await self._on_render_thread(deadline, model.tokenizer.token_strs, token_ids)
-        return {
-            "count": len(token_ids),
-            "max_model_len": model.max_model_len,
-            "tokens": token_ids,
-            "token_strs": strings,
-        }
+
+        def answer() -> bytes:
+            return msgspec.json.encode(
+                {
+                    "count": len(token_ids),
+                    "max_model_len": model.max_model_len,
+                    "tokens": json_list(token_ids),
+                    "token_strs": None if strings is None else json_list(strings),
+                }
+            )
+
+        return await self.encode(len(token_ids), answer)
 
     async def _tokenize_chat(
         self,
@@ -435,7 +453,9 @@ class Service:
     ) -> list[int]:
         prompt, media = await self._prompt_and_media(model, request, walked, attachments, deadline)
         if not media:
-            return expand(prompt.token_ids, prompt.placeholders, {}).token_ids
+            return (
+                expand(prompt.token_ids, prompt.placeholders, {}).token_ids if prompt.placeholders else prompt.token_ids
+            )
         terms = Terms(
             need="plan",
             lease=None,
@@ -448,15 +468,20 @@ class Service:
         with offered:
             return self._expand(prompt, items).token_ids
 
-    async def detokenize(self, body: Body) -> dict[str, Any]:
-        """Return the text of token ids."""
+    async def detokenize(self, body: Body) -> bytes:
+        """Return the text of token ids, as JSON."""
         model, arrived = self.served(), _now()
         model.bounds.check_json(len(body))
         request: DetokenizeRequest = await self._parse(body, lambda: parse(body, "detokenize"))
         model.check_name(request.model)
-        model.tokenizer.check_ids(request.tokens, "tokens")
         deadline = self._deadline(arrived, request.deadline_ms)
-        return {"prompt": await self._on_render_thread(deadline, model.tokenizer.decode, request.tokens)}
+
+        def decode() -> str:
+            model.tokenizer.check_ids(request.tokens, "tokens")
+            return model.tokenizer.decode(request.tokens)
+
+        text = await self._on_render_thread(deadline, decode)
+        return await self.encode(len(request.tokens), lambda: msgspec.json.encode({"prompt": text}))
 
     # --- steps ----------------------------------------------------------------------------------------------------
 

@@ -55,7 +55,7 @@ class Counter:
     async def tokenize(self, _body, _attachments):
         self.began.set()
         await self.go_on.wait()
-        return {"answer": self.answer}
+        return msgspec.json.encode({"answer": self.answer})
 
 
 class Asker:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -63,13 +64,13 @@ class HttpDoor:
         return await self._counted("/v1/chat/completions/render", self._render_chat(body, request_id, held))
 
     async def render_completions(self, body: bytes, request_id: str, held: Held) -> bytes:  # noqa: ARG002, the seam
-        return await self._counted("/v1/completions/render", self._json(self._service.completions(body, request_id)))
+        return await self._counted("/v1/completions/render", self._service.completions(body, request_id))
 
     async def tokenize(self, body: bytes) -> bytes:
-        return await self._counted("/tokenize", self._json(self._service.tokenize(body)))
+        return await self._counted("/tokenize", self._service.tokenize(body))
 
     async def detokenize(self, body: bytes) -> bytes:
-        return await self._counted("/detokenize", self._json(self._service.detokenize(body)))
+        return await self._counted("/detokenize", self._service.detokenize(body))
 
     async def renew_leases(self, body: bytes) -> bytes:
         request = _lease_request(body)
@@ -113,18 +114,15 @@ class HttpDoor:
             started = time.monotonic()
             inline = chat.inline_bytes()
             held.hold_answer(inline * _ENCODING)
+            work = partial(encode_chat_answer, chat, model, request_id)
             if inline > _LARGE_ANSWER:
-                answer = await self._service.on_thread(encode_chat_answer, chat, model, request_id)
+                answer = await self._service.on_thread(work)
             else:
-                answer = encode_chat_answer(chat, model, request_id)
+                answer = await self._service.encode(len(chat.expanded.token_ids), work)
             self._service.metrics.observe("mmprep_stage_seconds", time.monotonic() - started, stage="serialize")
         finally:
             chat.release()
         return answer
-
-    @staticmethod
-    async def _json(work: Awaitable[Any]) -> bytes:
-        return msgspec.json.encode(await work)
 
     async def _counted(self, path: str, work: Awaitable[T]) -> T:
         service, started, outcome = self._service, time.monotonic(), "ok"

@@ -26,6 +26,9 @@ from mmprep.card import ModelCard
 from mmprep.errors import InvalidRequest, StartupError
 from mmprep_frontend.render.sentinels import Sentinels
 
+#: Ids that are looked at in one call.
+_PIECE = 16_384
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -130,7 +133,9 @@ class Tokenizer:
         """
         if not token_ids:
             raise InvalidRequest("At least one token id is needed.", param=param)
-        if min(token_ids) >= 0 and max(token_ids) < self.vocab_size:
+        # In pieces: one call over millions of ids would hold up every other thread.
+        pieces = (token_ids[start : start + _PIECE] for start in range(0, len(token_ids), _PIECE))
+        if all(min(piece) >= 0 and max(piece) < self.vocab_size for piece in pieces):
             return
         index = next(i for i, token_id in enumerate(token_ids) if not 0 <= token_id < self.vocab_size)
         raise InvalidRequest(
