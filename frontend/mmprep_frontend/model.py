@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ from mmprep_frontend.render.tokens import EncodedPrompt, Tokenizer
 _DEFAULT_LENGTH = 32_768
 #: Bytes of all cached prompts of one frontend.
 _CACHED_BYTES = 16 << 20
+#: Stages that are noted and not taken out yet.
+_NOTED = 1024
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class ServedModel:
     max_model_len: tokens of prompt and answer together.
     bounds: of a request's text.
     prompts: those that were encoded before.
+    stages: stages and their seconds, as the render thread noted them; for whoever counts to take out.
     """
 
     name: str
@@ -49,6 +55,7 @@ class ServedModel:
     max_model_len: int
     bounds: TextBounds
     prompts: PromptCache
+    stages: deque[tuple[str, float]] = field(default_factory=lambda: deque(maxlen=_NOTED))
 
     def check_name(self, name: str | None) -> None:
         """Refuse another model's name; raises NotFound."""
@@ -86,16 +93,30 @@ class ServedModel:
             request = parse(b'{"messages":[{"role":"user","content":"Hello"}]}', "chat")
             self.encode_chat(self.walk(request, {}), request)
         self.tokenizer.decode(self.tokenizer.encode_text("Hello", add_special_tokens=True))
+        self.stages.clear()
 
     def encode_chat(self, conversation: Conversation, request: ChatRequest | TokenizeRequest) -> EncodedPrompt:
         """Render and tokenize; on the render thread."""
-        rendered = self.template.render(conversation, request)
+        with self._noting("template"):
+            rendered = self.template.render(conversation, request)
         counts = isinstance(request, TokenizeRequest)
-        return self.tokenizer.encode_prompt(
-            rendered,
-            add_special_tokens=_adds_special_tokens(request),
-            check=self.bounds.check_counted if counts else self.bounds.check_prompt,
-        )
+        with self._noting("tokenize"):
+            return self.tokenizer.encode_prompt(
+                rendered,
+                add_special_tokens=_adds_special_tokens(request),
+                check=self.bounds.check_counted if counts else self.bounds.check_prompt,
+            )
+
+    def encode_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Tokenize a plain text; on the render thread."""
+        with self._noting("tokenize"):
+            return self.tokenizer.encode_text(text, add_special_tokens=add_special_tokens)
+
+    @contextlib.contextmanager
+    def _noting(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.stages.append((stage, time.monotonic() - started))
 
     def prompt_key(
         self, conversation: Conversation, request: ChatRequest | TokenizeRequest, nbytes: int

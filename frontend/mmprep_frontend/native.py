@@ -166,11 +166,13 @@ class NativeDoor:
             nbytes = chat.inline_bytes()
             held.hold_answer(nbytes)
             regions: list[NDArray[np.uint8]] = []
-            if nbytes > _LARGE_COPY:
-                regions = await self._service.on_thread(_copy_regions, chat)
-            elif nbytes:
-                regions = _copy_regions(chat)
-            self._send(peer, messages.Rendered(call), self._head(chat), *_tracked(held, regions))
+            with self._service.timed("serialize"):
+                if nbytes > _LARGE_COPY:
+                    regions = await self._service.on_thread(_copy_regions, chat)
+                elif nbytes:
+                    regions = _copy_regions(chat)
+                head = self._head(chat)
+            self._send(peer, messages.Rendered(call), head, *_tracked(held, regions))
         finally:
             chat.release()
 

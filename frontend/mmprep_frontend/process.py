@@ -81,7 +81,13 @@ class Frontend:
         )
         self._service = Service(
             writer=self._writer,
-            intake=Intake(self._fetcher, hasher, settings.max_media_size, self._threads),
+            intake=Intake(
+                self._fetcher,
+                hasher,
+                settings.max_media_size,
+                self._threads,
+                lambda seconds: self._metrics.observe("mmprep_stage_seconds", seconds, stage="fetch"),
+            ),
             hasher=hasher,
             metrics=self._metrics,
             render_thread=self._render_thread,

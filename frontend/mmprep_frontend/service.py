@@ -48,6 +48,8 @@ _LARGE_BODY = 256 * 1024
 #: Ids up to which an answer is encoded on the loop, and how many the rest of one answer is worth.
 _FEW_IDS = 16_384
 _ANSWER = 100
+#: Bytes of tensors up to which an answer is encoded on the loop.
+_FEW_BYTES = 64 * 1024
 _PIXELS_A_BYTE = 4
 #: Characters and ids that one completion request has tokenized or checked before others get their turn.
 _TURN = 64 * 1024
@@ -187,9 +189,11 @@ class Service:
             await asyncio.wait([running])
             raise
 
-    async def encode(self, ids: int, work: Callable[[], bytes]) -> bytes:
-        """Return the JSON that ``work`` makes of so many ids: on a thread where they are many."""
-        return work() if ids <= _FEW_IDS else await self.on_thread(work)
+    async def encode(self, ids: int, work: Callable[[], bytes], *, nbytes: int = 0) -> bytes:
+        """Return the JSON that ``work`` makes of so many ids and bytes of tensors: on a thread where they are many."""
+        with self.timed("serialize"):
+            light = ids <= _FEW_IDS and nbytes <= _FEW_BYTES
+            return work() if light else await self.on_thread(work)
 
     def served(self) -> ServedModel:
         """Return the model; raises ServiceUnavailable while it is not loaded."""
@@ -294,7 +298,6 @@ class Service:
         known: EncodedPrompt | None,
         deadline: float,
     ) -> tuple[EncodedPrompt, list[Medium]]:
-        started = time.monotonic()
         try:
             async with _within(deadline), asyncio.TaskGroup() as group:
                 reading = group.create_task(self._intake.read(sources, conversation.media, deadline))
@@ -303,12 +306,13 @@ class Service:
                     encoding = group.create_task(encode)
         except BaseExceptionGroup as failures:
             raise first_error(failures) from None
-        self.metrics.observe("mmprep_stage_seconds", time.monotonic() - started, stage="fetch")
         return known or encoding.result(), reading.result()
 
     async def _items(
         self, model: ServedModel, parts: Sequence[MediaPart], media: Sequence[Medium], terms: Terms
     ) -> tuple[Offered, list[RenderedItem]]:
+        for medium in media:
+            self._observe("hash", medium.seconds)
         scoped = scope(_ANONYMOUS, terms.salt)
         wanted = [
             self._offer_item(model, scoped, part, medium, terms.dtype)
@@ -357,7 +361,8 @@ class Service:
         plans: dict[str, list[Any]] = {}
         for item in items:
             plans.setdefault(item.part.modality, []).append(item.meta.plan)
-        return expand(prompt.token_ids, prompt.placeholders, plans)
+        with self.timed("expand"):
+            return expand(prompt.token_ids, prompt.placeholders, plans)
 
     def _give_back(self, offered: Offered, lease: LeaseTo | None) -> None:
         """Let go of an answer that will not reach anybody."""
@@ -420,7 +425,7 @@ class Service:
             model.bounds.check_counted(len(request.prompt), "prompt")
             text, special = request.prompt, request.adds_special_tokens
             token_ids = await self._on_render_thread(
-                deadline, lambda: model.tokenizer.encode_text(text, add_special_tokens=special)
+                deadline, lambda: model.encode_text(text, add_special_tokens=special)
             )
         else:
             with _naming("messages"):
@@ -497,11 +502,23 @@ class Service:
 
     async def _on_render_thread(self, deadline: float, work: Callable[..., T], *arguments: Any) -> T:
         """Return what ``work`` returns. Where the deadline comes first, work that has not begun is dropped."""
+        try:
+            async with _within(deadline):
+                return await asyncio.get_running_loop().run_in_executor(self._render_thread, work, *arguments)
+        finally:
+            stages = self.served().stages
+            while stages:
+                self._observe(*stages.popleft())
+
+    def _observe(self, stage: str, seconds: float) -> None:
+        self.metrics.observe("mmprep_stage_seconds", seconds, stage=stage)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Count the block's time for ``stage``."""
         started = time.monotonic()
-        async with _within(deadline):
-            result = await asyncio.get_running_loop().run_in_executor(self._render_thread, work, *arguments)
-        self.metrics.observe("mmprep_stage_seconds", time.monotonic() - started, stage="tokenize")
-        return result
+        yield
+        self._observe(stage, time.monotonic() - started)
 
 
 def _all(media: Sequence[Medium | None]) -> list[Medium]:
@@ -549,7 +566,7 @@ def _encode(
     encoded: list[tuple[list[int], str | None]] = []
     for prompt, param in zip(prompts, params, strict=True):
         if isinstance(prompt, str):
-            encoded.append((model.tokenizer.encode_text(prompt, add_special_tokens=add_special_tokens), prompt))
+            encoded.append((model.encode_text(prompt, add_special_tokens=add_special_tokens), prompt))
         else:
             model.tokenizer.check_ids(prompt, param)
             encoded.append((prompt, None))

@@ -452,6 +452,33 @@ def test_metrics_count_for_all_frontends_whichever_is_asked(service):
         assert names[name], name
 
 
+STAGES = ("fetch", "hash", "template", "tokenize", "queue", "decode", "process", "expand", "serialize")
+
+
+def test_each_stage_is_counted_where_it_happens_and_the_help_names_those_that_do(service):
+    def counts():
+        metrics = service.metrics()
+        return [metrics.get(f'mmprep_stage_seconds_count{{stage="{stage}"}}', 0) for stage in STAGES]
+
+    def grown(call):
+        before = counts()
+        call()
+        return [int(after - earlier) for after, earlier in zip(counts(), before, strict=True)]
+
+    into = io.BytesIO()
+    Image.fromarray(np.random.default_rng(8).integers(0, 256, (70, 90, 3), np.uint8)).save(into, "PNG")
+    parts = (image(into.getvalue(), "png"), photo("cat.png"), text("Which stage is this?"))
+    service.render(user(photo("cat.png"), text("?")))
+    # one new picture and one known, and a new text
+    assert grown(lambda: service.render(user(*parts))) == [0, 2, 1, 1, 1, 1, 1, 1, 1]
+    assert grown(lambda: service.post("/tokenize", {"prompt": "a text"})) == [0, 0, 0, 1, 0, 0, 0, 0, 1]
+    assert grown(lambda: service.post("/v1/completions/render", {"prompt": "a text"})) == [0, 0, 0, 1, 0, 0, 0, 0, 1]
+    assert grown(lambda: service.post("/detokenize", {"tokens": [1, 2]})) == [0, 0, 0, 0, 0, 0, 0, 0, 1]
+    lines = service.get("/metrics").body.decode().splitlines()
+    (line,) = (line for line in lines if line.startswith("# HELP mmprep_stage_seconds "))
+    assert line.endswith(f": {', '.join(STAGES)}.")
+
+
 # --- other models -----------------------------------------------------------------------------------------------------
 
 

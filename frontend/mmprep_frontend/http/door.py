@@ -20,8 +20,6 @@ from mmprep_frontend.service import Service
 
 T = TypeVar("T")
 
-#: Bytes of tensors in an answer from which on it is encoded on a thread.
-_LARGE_ANSWER = 64 * 1024
 #: Bytes that encoding takes for one byte of tensors: base64 of all items and once more as JSON, and one packed item.
 _ENCODING = 4
 
@@ -111,18 +109,12 @@ class HttpDoor:
         chat = await self._service.chat(body)
         try:
             model = self._service.served()
-            started = time.monotonic()
             inline = chat.inline_bytes()
             held.hold_answer(inline * _ENCODING)
             work = partial(encode_chat_answer, chat, model, request_id)
-            if inline > _LARGE_ANSWER:
-                answer = await self._service.on_thread(work)
-            else:
-                answer = await self._service.encode(len(chat.expanded.token_ids), work)
-            self._service.metrics.observe("mmprep_stage_seconds", time.monotonic() - started, stage="serialize")
+            return await self._service.encode(len(chat.expanded.token_ids), work, nbytes=inline)
         finally:
             chat.release()
-        return answer
 
     async def _counted(self, path: str, work: Awaitable[T]) -> T:
         service, started, outcome = self._service, time.monotonic(), "ok"

@@ -127,9 +127,11 @@ class Lane:
         granted = self._ask_extent(task.task, blob, region_size(prepared.meta.fields))
         if granted is None:
             return
+        filling = time.monotonic_ns()
         self._fill(prepared, blob, granted)
-        done = time.monotonic_ns()
-        self._send(messages.Filled(task.task, (opened - started) // 1000, (done - opened) // 1000))
+        worked = opened - started + time.monotonic_ns() - filling  # waiting for the extent is neither
+        decode = prepared.decode_ns
+        self._send(messages.Filled(task.task, decode // 1000, max(0, worked - decode) // 1000))
 
     def _ask_extent(self, task: int, blob: bytes, tensor_length: int) -> messages.Granted | None:
         self._send(messages.AskExtent(task, tensor_length), blob)
