@@ -66,6 +66,7 @@ class NativeDoor:
     ) -> None:
         self._service = service
         self._room = room
+        self._max_frame = max_body_size
         self._refusal = refusal
         self._tasks: dict[tuple[bytes, int], asyncio.Task[None]] = {}
         self._pump = Pump(
@@ -108,7 +109,7 @@ class NativeDoor:
             raise ProtocolError(
                 f"this service speaks protocol {PROTOCOL}, the client {hello.protocol}; use one version"
             )
-        self._send(peer, messages.FrontendWelcome(PROTOCOL, mmprep.__version__))
+        self._send(peer, messages.FrontendWelcome(PROTOCOL, mmprep.__version__, self._max_frame))
 
     def _start(self, peer: bytes, request: messages.Request, frames: list[memoryview]) -> None:
         if not frames or (peer, request.call) in self._tasks:
@@ -172,9 +173,14 @@ class NativeDoor:
                 elif nbytes:
                     regions = _copy_regions(chat)
                 head = self._head(chat)
-            self._send(peer, messages.Rendered(call), head, *_tracked(held, regions))
-        finally:
+            delivered = self._send(peer, messages.Rendered(call), head, *_tracked(held, regions))
+        except BaseException:
+            chat.give_back()
+            raise
+        if delivered:
             chat.release()
+        else:
+            chat.give_back()
 
     def _head(self, chat: RenderedChat) -> bytes:
         model = self._service.served()
@@ -183,6 +189,8 @@ class NativeDoor:
         for number, (item, placed) in enumerate(zip(chat.in_order(), chat.expanded.ranges, strict=True), start=1):
             frame = number if inline else -1
             items.append(_head_item(item, placed.offset, placed.length, frame, chat.request.lease_kind or "copy"))
+        if inline and chat.offered is not None:
+            chat.offered.check()
         room = model.max_model_len - len(chat.expanded.token_ids)
         mapping = chat.offered.mapping if chat.offered is not None else None
         head = Head(
@@ -216,11 +224,14 @@ class NativeDoor:
         else:
             self._send(peer, messages.Response(call), *_tracked(held, [np.frombuffer(encoded, np.uint8)]))
 
-    def _send(self, peer: bytes, message: msgspec.Struct, *frames: Any) -> None:
+    def _send(self, peer: bytes, message: msgspec.Struct, *frames: Any) -> bool:
+        """Send, and return whether there is somebody to send to."""
         try:
             self._pump.send([peer, pack(message), *frames])
         except (zmq.ZMQError, MmprepError):
             _log.debug("an answer could not be delivered: the client is gone or does not read")
+            return False
+        return True
 
     _operations: ClassVar[dict[str, Callable[..., Awaitable[None]]]] = {
         "chat": _chat,

@@ -19,7 +19,7 @@ import msgspec
 
 from mmprep.digest import Hasher
 from mmprep.errors import DeadlineExceeded, InternalError, InvalidRequest, ServiceUnavailable
-from mmprep.items import ItemMeta, align, unpack_meta
+from mmprep.items import ItemMeta, unpack_meta
 from mmprep.metrics import Metrics
 from mmprep.wire.messages import ItemAnswer, LeaseTo, Need
 from mmprep_frontend.dispatch import Offered, OfferItem, WriterLink
@@ -117,9 +117,7 @@ class RenderedChat:
     def region(self, item: RenderedItem) -> memoryview:
         """Return an item's tensors as they lie in the ring; pinned until the chat is released."""
         assert self.offered is not None
-        answer = item.answer
-        start = answer.offset + align(len(answer.meta))
-        return self.offered.mapping.segment.buffer[start : answer.offset + answer.length]
+        return self.offered.region(item.answer)
 
     def inline_bytes(self) -> int:
         """Return the bytes of the tensors that travel in the answer itself."""
@@ -131,6 +129,11 @@ class RenderedChat:
         """Let go of what is pinned."""
         if self.offered is not None:
             self.offered.release()
+
+    def give_back(self) -> None:
+        """Let go, also of leases: the answer will not reach anybody."""
+        if self.offered is not None:
+            self.offered.give_back()
 
 
 class Service:
@@ -257,7 +260,7 @@ class Service:
             expanded = self._expand(prompt, items)
             check_length(len(expanded.token_ids), model.max_model_len)
         except BaseException:
-            self._give_back(offered, terms.lease)
+            offered.give_back()
             raise
         return RenderedChat(request, prompt, expanded, items, offered)
 
@@ -323,7 +326,7 @@ class Service:
         )
         for answer, part in zip(offered.items, parts, strict=True):
             if answer.fault is not None:
-                self._give_back(offered, terms.lease)
+                offered.give_back()
                 raise answer.fault.error().at(part.param)
         try:
             items = [
@@ -331,7 +334,7 @@ class Service:
                 for part, item, answer in zip(parts, wanted, offered.items, strict=True)
             ]
         except ValueError:
-            self._give_back(offered, terms.lease)
+            offered.give_back()
             raise InternalError("an item's metadata cannot be read") from None
         return offered, items
 
@@ -363,13 +366,6 @@ class Service:
             plans.setdefault(item.part.modality, []).append(item.meta.plan)
         with self.timed("expand"):
             return expand(prompt.token_ids, prompt.placeholders, plans)
-
-    def _give_back(self, offered: Offered, lease: LeaseTo | None) -> None:
-        """Let go of an answer that will not reach anybody."""
-        offered.release()
-        leases = tuple(answer.lease for answer in offered.items if answer.lease is not None)
-        if lease is not None and leases:
-            self.writer.release_soon(lease.backend, leases)
 
     # --- the rest -------------------------------------------------------------------------------------------------
 

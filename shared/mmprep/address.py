@@ -57,6 +57,16 @@ class Address(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     lease_seconds: Natural | None = None
 
 
+def lease_id(incarnation: int, random: bytes) -> bytes:
+    """Return the 16 bytes of a lease's id: the incarnation of the writer that grants it, then 12 random bytes."""
+    return incarnation.to_bytes(4, "big") + random
+
+
+def lease_incarnation(lease: bytes) -> int:
+    """Return the incarnation of the writer that granted a lease."""
+    return int.from_bytes(lease[:4], "big")
+
+
 def address_fields(meta: ItemMeta, metadata_length: int) -> tuple[AddressField, ...]:
     """Return ``meta``'s fields with offsets from the start of the extent."""
     start = align(metadata_length)

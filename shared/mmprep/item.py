@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
@@ -9,9 +11,9 @@ from numpy.typing import NDArray
 
 from mmprep import tensors
 from mmprep.address import Address
-from mmprep.errors import InvalidRequest
+from mmprep.errors import InvalidRequest, LeaseLost, ServiceUnavailable
 from mmprep.items import FieldSpec, ItemMeta, align, unpack_meta
-from mmprep.registration import Lease, Registration
+from mmprep.registration import Lease, Mapping, Registration
 
 
 class Source(Protocol):
@@ -58,10 +60,12 @@ class Inline:
 class Shared:
     """Tensors in the segment, under a lease of this process's registration."""
 
-    def __init__(self, registration: Registration, address: Address, lease: Lease) -> None:
+    def __init__(self, registration: Registration, mapping: Mapping, address: Address, lease: Lease) -> None:
         self._registration = registration
+        self._mapping = mapping
         self._address = address
         self._lease = lease
+        self._turn = asyncio.Lock()
         # A lease that was granted as a view needs no word with the writer before and after.
         self._always_view = address.lease_kind == "view"
         self._views = 0
@@ -69,38 +73,36 @@ class Shared:
     def _start(self) -> int:
         return align(self._address.metadata_length)
 
-    def _mapping(self) -> Any:
-        self._registration.check_held(self._lease.id, "view" if self._always_view else "copy")
-        mapping = self._registration.mapping
-        if mapping is None:
-            raise InvalidRequest("this client is closed")
-        return mapping
+    def _checked(self) -> Mapping:
+        if not self._mapping.frozen:
+            self._registration.check_held(self._lease.id)
+        return self._mapping
 
     def copy(self) -> memoryview:
-        mapping = self._mapping()
-        copied: memoryview = mapping.copy(self._address)
-        return copied[self._start() :]
+        return self._checked().copy(self._address)[self._start() :]
 
     def hold_now(self) -> memoryview | None:
-        return self._region(self._mapping()) if self._always_view else None
+        return self._region(self._checked()) if self._always_view or self._mapping.frozen else None
 
     async def hold(self) -> memoryview:
-        mapping = self._mapping()
-        mapping.check(self._address)
-        if self._views == 0:
-            await self._registration.upgrade(self._lease.id, "view")
-        self._views += 1
-        return self._region(mapping)
+        async with self._turn:
+            mapping = self._checked()
+            mapping.check(self._address)
+            if self._views == 0 and not mapping.frozen:
+                await self._registration.upgrade(self._lease.id, "view")
+            self._views += 1
+            return self._region(mapping)
 
     async def let_go(self) -> None:
-        self._views -= 1
-        if self._views == 0:
-            await self._registration.upgrade(self._lease.id, "copy")
+        async with self._turn:
+            self._views -= 1
+            if self._views == 0 and not self._mapping.frozen:
+                with contextlib.suppress(LeaseLost, ServiceUnavailable):  # nobody reads any more, whatever it is
+                    await self._registration.upgrade(self._lease.id, "copy")
 
-    def _region(self, mapping: Any) -> memoryview:
+    def _region(self, mapping: Mapping) -> memoryview:
         mapping.check(self._address)
-        extent: memoryview = mapping.extent(self._address)
-        return extent[self._start() :]
+        return mapping.extent(self._address)[self._start() :]
 
     def release(self) -> None:
         self._lease.release()
@@ -230,6 +232,7 @@ class Item:
 
 def item_from_address(
     registration: Registration,
+    mapping: Mapping,
     address: Address,
     lease: Lease,
     *,
@@ -237,8 +240,6 @@ def item_from_address(
     hash: str = "",  # noqa: A002
 ) -> Item:
     """Return the item at ``address``; its metadata is read from the extent. Raises StaleAddress or InvalidRequest."""
-    mapping = registration.mapping
-    assert mapping is not None
     mapping.check(address)
     blob = bytes(mapping.extent(address)[: address.metadata_length])
     mapping.check(address)
@@ -248,7 +249,7 @@ def item_from_address(
         raise InvalidRequest("the address's metadata_length is not that of the item", param="address") from None
     return Item(
         meta,
-        Shared(registration, address, lease),
+        Shared(registration, mapping, address, lease),
         hash=hash,
         offset=0,
         length=meta.plan.length,

@@ -6,7 +6,7 @@ from itertools import count
 
 import pytest
 
-from mmprep.layout import Geometry
+from mmprep.layout import RECORD_SIZE, Geometry
 from mmprep.metrics import Metrics
 from mmprep.wire import messages
 from mmprep.wire.codec import CONTROL_LIMIT, PROTOCOL, unpack
@@ -17,7 +17,7 @@ from mmprep_worker.scheduling.flights import Flights
 from mmprep_worker.scheduling.queue import FairQueue
 from mmprep_worker.writer.core import WriterCore
 from mmprep_worker.writer.plans import PlanStore
-from mmprep_worker.writer.state import KillLane, Send, ToLane
+from mmprep_worker.writer.state import KillLane, ReadersSilent, Send, ToLane
 from mmprep_worker.writer.tasks import HEAVY_COST, MAX_METADATA
 
 GEOMETRY = Geometry.plan(16 * 4096, 64)
@@ -30,13 +30,13 @@ META = b"metadata"
 class World:
     """A core with lanes, frontends ``f0`` and ``f1`` and backend ``engine``; it keeps what was sent to each."""
 
-    def __init__(self, *, lanes: int = 2, max_items: int = 8, warm: bool = True) -> None:
+    def __init__(self, *, lanes: int = 2, max_items: int = 8, warm: bool = True, **taken_over) -> None:
         self.memory = bytearray(GEOMETRY.total_size)
         self.now = 0.0
         self.ids = count(1)
         quarantine = Quarantine(max_keys=8, seconds=QUARANTINE_SECONDS)
         self.core = WriterCore(
-            ring=Ring(GEOMETRY, 1, Clock(GEOMETRY.slots), QUARTER),
+            ring=taken_over.pop("ring", None) or Ring(GEOMETRY, 1, Clock(GEOMETRY.slots), QUARTER),
             flights=Flights(max_waiting=64, upload_seconds=UPLOAD_SECONDS, quarantine=quarantine),
             queue=FairQueue(max_items=max_items, max_bytes=10_000),
             admission=Admission(max_items=max_items, max_bytes=10_000, max_items_per_client=max_items),
@@ -48,12 +48,14 @@ class World:
             lease_seconds=LEASE_SECONDS,
             task_seconds=TASK_SECONDS,
             read=lambda offset, length: bytes(self.memory[offset : offset + length]),
-            new_id=lambda: next(self.ids).to_bytes(16, "big"),
+            new_id=lambda: next(self.ids).to_bytes(12, "big"),
+            **taken_over,
         )
         self.inbox: dict[str, list[Send]] = {}
         self.tasks: dict[int, messages.Task] = {}
         self.granted: dict[int, messages.Granted] = {}
         self.killed: list[int] = []
+        self.silent: list[tuple[tuple[str, str], ...]] = []
         for name in ("f0", "f1"):
             self.hello(name, "frontend")
         self.hello("engine", "backend")
@@ -62,7 +64,7 @@ class World:
                 self.ready(number)
 
     def hello(self, name, role, *, identity=None, pid=1):
-        self.say(identity or name, messages.Hello(PROTOCOL, "1", role, name, pid))
+        self.say(identity or name, messages.Hello(PROTOCOL, "1", role, name, pid, pid.to_bytes(4, "big")))
 
     def say(self, name, message):
         self.core.message(name.encode(), message, self.now)
@@ -122,7 +124,9 @@ class World:
         self.carry_out()
 
     def carry_out(self):
-        self.core.ring.take_writes()
+        for slot, record in self.core.ring.take_writes():
+            start = GEOMETRY.record_offset(slot)
+            self.memory[start : start + RECORD_SIZE] = record
         for action in self.core.take_actions():
             match action:
                 case Send():
@@ -136,6 +140,8 @@ class World:
                     self.tasks.pop(number)
                 case KillLane(number):
                     self.killed.append(number)
+                case ReadersSilent(readers):
+                    self.silent.append(readers)
         self.core.validate()
 
     def got(self, name, kind, call=None):

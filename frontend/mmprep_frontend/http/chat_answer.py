@@ -41,6 +41,8 @@ def _features(chat: RenderedChat) -> dict[str, Any] | None:
             m: [_text(kwargs_data(i.meta, chat.region(i), batch_size=len(items))) for i in items]
             for m, items in by_modality.items()
         }
+        if chat.offered is not None:
+            chat.offered.check()
     if payload == "shm":
         addresses = {m: [_address(chat, i) for i in items] for m, items in by_modality.items()}
     return features(

@@ -112,9 +112,13 @@ class HttpDoor:
             inline = chat.inline_bytes()
             held.hold_answer(inline * _ENCODING)
             work = partial(encode_chat_answer, chat, model, request_id)
-            return await self._service.encode(len(chat.expanded.token_ids), work, nbytes=inline)
-        finally:
-            chat.release()
+            answer = await self._service.encode(len(chat.expanded.token_ids), work, nbytes=inline)
+            held.hold_answer(len(answer))
+        except BaseException:
+            chat.give_back()
+            raise
+        chat.release()
+        return answer
 
     async def _counted(self, path: str, work: Awaitable[T]) -> T:
         service, started, outcome = self._service, time.monotonic(), "ok"

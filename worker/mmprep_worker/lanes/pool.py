@@ -18,8 +18,6 @@ from mmprep_worker.lanes.config import LaneConfig
 
 _FIRST_DELAY = 0.0
 _LONGEST_DELAY = 5.0
-#: Starts of a lane after which, where none was ever warm, none will be.
-MOST_STARTS = 5
 
 
 class _Child:
@@ -48,7 +46,6 @@ class LanePool:
         self._configure = configure
         self._children: dict[int, _Child] = {}
         self._failures = [0] * count
-        self._any_settled = False
         self._start_at: dict[int, float] = dict.fromkeys(range(count), now)
 
     @property
@@ -81,11 +78,10 @@ class LanePool:
     def settled(self, number: int) -> None:
         """The lane is warm: its next restart is immediate."""
         self._failures[number] = 0
-        self._any_settled = True
 
-    def is_hopeless(self, number: int) -> bool:
-        """Whether the lane has ended so often that there is no use in another start: no lane was ever warm."""
-        return not self._any_settled and self._failures[number] >= MOST_STARTS
+    def failures(self, number: int) -> int:
+        """Return how many times in a row the lane has ended before it was warm."""
+        return self._failures[number]
 
     def exited(self, number: int, now: float) -> int:
         """Reap an exited lane, plan its replacement, and return its exit status (negative: the signal)."""

@@ -6,7 +6,7 @@ call pins is bounded, so that two calls can always go on side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from mmprep import errors
@@ -68,6 +68,15 @@ class Holds:
             return self._about(pending, result, outcome)
         except errors.TooLarge as error:
             return failed(error)
+
+    def repin(self, pending: PendingCall, places: Sequence[tuple[int, int]]) -> None:
+        """Pin entries by slot and generation; those that are not there any more are passed over."""
+        for slot, generation in places:
+            entry = self._ring.at(slot, generation)
+            if entry is not None and slot not in pending.pinned:
+                self._ring.pin(pending.holder, slot)
+                pending.pinned[slot] = entry.extent
+                pending.answers.append(ItemAnswer("hit", slot, entry.offset, entry.length, generation))
 
     def let_go(self, pending: PendingCall) -> None:
         """End the call's pins."""

@@ -22,11 +22,10 @@ import zmq
 
 import mmprep
 from mmprep import layout
-from mmprep.errors import Busy, MmprepError, ProtocolError
+from mmprep.errors import Busy, MmprepError, ProtocolError, ServiceUnavailable, StartupError
 from mmprep.metrics import Metrics
 from mmprep.process_lock import ProcessLock, holder
 from mmprep.runtime import RuntimeDir
-from mmprep.segment import Segment, segment_name, segments_of, unlink
 from mmprep.settings import WriterSettings
 from mmprep.wire import messages
 from mmprep.wire.codec import MAX_FRAMES, PROTOCOL, pack, unpack
@@ -34,16 +33,15 @@ from mmprep.wire.frames import recv_frames, send_frames
 from mmprep.wire.outbox import Outbox
 from mmprep.wire.sockets import configure, router
 from mmprep_worker.lanes.config import LaneConfig
-from mmprep_worker.lanes.pool import MOST_STARTS, LanePool
-from mmprep_worker.ring.policy import Clock
-from mmprep_worker.ring.ring import Ring
+from mmprep_worker.lanes.pool import LanePool
 from mmprep_worker.scheduling.admission import Admission, Quarantine
 from mmprep_worker.scheduling.flights import Flights
 from mmprep_worker.scheduling.queue import FairQueue
-from mmprep_worker.writer.core import WriterCore
+from mmprep_worker.writer.core import READERS, WriterCore
+from mmprep_worker.writer.opening import Opened, new_ring, open_ring
 from mmprep_worker.writer.plans import PlanStore
 from mmprep_worker.writer.report import report
-from mmprep_worker.writer.state import KillLane, Send, ToLane
+from mmprep_worker.writer.state import KillLane, ReadersSilent, Send, ToLane
 
 _log = logging.getLogger("mmprep.writer")
 
@@ -52,9 +50,17 @@ _BATCH = 128
 #: Milliseconds after which a supervisor that takes no message is gone.
 _SUPERVISOR_MS = 5000
 _CHECK_LOCKS_EVERY = 0.25
+#: Seconds in which the readers of an earlier writer's ring have to say what they hold. Lanes take about as long to start.
+_SILENT_SECONDS = 2.0
+#: Seconds beyond what a turn may take, after which this process has been stopped or starved; and how long what has
+#: arrived meanwhile is then taken in before time is allowed to end anything.
+_STARVED_SECONDS = 0.5
+_CATCH_UP_SECONDS = 5.0
 _PLAN_BYTES = 32 << 20
 _QUARANTINED = 1024
 _QUARANTINE_SECONDS = 60.0
+#: Starts of a lane that end before it was ever warm, after which the service gives up; later ones wait longer each time.
+_START_TRIES = 4
 #: Calls that may wait, for each medium that may be in work.
 _WAITERS = 16
 
@@ -67,7 +73,7 @@ class WriterShell:
         self._runtime = RuntimeDir(settings.runtime_dir)
         self._lock = ProcessLock(self._runtime.lock_path("writer", "0"))
         if not self._lock.acquire():
-            raise ProtocolError("another writer holds this runtime directory")
+            raise ServiceUnavailable("another writer holds this runtime directory")
         self._context: zmq.Context[Any] = zmq.Context()
         self._supervisor: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         configure(self._supervisor)
@@ -75,8 +81,11 @@ class WriterShell:
         self._supervisor.connect(self._runtime.supervisor)
         self._tell(messages.Hello(PROTOCOL, mmprep.__version__, "writer", "0", os.getpid()))
         self._tell(messages.StateChange(False, "the ring is being made"))
-        self._segment = self._make_segment()
-        self._core = self._make_core()
+        self._geometry = layout.Geometry.for_ring(settings.cache_size)
+        self._largest = min(settings.max_object_size, self._geometry.arena_capacity // 4)
+        opened = open_ring(self._runtime, self._geometry, self._largest)
+        self._segment = opened.segment
+        self._core = self._make_core(opened, time.monotonic())
         self._control = router(self._context, self._runtime.writer)
         self._lanes = router(self._context, self._runtime.lanes)
         self._bulk: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
@@ -89,30 +98,16 @@ class WriterShell:
         self._lane_identities: dict[int, bytes] = {}
         self._said: tuple[bool, str] | None = None
         self._locks_checked = 0.0
+        self._turned = time.monotonic()
+        self._behind_since: float | None = None
 
     # --- setting up -----------------------------------------------------------------------------------------------
 
-    def _make_segment(self) -> Segment:
-        geometry = layout.Geometry.for_ring(self._settings.cache_size)
-        epoch = os.urandom(layout.EPOCH_SIZE)
-        for left in segments_of(
-            self._runtime.runtime_id
-        ):  # of a writer that was killed: its ring is not taken over yet
-            unlink(left)
-        segment = Segment.create(segment_name(self._runtime.runtime_id, epoch), geometry.total_size)
-        for slot in range(geometry.slots):
-            start = geometry.record_offset(slot)
-            segment.buffer[start : start + layout.RECORD_SIZE] = layout.pack_free(slot)
-        segment.buffer[: layout.PAGE] = layout.pack_header(layout.Header(epoch, 1, geometry))
-        self._geometry, self._epoch = geometry, epoch
-        return segment
-
-    def _make_core(self) -> WriterCore:
+    def _make_core(self, opened: Opened, now: float) -> WriterCore:
         settings = self._settings
-        largest = min(settings.max_object_size, self._geometry.arena_capacity // 4)
         quarantine = Quarantine(max_keys=_QUARANTINED, seconds=_QUARANTINE_SECONDS)
         return WriterCore(
-            ring=Ring(self._geometry, 1, Clock(self._geometry.slots), largest),
+            ring=opened.ring,
             flights=Flights(
                 max_waiting=settings.queue_limit * _WAITERS,
                 upload_seconds=settings.upload_seconds,
@@ -128,12 +123,14 @@ class WriterShell:
             ),
             plans=PlanStore(_PLAN_BYTES),
             metrics=Metrics(),
-            segment=messages.SegmentInfo(self._segment.name, self._epoch, self._geometry.total_size),
+            segment=messages.SegmentInfo(opened.segment.name, opened.epoch, self._geometry.total_size),
             lanes=settings.lanes,
             lease_seconds=settings.lease_seconds,
             task_seconds=settings.task_seconds,
             read=self._read,
-            new_id=lambda: os.urandom(16),
+            new_id=lambda: os.urandom(12),
+            awaited=opened.awaited,
+            silent_at=now + _SILENT_SECONDS,
         )
 
     def _read(self, offset: int, length: int) -> bytes:
@@ -181,9 +178,21 @@ class WriterShell:
             ready = dict(poller.poll(self._timeout(now)))
             if _INPUT in ready or wake_r.fileno() in ready:
                 return
+            self._notice_gap(bool(ready))
             self._turn(ready, watched)
 
+    def _notice_gap(self, input_ready: bool) -> None:
+        """Notice that this process was stopped: renewals and results have arrived that must count before time does."""
+        now = time.monotonic()
+        if now - self._turned > _CHECK_LOCKS_EVERY + _STARVED_SECONDS:
+            self._behind_since = now
+        elif self._behind_since is not None and (not input_ready or now - self._behind_since > _CATCH_UP_SECONDS):
+            self._behind_since = None
+        self._turned = now
+
     def _timeout(self, now: float) -> int:
+        if self._behind_since is not None:
+            return 0
         wake = min(self._core.wake_at, self._pool.wake_at, self._locks_checked + _CHECK_LOCKS_EVERY)
         if self._outbox:
             wake = min(wake, now + 0.005)
@@ -202,7 +211,7 @@ class WriterShell:
         for fd, number in watched.items():
             if fd in ready:
                 self._lane_exited(number, now)
-        if self._core.wake_at <= now:
+        if self._core.wake_at <= now and self._behind_since is None:
             self._core.tick(now)
             self._carry_out()
         if self._locks_checked + _CHECK_LOCKS_EVERY <= now:
@@ -271,23 +280,27 @@ class WriterShell:
 
     def _lane_announced(self, identity: bytes, message: messages.LaneReady | messages.LaneBroken, now: float) -> None:
         if isinstance(message, messages.LaneBroken):
-            if self._core.card:  # others were warm: what keeps this one from it may pass
-                _log.error("lane %d could not start: %s", message.lane, message.fault.message)
-                self._pool.kill(message.lane)
-            else:
-                self._tell(messages.StateChange(False, message.fault.message, True))
+            self._lane_cannot_start(message.lane, message.fault.message)
             return
         self._lane_peers[identity] = message.lane
         self._lane_identities[message.lane] = identity
         self._pool.settled(message.lane)
         self._core.lane_ready(message.lane, self._pool.pid(message.lane), message.card, now)
 
+    def _lane_cannot_start(self, number: int, why: str) -> None:
+        """A service whose lanes were never warm ends; in one that works, the lane is tried again, ever more rarely."""
+        if not self._core.card:
+            self._tell(messages.StateChange(False, why, True))
+        else:
+            _log.error("lane %d cannot start, and is tried again: %s", number, why)
+            self._pool.kill(number)
+
     def _lane_exited(self, number: int, now: float) -> None:
         status = self._pool.exited(number, now)
         _log.warning("lane %d ended with status %d and is replaced", number, status)
-        if self._pool.is_hopeless(number):
-            why = f"a lane ended {MOST_STARTS} times before it was ready, the last time with status {status}"
-            self._tell(messages.StateChange(False, f"{why}; what it said stands above", True))
+        if not self._core.card and self._pool.failures(number) >= _START_TRIES:
+            why = f"the lanes end with status {status} before they are warm; what they said stands above"
+            self._lane_cannot_start(number, why)
         identity = self._lane_identities.pop(number, None)
         if identity is not None:
             self._lane_peers.pop(identity, None)
@@ -297,9 +310,10 @@ class WriterShell:
     def _check_locks(self, now: float) -> None:
         """Death is proved by a process lock that has fallen, and by nothing else."""
         self._locks_checked = now
-        for peer in list(self._core.peers.values()):
-            if peer.role in {"frontend", "backend"} and holder(self._runtime.lock_path(peer.role, peer.id)) is None:
-                self._core.peer_gone(peer.role, peer.id, now)
+        readers = {(peer.role, peer.id) for peer in self._core.peers.values() if peer.role in READERS}
+        for role, reader in readers | self._core.awaited:
+            if holder(self._runtime.lock_path(role, reader)) is None:
+                self._core.peer_gone(role, reader, now)
         self._carry_out()
 
     def _supervisor_message(self, frames: list[bytes]) -> None:
@@ -325,6 +339,35 @@ class WriterShell:
                 case KillLane():
                     _log.warning("lane %d is beyond its time and is killed", action.lane)
                     self._pool.kill(action.lane)
+                case ReadersSilent():
+                    self._start_cold(action)
+                    return
+
+    def _start_cold(self, silent: ReadersSilent) -> None:
+        """Go on in a new segment: somebody holds, or held, what cannot be known, and says nothing.
+
+        The old segment stays as it is for those who have mapped it. Where there is no memory for two, everything stays
+        as well: hits are served, and nothing is granted until the silent ones speak or end.
+        """
+        names = ", ".join(f"{role} {reader}" for role, reader in silent.readers)
+        incarnation = self._core.ring.incarnation + 1
+        try:
+            opened = new_ring(self._runtime, self._geometry, self._largest, incarnation)
+        except StartupError:
+            _log.warning("nothing can be cached until these processes go on or end, and memory is short: %s", names)
+            return
+        _log.warning("the cache starts anew, because these processes do not say what they hold: %s", names)
+        self._pool.stop()
+        self._lane_peers.clear()
+        self._lane_identities.clear()
+        previous, core = self._segment, self._core
+        self._segment = opened.segment
+        self._core = self._make_core(opened, time.monotonic())
+        self._core.succeed(core)
+        previous.unlink()
+        previous.close()
+        self._pool = LanePool(self._settings.lanes, self._lane_config, time.monotonic())
+        self._carry_out()
 
     def _send_frames(self, peer: bytes, frames: list[bytes]) -> None:
         if self._outbox.holds(peer) or not self._try_send(peer, frames):

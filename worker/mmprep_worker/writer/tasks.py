@@ -109,6 +109,8 @@ class Tasks:
         self._metrics = metrics
         self._task_seconds = task_seconds
         self._out = out
+        #: Nothing may be granted yet, so no lane gets work.
+        self.paused = False
         #: ``{flight_id: (medium, its header, since when it waits for a lane)}``
         self._media: dict[int, tuple[Any, messages.Put, float]] = {}
 
@@ -143,7 +145,7 @@ class Tasks:
 
     def dispatch(self, now: float) -> None:
         """Give idle lanes work."""
-        if not len(self._queue):
+        if self.paused or not len(self._queue):
             return
         for number, lane in enumerate(self.lanes):
             if not lane.idle:
@@ -301,6 +303,6 @@ class Tasks:
         if lane.grant is not None:
             assert lane.flight is not None
             assert self._flights[lane.flight].need == "tensors", f"{name} has an extent for a plan"
-        if lane.idle:
+        if lane.idle and not self.paused:
             waiting = [flight for flight in self._flights if flight.state == "queued"]
             assert all(f.cost >= HEAVY_COST and not lane.heavy_allowed for f in waiting), f"{name} is idle beside work"
