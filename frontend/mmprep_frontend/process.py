@@ -20,7 +20,7 @@ from mmprep.digest import Hasher
 from mmprep.errors import MmprepError, StartupError
 from mmprep.metrics import Metrics, ProcessReport
 from mmprep.runtime import RuntimeDir
-from mmprep.settings import FrontendSettings, read_settings
+from mmprep.settings import CANNOT_START, FrontendSettings, read_settings
 from mmprep.wire import messages
 from mmprep_frontend.dispatch import WriterLink
 from mmprep_frontend.http.app import make_app
@@ -242,4 +242,4 @@ def main() -> None:
         uvloop.run(_run(settings))
     except MmprepError as error:
         print(f"mmprep: {error}", file=sys.stderr, flush=True)  # noqa: T201 -- before there is a log
-        sys.exit(78)
+        sys.exit(CANNOT_START)

@@ -23,14 +23,12 @@ import zmq
 from mmprep.errors import StartupError
 from mmprep.ports import claim_port
 from mmprep.runtime import RuntimeDir
+from mmprep.settings import CANNOT_START
 from mmprep.supervisor.child import Child
 from mmprep.supervisor.desk import Desk
 from mmprep.supervisor.options import ServeOptions
 
 _log = logging.getLogger("mmprep.supervisor")
-
-#: A child's exit status that says: what is wrong will not get better by another try.
-CANNOT_START = 78
 
 #: Starts of a process that was never ready, after which the service gives up.
 MOST_STARTS = 5

@@ -108,7 +108,6 @@ class WriterWelcome(Wire, frozen=True):
     segment: SegmentInfo
     lease_ms: Natural
     card: bytes
-    backend_ids: tuple[Name, ...] = ()
 
 
 class Card(Wire, frozen=True):
