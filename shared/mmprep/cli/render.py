@@ -13,6 +13,7 @@ from typing import Any
 
 from mmprep.cli.extra import require_server
 from mmprep.cli.options import parser, resolve
+from mmprep.cli.ready import url_in
 from mmprep.errors import InvalidRequest, ServiceUnavailable
 
 
@@ -68,9 +69,9 @@ def _wait(service: subprocess.Popen[str]) -> str:
     """Return the service's URL as soon as it says that it is ready; its other lines go to our standard error."""
     assert service.stderr is not None
     for line in service.stderr:
-        _, found, rest = line.partition(" s: http://")
-        if found:
-            return "http://" + rest.split()[0]
+        url = url_in(line)
+        if url is not None:
+            return url
         sys.stderr.write(line)
     raise ServiceUnavailable("the service did not start; its message stands above")
 

@@ -9,6 +9,7 @@ import time
 from mmprep import __version__
 from mmprep.cli.extra import require_server
 from mmprep.cli.options import parser, resolve
+from mmprep.cli.ready import ready_line
 from mmprep.runtime import RuntimeDir
 from mmprep.sizes import format_size
 from mmprep.supervisor.supervise import supervise
@@ -32,10 +33,7 @@ def run(arguments: list[str]) -> int:
 
     def on_ready(port: int, runtime: RuntimeDir) -> None:
         host = f"[{options.host}]" if ":" in options.host else options.host
-        print(
-            f"mmprep: ready after {time.monotonic() - started:.1f} s: http://{host}:{port} and ipc://{runtime.path}",
-            file=sys.stderr,
-            flush=True,
-        )
+        line = ready_line(time.monotonic() - started, f"http://{host}:{port}", runtime.path)
+        print(line, file=sys.stderr, flush=True)
 
     return supervise(options, on_ready)
