@@ -17,12 +17,12 @@ import msgspec
 import zmq
 
 import mmprep
-from mmprep import layout
+from mmprep import failpoints, layout
 from mmprep.card import ModelCard
-from mmprep.errors import DeadlineExceeded, MmprepError, ServiceUnavailable
+from mmprep.errors import DeadlineExceeded, MmprepError, NotFound, ServiceUnavailable
 from mmprep.holdings import Life
 from mmprep.items import align
-from mmprep.process_lock import ProcessLock
+from mmprep.process_lock import ProcessLock, holder
 from mmprep.registration import Mapping, WriterLostError
 from mmprep.runtime import RuntimeDir
 from mmprep.wire import messages
@@ -39,6 +39,8 @@ _CALL_SECONDS = 10.0
 #: Numbers of these calls are above those of offers, which have the same connection.
 _FIRST_CALL = 1 << 47
 _REFUSED = "the preprocessing worker has refused a message of this frontend"
+#: Seconds until a writer that does not know a living backend is asked again.
+_REGISTERS_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,9 @@ class Offered:
 
     def release(self) -> None:
         """Let go; again is no error."""
+        failpoints.reach("frontend.unpin.before")
         self._link.unpin(self._token)
+        failpoints.reach("frontend.unpin.after")
 
     def give_back(self) -> None:
         """Let go, also of leases: the answer will not reach anybody."""
@@ -157,6 +161,7 @@ class WriterLink:
         self.mapping: Mapping | None = None
         self._id = str(index)
         self._instance = os.urandom(8)
+        self._runtime = runtime
         self._hasher = hasher
         self._on_card = on_card
         self._offers = Offers()
@@ -219,7 +224,8 @@ class WriterLink:
         priority:
             Lower is more urgent.
         lease:
-            Where the places are to be leased to a backend; else they are pinned until the answer is released.
+            Where the places are to be leased to a backend; else they are pinned until the answer is released. A new
+            writer may hear of the offer before it hears of the backend: one whose process lives is waited for.
 
         Raises
         ------
@@ -228,12 +234,25 @@ class WriterLink:
         """
         loop = asyncio.get_running_loop()
         offered = tuple(messages.Offered(i.key, i.modality, i.cost, len(i.medium)) for i in items)
-        token, actions = self._offers.offer(Terms(offered, need, priority, lease, deadline), loop.time())
+        terms = Terms(offered, need, priority, lease, deadline)
+        while True:
+            try:
+                return await self._offer_once(items, terms)
+            except NotFound:
+                if lease is None or holder(self._runtime.lock_path("backend", lease.backend)) is None:
+                    raise
+                # It lives, and this writer is too young to know it.
+                await asyncio.sleep(min(_REGISTERS_SECONDS, max(0.0, deadline - loop.time())))
+
+    async def _offer_once(self, items: Sequence[OfferItem], terms: Terms) -> Offered:
+        loop = asyncio.get_running_loop()
+        token, actions = self._offers.offer(terms, loop.time())
         future: asyncio.Future[Any] = loop.create_future()
         self._waiting[token] = items, future
         try:
             self._carry_out(actions)
-            async with asyncio.timeout_at(deadline):
+            failpoints.reach("frontend.offer.sent")
+            async with asyncio.timeout_at(terms.deadline):
                 answer, answers = await future
         except TimeoutError:
             self._carry_out(self._offers.cancel(token))
@@ -298,6 +317,7 @@ class WriterLink:
             case messages.Answer():
                 self._answered(message, frames[1:])
             case messages.Wants():
+                failpoints.reach("frontend.wants.received")
                 self._carry_out(self._offers.wanted(message))
             case messages.Failed():
                 self._calls.resolve(message.call, message.fault.error())
@@ -314,6 +334,7 @@ class WriterLink:
                 pass
 
     def _answered(self, answer: messages.Answer, frames: list[bytes]) -> None:
+        failpoints.reach("frontend.answer.received")
         try:
             items: list[messages.ItemAnswer] = [unpack(frame, messages.ItemAnswer) for frame in frames]
         except MmprepError as error:
@@ -361,6 +382,7 @@ class WriterLink:
         header = messages.Put(self._id, put.flight, self._hasher, item.digest, item.options)
         try:
             self._bulk.send([pack(header), item.medium])
+            failpoints.reach("frontend.put.sent")
         except MmprepError as error:
             self._settle(Settle(put.token, error))
 

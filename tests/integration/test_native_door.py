@@ -88,6 +88,7 @@ async def door(runtime_dir, room):
     endpoint = f"ipc://{runtime_dir}/frontend-0.sock"
     service = Counter()
     opened = NativeDoor(context, endpoint, service, max_body_size=LARGE, room=room, refusal=lambda: None)
+    opened.open()
     asker = Asker(context, endpoint)
     try:
         yield service, await asker.welcomed(), endpoint

@@ -22,7 +22,7 @@ from mmprep_worker.writer.tasks import HEAVY_COST, MAX_METADATA
 
 GEOMETRY = Geometry.plan(16 * 4096, 64)
 QUARTER = GEOMETRY.arena_capacity // 4
-LEASE_SECONDS, TASK_SECONDS, UPLOAD_SECONDS, QUARANTINE_SECONDS = 30.0, 60.0, 5.0, 60.0
+LEASE_SECONDS, TASK_SECONDS, UPLOAD_SECONDS, QUARANTINE_SECONDS = 30.0, 60.0, 5.0, 180.0
 A, B, C = (bytes([n]) * 32 for n in range(3))
 META = b"metadata"
 
@@ -569,6 +569,87 @@ def test_an_item_whose_lane_died_is_tried_once_more_and_then_quarantined(world):
     world.tick(QUARANTINE_SECONDS)
     world.offer("f1", 2, A)
     assert world.wants("f1", 2)
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        ("crash", "the process that decoded it crashed"),
+        ("hang", "it took longer than 60 seconds"),
+        ("garbage", "the process that decoded it gave a wrong answer"),
+        ("nonsense", "the process that decoded it gave a wrong answer"),
+    ],
+)
+def test_the_error_of_an_item_in_quarantine_says_what_happened_to_its_lane(world, end, words):
+    world.offer("f0", 1, A, seconds=1000)
+    world.put("f0", 1)
+    for _ in range(2):
+        number = world.lane_of(1)
+        if end == "hang":
+            world.tick(TASK_SECONDS)
+        elif end == "garbage":
+            world.lane(number, messages.Filled(1, 1, 1))
+        elif end == "nonsense":
+            world.core.lane_broke_protocol(number)
+            world.carry_out()
+        assert world.killed.count(number) == (end != "crash")
+        world.killed.clear()
+        world.die(number)
+    (answer,) = world.answer("f0", 1)
+    assert answer.fault.error().code == 422
+    assert "2 times" in answer.fault.message
+    assert words in answer.fault.message
+    world.offer("f1", 1, A)
+    assert words in world.answer("f1", 1)[0].fault.message
+
+
+def test_clearing_the_cache_ends_quarantine(world):
+    world.offer("f0", 1, A)
+    world.put("f0", 1)
+    world.die(world.lane_of(1))
+    world.die(world.lane_of(1))
+    world.offer("f0", 2, A)
+    assert world.outcomes("f0", 2) == ["failed"]
+    world.say("f0", messages.Clear(3))
+    assert world.compute("f0", 4, A)[0].outcome == "computed"
+
+
+@pytest.mark.parametrize("why", ["its time is over", "it broke the protocol"])
+@pytest.mark.parametrize("last_words", ["filled", "failed"])
+def test_what_a_lane_was_granted_stays_its_until_its_exit_whatever_it_says_after_it_was_given_up(
+    world, why, last_words
+):
+    world.offer("f0", 1, A, seconds=1000)
+    world.put("f0", 1)
+    number = world.lane_of(1)
+    world.lane(number, messages.AskExtent(1, 100), META)
+    held = world.granted[number]
+    if why == "its time is over":
+        world.tick(TASK_SECONDS)
+    else:
+        world.lane(number, messages.AskExtent(1, 100), META)
+    assert world.killed == [number]
+    if last_words == "filled":
+        world.lane(number, messages.Filled(1, 1, 1))
+    else:
+        world.lane(number, messages.TaskFailed(1, messages.Fault.of(error("DecodeError"))))
+    filling = world.core.ring.stats().filling
+    assert filling > 0
+    assert world.answer("f0", 1) is None
+    for call in range(2, 40):  # the whole ring goes by
+        world.offer("f1", call, bytes([call]) * 32)
+        (want,) = world.wants("f1", call)
+        world.put("f1", want.flight)
+        world.fill(want.flight, length=4000)
+        (answer,) = world.answer("f1", call)
+        assert answer.offset + answer.length <= held.offset or held.offset + held.length <= answer.offset
+        world.say("f1", messages.Unpin(call))
+    assert world.core.ring.stats().evictions
+    assert world.core.ring.stats().filling == filling
+    world.die(number)
+    assert not world.core.ring.stats().filling
+    world.fill(1)
+    assert world.outcomes("f0", 1) == ["computed"]
 
 
 def test_items_in_quarantine_do_not_count_against_the_room_for_the_others():

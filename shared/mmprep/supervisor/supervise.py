@@ -30,11 +30,11 @@ from mmprep.supervisor.options import ServeOptions
 
 _log = logging.getLogger("mmprep.supervisor")
 
-#: Starts of a process that was never ready, after which the service gives up.
+#: Starts of a process that does not get ready, after which a service gives up that never was.
 MOST_STARTS = 5
 
 _ORPHANS_SECONDS = 5.0
-_LONGEST_DELAY = 5.0
+_LONGEST_DELAY = 2.0
 _AFTER_DRAIN = 5.0
 #: Seconds between two looks for what is still under way while the service drains.
 _LOOK_AGAIN = 0.05
@@ -57,7 +57,6 @@ class Supervisor:
         self._runtime = RuntimeDir.prepare(options.runtime_dir)
         self._children: dict[str, Child] = {}
         self._failures: dict[str, int] = {}
-        self._were_ready: set[str] = set()
         self._stopping = asyncio.Event()
         self._hurry = False
         self._failed: str | None = None
@@ -117,13 +116,14 @@ class Supervisor:
         self._desk.gone(role, number or "0")
         if self._stopping.is_set():
             return
-        if child.status == CANNOT_START:
+        # What once could start is tried again: whatever it lacks now, as room in /dev/shm, may come back.
+        if child.status == CANNOT_START and not self._announced:
             self._fail(f"the {role} could not start; its message stands above")
             return
         _log.warning("%s (pid %d) ended with status %s and is replaced", child.name, child.pid, child.status)
         failures = self._failures.get(child.name, 0)
         self._failures[child.name] = failures + 1
-        if child.name not in self._were_ready and failures + 1 >= MOST_STARTS:
+        if not self._announced and failures + 1 >= MOST_STARTS:
             self._fail(
                 f"the {role} ended {failures + 1} times before it was ready, the last time with status {child.status}; "
                 "what it said stands above"
@@ -145,7 +145,6 @@ class Supervisor:
                 ready = False
             else:
                 self._failures[name] = 0
-                self._were_ready.add(name)
         if ready and not self._announced:
             self._announced = True
             self._on_ready(self._port, self._runtime)

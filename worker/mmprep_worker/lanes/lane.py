@@ -11,6 +11,7 @@ import ctypes
 import logging
 import os
 import resource
+import select
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from mmprep import failpoints
 from mmprep.digest import Hasher
 from mmprep.errors import DecodeError, InternalError, MmprepError, ProtocolError, StartupError, TooLarge
 from mmprep.items import DTYPE_SIZES, ItemMeta, align, field_array, region_size
@@ -30,6 +32,7 @@ from mmprep.wire import messages
 from mmprep.wire.codec import pack, unpack
 from mmprep.wire.sockets import configure
 from mmprep_worker.lanes.config import LaneConfig
+from mmprep_worker.lanes.garbage import garbage
 from mmprep_worker.lanes.warmup import warm_up
 from mmprep_worker.models.family import Family, ItemOptions, Prepared
 from mmprep_worker.models.registry import load_family
@@ -85,6 +88,7 @@ class Lane:
         while True:
             frames = self._receive()
             task: messages.Task = unpack(frames[0].buffer, messages.Task)
+            failpoints.reach("lane.task.received")
             self._work(family, task, frames[1])
 
     def _broken(self, token: bytes, error: MmprepError) -> None:
@@ -112,6 +116,7 @@ class Lane:
 
     def _process(self, family: Family, task: messages.Task, medium: memoryview) -> None:
         _check_digest(task, medium)
+        failpoints.reach("lane.digest.checked")
         options = unpack(task.options, ItemOptions)
         started = time.monotonic_ns()
         if task.need == "plan":
@@ -127,11 +132,14 @@ class Lane:
         granted = self._ask_extent(task.task, blob, region_size(prepared.meta.fields))
         if granted is None:
             return
+        failpoints.reach("lane.granted")
         filling = time.monotonic_ns()
         self._fill(prepared, blob, granted)
         worked = opened - started + time.monotonic_ns() - filling  # waiting for the extent is neither
         decode = prepared.decode_ns
+        failpoints.reach("lane.filled.before")
         self._send(messages.Filled(task.task, decode // 1000, max(0, worked - decode) // 1000))
+        failpoints.reach("lane.filled.after")
 
     def _ask_extent(self, task: int, blob: bytes, tensor_length: int) -> messages.Granted | None:
         self._send(messages.AskExtent(task, tensor_length), blob)
@@ -143,14 +151,17 @@ class Lane:
     def _fill(self, prepared: Prepared, blob: bytes, granted: messages.Granted) -> None:
         extent = self._segment.buffer[granted.offset : granted.offset + granted.length]
         extent[: len(blob)] = blob
+        failpoints.reach("lane.fill.middle")
         region = extent[align(len(blob)) :]
         prepared.fill({spec.name: field_array(region, spec) for spec in prepared.meta.fields})
 
     # --- messages -------------------------------------------------------------------------------------------------
 
     def _send(self, message: msgspec.Struct, *frames: bytes) -> None:
-        self._wait(zmq.POLLOUT)  # a blocking send would wait for ever for a writer that is gone
-        self._socket.send_multipart([pack(message), *frames], zmq.NOBLOCK)
+        kind = failpoints.reach("lane.send", message)
+        for sent in [[pack(message), *frames]] if kind is None else garbage(kind, message, frames):
+            self._wait(zmq.POLLOUT)  # a blocking send would wait for ever for a writer that is gone
+            self._socket.send_multipart(sent, zmq.NOBLOCK)
 
     def _receive(self) -> list[zmq.Frame]:
         self._wait(zmq.POLLIN)
@@ -180,6 +191,12 @@ def _keep_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
+def _writer_is_gone() -> bool:
+    poller = select.poll()
+    poller.register(_INPUT, 0)
+    return bool(poller.poll(0))
+
+
 def main() -> None:
     """Run one lane; the orders come on standard input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -189,6 +206,8 @@ def main() -> None:
     _keep_memory()
     config: LaneConfig = read_settings(LaneConfig)
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if _writer_is_gone():  # before the signal was asked for: its successor waits for this lane's lock
+        return
     lock = ProcessLock(Path(config.lock))
     if not lock.acquire():
         sys.exit(f"lane {config.lane}: its lock is held by another process")
