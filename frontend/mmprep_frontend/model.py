@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmprep.card import ModelCard
 from mmprep.errors import InvalidRequest, NotFound, StartupError
+from mmprep.wire.messages import MAX_ITEMS
 from mmprep_frontend.media.intake import Intake, Medium, Source
+from mmprep_frontend.render.bounds import TextBounds
 from mmprep_frontend.render.conversation import Conversation, walk
 from mmprep_frontend.render.prompt_cache import PromptCache
 from mmprep_frontend.render.requests import ChatRequest, TokenizeRequest, parse
@@ -23,8 +28,10 @@ from mmprep_frontend.render.template import ChatTemplate, load_sources
 from mmprep_frontend.render.tokens import EncodedPrompt, Tokenizer
 
 _DEFAULT_LENGTH = 32_768
-#: Tokens of all cached prompts of one frontend: some 10 MB.
-_CACHED_TOKENS = 1 << 18
+#: Bytes of all cached prompts of one frontend.
+_CACHED_BYTES = 16 << 20
+#: Stages that are noted and not taken out yet.
+_NOTED = 1024
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,9 @@ class ServedModel:
     ----------
     name: under which it is served.
     max_model_len: tokens of prompt and answer together.
+    bounds: of a request's text.
     prompts: those that were encoded before.
+    stages: stages and their seconds, as the render thread noted them; for whoever counts to take out.
     """
 
     name: str
@@ -44,7 +53,9 @@ class ServedModel:
     template: ChatTemplate
     tokenizer: Tokenizer
     max_model_len: int
+    bounds: TextBounds
     prompts: PromptCache
+    stages: deque[tuple[str, float]] = field(default_factory=lambda: deque(maxlen=_NOTED))
 
     def check_name(self, name: str | None) -> None:
         """Refuse another model's name; raises NotFound."""
@@ -54,14 +65,19 @@ class ServedModel:
             )
 
     def walk(self, request: ChatRequest | TokenizeRequest, limits: dict[str, int]) -> Conversation:
-        """Take the media out of a request's messages; raises InvalidRequest."""
+        """Take the media out of a request's messages; raises InvalidRequest, also for more of them than ``limits`` allow."""
         assert request.messages is not None
         conversation = walk(request.messages, self.card, self.template.format_for(request), self.sentinels)
+        if len(conversation.media) > MAX_ITEMS:
+            raise InvalidRequest(
+                f"The request has {len(conversation.media)} media; at most {MAX_ITEMS} are allowed in one.",
+                param=conversation.media[MAX_ITEMS].param,
+            )
         counts: dict[str, int] = {}
         for part in conversation.media:
             counts[part.modality] = counts.get(part.modality, 0) + 1
-            limit = limits.get(part.modality)
-            if limit is not None and counts[part.modality] > limit:
+            limit = limits.get(part.modality, 0)
+            if counts[part.modality] > limit:
                 raise InvalidRequest(
                     f"At most {limit} of modality '{part.modality}' are allowed in one request (--limit-mm-per-prompt).",
                     param=part.param,
@@ -77,16 +93,37 @@ class ServedModel:
             request = parse(b'{"messages":[{"role":"user","content":"Hello"}]}', "chat")
             self.encode_chat(self.walk(request, {}), request)
         self.tokenizer.decode(self.tokenizer.encode_text("Hello", add_special_tokens=True))
+        self.stages.clear()
 
     def encode_chat(self, conversation: Conversation, request: ChatRequest | TokenizeRequest) -> EncodedPrompt:
         """Render and tokenize; on the render thread."""
-        rendered = self.template.render(conversation, request)
-        return self.tokenizer.encode_prompt(rendered, add_special_tokens=_adds_special_tokens(request))
+        with self._noting("template"):
+            rendered = self.template.render(conversation, request)
+        counts = isinstance(request, TokenizeRequest)
+        with self._noting("tokenize"):
+            return self.tokenizer.encode_prompt(
+                rendered,
+                add_special_tokens=_adds_special_tokens(request),
+                check=self.bounds.check_counted if counts else self.bounds.check_prompt,
+            )
 
-    def prompt_key(self, conversation: Conversation, request: ChatRequest | TokenizeRequest) -> bytes | None:
-        """Return what identifies the request's prompt in :attr:`prompts`."""
-        salt = request.cache_salt if isinstance(request, ChatRequest) else None
-        return self.prompts.key(conversation, request, special=_adds_special_tokens(request), salt=salt)
+    def encode_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Tokenize a plain text; on the render thread."""
+        with self._noting("tokenize"):
+            return self.tokenizer.encode_text(text, add_special_tokens=add_special_tokens)
+
+    @contextlib.contextmanager
+    def _noting(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.stages.append((stage, time.monotonic() - started))
+
+    def prompt_key(
+        self, conversation: Conversation, request: ChatRequest | TokenizeRequest, nbytes: int
+    ) -> bytes | None:
+        """Return what identifies the prompt in :attr:`prompts` of a request of ``nbytes`` of JSON beside its media."""
+        special = _adds_special_tokens(request)
+        return self.prompts.key(conversation, request, nbytes=nbytes, special=special, salt=request.cache_salt)
 
     def encode_chat_and_read(
         self,
@@ -127,14 +164,16 @@ def load_model(
     tokenizer = Tokenizer(loaded, card, sentinels)
     sources = load_sources(directory) if template is None else {"default": template}
     chat_template = ChatTemplate(sources, tokenizer.special_tokens, sentinels)
+    length = max_model_len or _context_length(directory)
     return ServedModel(
         name,
         card,
         sentinels,
         chat_template,
         tokenizer,
-        max_model_len or _context_length(directory),
-        PromptCache(0 if chat_template.depends_on_time else _CACHED_TOKENS),
+        length,
+        TextBounds(length, tokenizer.longest_token),
+        PromptCache(0 if chat_template.depends_on_time else _CACHED_BYTES),
     )
 
 

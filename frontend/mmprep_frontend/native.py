@@ -7,13 +7,17 @@ frame an item.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar
 
 import msgspec
+import numpy as np
 import zmq
+from numpy.typing import NDArray
 
 import mmprep
 from mmprep.errors import InternalError, MmprepError, ProtocolError, ServiceUnavailable
@@ -23,11 +27,16 @@ from mmprep.wire.codec import PROTOCOL, pack, unpack
 from mmprep.wire.messages import LeaseKind
 from mmprep.wire.sockets import Pump, router
 from mmprep_frontend.render.answer import max_tokens, new_request_id
+from mmprep_frontend.room import Held, Room
 from mmprep_frontend.service import RenderedChat, RenderedItem, Service
 
 _log = logging.getLogger("mmprep.native")
 
 _OUTBOX_BYTES = 1 << 30
+#: Bytes of tensors from which on they are copied off the loop.
+_LARGE_COPY = 1 << 20
+#: Bytes of JSON that count as held until the client has read them; smaller answers are copied into ZeroMQ's queue.
+_TRACKED = 64 * 1024
 #: Clients that may wait for their welcome; more have to come again.
 _MOST_WAITING = 4096
 
@@ -44,6 +53,8 @@ class NativeDoor:
         Where to bind; the caller owns the path.
     max_body_size:
         Of one frame of a request, in bytes.
+    room:
+        Bounds the requests under way, together with the other doors.
     refusal:
         Returns why the service takes no requests, or ``None``.
     """
@@ -55,9 +66,11 @@ class NativeDoor:
         service: Service,
         *,
         max_body_size: int,
+        room: Room,
         refusal: Callable[[], str | None],
     ) -> None:
         self._service = service
+        self._room = room
         self._max_frame = max_body_size
         self._refusal = refusal
         self._tasks: dict[tuple[bytes, int], asyncio.Task[None]] = {}
@@ -123,13 +136,22 @@ class NativeDoor:
     def _start(self, peer: bytes, request: messages.Request, frames: list[memoryview]) -> None:
         if not frames or (peer, request.call) in self._tasks:
             raise ProtocolError("a request without a body, or with the number of another one")
-        task = asyncio.create_task(self._serve(peer, request, bytes(frames[0]), frames[1:]))
+        try:
+            held = self._room.enter()
+        except MmprepError as error:
+            self._failed(peer, request, error)
+            return
+        task = asyncio.create_task(self._serve(peer, request, frames, held))
         self._tasks[peer, request.call] = task
-        task.add_done_callback(lambda _: self._tasks.pop((peer, request.call), None))
+        task.add_done_callback(lambda _: self._done(peer, request.call, held))
+
+    def _done(self, peer: bytes, call: int, held: Held) -> None:
+        self._tasks.pop((peer, call), None)
+        held.leave()
 
     # --- out ------------------------------------------------------------------------------------------------------
 
-    async def _serve(self, peer: bytes, request: messages.Request, body: bytes, attachments: list[memoryview]) -> None:
+    async def _serve(self, peer: bytes, request: messages.Request, frames: list[memoryview], held: Held) -> None:
         service = self._service
         started = time.monotonic()
         outcome = "ok"
@@ -138,7 +160,8 @@ class NativeDoor:
             reason = self._refusal()
             if reason is not None:
                 raise ServiceUnavailable(reason, retry_after=1.0)
-            await self._operations[request.operation](self, peer, request.call, body, attachments)
+            held.hold_body(sum(map(len, frames)))
+            await self._operations[request.operation](self, peer, request.call, held, frames[0], frames[1:])
         except MmprepError as failure:
             outcome = failure.type
             self._send(peer, messages.Failed(request.call, messages.Fault.of(failure)))
@@ -155,11 +178,24 @@ class NativeDoor:
             service.metrics.count("mmprep_requests_total", path=path, outcome=outcome)
             service.metrics.observe("mmprep_request_seconds", time.monotonic() - started, path=path)
 
-    async def _chat(self, peer: bytes, call: int, body: bytes, attachments: list[memoryview]) -> None:
+    def _failed(self, peer: bytes, request: messages.Request, error: MmprepError) -> None:
+        """Answer a request that is not let in."""
+        self._send(peer, messages.Failed(request.call, messages.Fault.of(error)))
+        self._service.metrics.count("mmprep_requests_total", path=f"native/{request.operation}", outcome=error.type)
+
+    async def _chat(self, peer: bytes, call: int, held: Held, body: memoryview, attachments: list[memoryview]) -> None:
         chat = await self._service.chat(body, attachments)
         try:
-            frames = self._frames(chat)
-            delivered = self._send(peer, messages.Rendered(call), *frames)
+            nbytes = chat.inline_bytes()
+            held.hold_answer(nbytes)
+            regions: list[NDArray[np.uint8]] = []
+            with self._service.timed("serialize"):
+                if nbytes > _LARGE_COPY:
+                    regions = await self._service.on_thread(_copy_regions, chat)
+                elif nbytes:
+                    regions = _copy_regions(chat)
+                head = self._head(chat)
+            delivered = self._send(peer, messages.Rendered(call), head, *_tracked(held, regions))
         except BaseException:
             chat.give_back()
             raise
@@ -168,15 +204,12 @@ class NativeDoor:
         else:
             chat.give_back()
 
-    def _frames(self, chat: RenderedChat) -> list[Any]:
+    def _head(self, chat: RenderedChat) -> bytes:
         model = self._service.served()
-        inline: list[Any] = []
+        inline = chat.request.payload == "tensors"
         items = []
-        for item, placed in zip(chat.in_order(), chat.expanded.ranges, strict=True):
-            frame = -1
-            if chat.request.payload == "tensors":
-                inline.append(self._region(chat, item))
-                frame = len(inline)
+        for number, (item, placed) in enumerate(zip(chat.in_order(), chat.expanded.ranges, strict=True), start=1):
+            frame = number if inline else -1
             items.append(_head_item(item, placed.offset, placed.length, frame, chat.request.lease_kind or "copy"))
         if inline and chat.offered is not None:
             chat.offered.check()
@@ -193,25 +226,25 @@ class NativeDoor:
             max_tokens=max_tokens(chat.request, room),
             prompt_text=chat.prompt.text if chat.request.return_prompt_text else None,
         )
-        return [head.pack(), *inline]
+        return head.pack()
 
-    @staticmethod
-    def _region(chat: RenderedChat, item: RenderedItem) -> bytes:
-        """Return a copy of the tensors: the frame outlives the pin."""
-        assert chat.offered is not None
-        return bytes(chat.offered.region(item.answer))
+    async def _completions(self, peer: bytes, call: int, held: Held, body: memoryview, _: list[memoryview]) -> None:
+        self._json(peer, call, held, await self._service.completions(body, new_request_id("cmpl")))
 
-    async def _completions(self, peer: bytes, call: int, body: bytes, _: list[memoryview]) -> None:
-        self._json(peer, call, await self._service.completions(body, new_request_id("cmpl")))
+    async def _tokenize(
+        self, peer: bytes, call: int, held: Held, body: memoryview, attachments: list[memoryview]
+    ) -> None:
+        self._json(peer, call, held, await self._service.tokenize(body, attachments))
 
-    async def _tokenize(self, peer: bytes, call: int, body: bytes, attachments: list[memoryview]) -> None:
-        self._json(peer, call, await self._service.tokenize(body, attachments))
+    async def _detokenize(self, peer: bytes, call: int, held: Held, body: memoryview, _: list[memoryview]) -> None:
+        self._json(peer, call, held, await self._service.detokenize(body))
 
-    async def _detokenize(self, peer: bytes, call: int, body: bytes, _: list[memoryview]) -> None:
-        self._json(peer, call, await self._service.detokenize(body))
-
-    def _json(self, peer: bytes, call: int, answer: Any) -> None:
-        self._send(peer, messages.Response(call), msgspec.json.encode(answer))
+    def _json(self, peer: bytes, call: int, held: Held, encoded: bytes) -> None:
+        held.hold_answer(len(encoded))
+        if len(encoded) < _TRACKED:
+            self._send(peer, messages.Response(call), encoded)
+        else:
+            self._send(peer, messages.Response(call), *_tracked(held, [np.frombuffer(encoded, np.uint8)]))
 
     def _send(self, peer: bytes, message: msgspec.Struct, *frames: Any) -> bool:
         """Send, and return whether there is somebody to send to."""
@@ -228,6 +261,27 @@ class NativeDoor:
         "tokenize": _tokenize,
         "detokenize": _detokenize,
     }
+
+
+def _copy_regions(chat: RenderedChat) -> list[NDArray[np.uint8]]:
+    """Return copies of the items' tensors, which outlive the pins."""
+    return [np.frombuffer(chat.region(item), np.uint8).copy() for item in chat.in_order()]
+
+
+def _tracked(held: Held, arrays: list[NDArray[np.uint8]]) -> list[zmq.Frame]:
+    """Return frames over arrays, whose bytes count as held until ZeroMQ has passed them on, or dropped them."""
+    loop = asyncio.get_running_loop()
+    frames = []
+    for array in arrays:
+        # The frame keeps the array, and is not copied; pyzmq lets go of it on a thread of its own.
+        weakref.finalize(array, _soon, loop, held.hand_over(array.nbytes)).atexit = False
+        frames.append(zmq.Frame(array, copy=False))
+    return frames
+
+
+def _soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(callback)
 
 
 def _head_item(item: RenderedItem, offset: int, length: int, frame: int, lease_kind: LeaseKind) -> HeadItem:

@@ -20,7 +20,7 @@ from mmprep.digest import Hasher
 from mmprep.errors import MmprepError, StartupError
 from mmprep.metrics import Metrics, ProcessReport
 from mmprep.runtime import RuntimeDir
-from mmprep.settings import FrontendSettings, read_settings
+from mmprep.settings import CANNOT_START, FrontendSettings, read_settings
 from mmprep.wire import messages
 from mmprep_frontend.dispatch import WriterLink
 from mmprep_frontend.http.app import make_app
@@ -31,6 +31,7 @@ from mmprep_frontend.media.intake import Intake
 from mmprep_frontend.media.policy import UrlPolicy
 from mmprep_frontend.model import load_model
 from mmprep_frontend.native import NativeDoor
+from mmprep_frontend.room import Room
 from mmprep_frontend.service import Service
 from mmprep_frontend.supervision import SupervisorLink
 
@@ -38,8 +39,20 @@ _log = logging.getLogger("mmprep.frontend")
 
 _INPUT = 0
 _THREADS = 2
+#: Bytes of all bodies under way, at least.
+_BODIES = 512 << 20
 #: The interpreter's switch interval: with the default of 5 ms a busy thread starves the loop.
 _SWITCH_SECONDS = 0.0005
+
+
+class _Writer(WriterLink):
+    """The link to the writer, which also knows whether the present writer's lanes are warm: it has sent its card."""
+
+    warm = False
+
+    def _on_down(self) -> None:
+        self.warm = False
+        super()._on_down()
 
 
 class Frontend:
@@ -65,12 +78,18 @@ class Frontend:
         self._tokenizer = asyncio.get_running_loop().run_in_executor(
             self._render_thread, _load_tokenizer, Path(settings.model)
         )
-        self._writer = WriterLink(
+        self._writer = _Writer(
             self._context, self._runtime, settings.index, hasher=settings.hash, on_card=self._on_card
         )
         self._service = Service(
             writer=self._writer,
-            intake=Intake(self._fetcher, hasher, settings.max_media_size, self._threads),
+            intake=Intake(
+                self._fetcher,
+                hasher,
+                settings.max_media_size,
+                self._threads,
+                lambda seconds: self._metrics.observe("mmprep_stage_seconds", seconds, stage="fetch"),
+            ),
             hasher=hasher,
             metrics=self._metrics,
             render_thread=self._render_thread,
@@ -88,13 +107,16 @@ class Frontend:
         door = HttpDoor(
             self._service, not_ready=self._not_ready, refusal=self._refusal, collect=self._supervisor.metrics
         )
-        app = make_app(door, version=mmprep.__version__, max_body=self._settings.max_body_size)
+        max_body = self._settings.max_body_size
+        room = Room(max_body_bytes=max(_BODIES, max_body))
+        app = make_app(door, version=mmprep.__version__, max_body=max_body, room=room)
         http = await serve_http(app, self._settings.host, self._settings.port)
         native = self._native = NativeDoor(
             self._context,
             self._runtime.frontend(self._settings.index),
             self._service,
-            max_body_size=self._settings.max_body_size,
+            max_body_size=max_body,
+            room=room,
             refusal=self._refusal,
         )
         if self._reason is None:
@@ -108,7 +130,7 @@ class Frontend:
 
     def _not_ready(self) -> str | None:
         refusal = self._refusal()
-        if refusal is None and not self._writer.connected:
+        if refusal is None and not self._writer.warm:
             return "the preprocessing worker is being replaced"
         return refusal
 
@@ -117,6 +139,7 @@ class Frontend:
         return "the service is stopping" if self._draining else self._reason
 
     def _on_card(self, card: ModelCard) -> None:
+        self._writer.warm = True
         if self._service.model is not None and self._service.model.card == card:
             return
         self._loading = asyncio.create_task(self._load(card))
@@ -124,6 +147,7 @@ class Frontend:
     async def _load(self, card: ModelCard) -> None:
         settings = self._settings
         try:
+            _check_dtype(settings.tensor_dtype, card)
             loaded = await self._tokenizer
             model = await asyncio.get_running_loop().run_in_executor(
                 self._render_thread,
@@ -198,6 +222,16 @@ def _load_tokenizer(directory: Path) -> Any:
     return load_tokenizer(directory)
 
 
+def _check_dtype(name: str, card: ModelCard) -> None:
+    """Refuse a ``--tensor-dtype`` with which every request would be refused; raises StartupError."""
+    for modality, dtypes in card.dtypes.items():
+        if name != "auto" and name not in dtypes:
+            raise StartupError(
+                f"--tensor-dtype {name}: this model's tensors of modality '{modality}' come as {', '.join(dtypes)}; "
+                "give one of these, or auto"
+            )
+
+
 async def _run(settings: FrontendSettings) -> None:
     frontend = Frontend(settings)
     await frontend.run()
@@ -213,4 +247,4 @@ def main() -> None:
         uvloop.run(_run(settings))
     except MmprepError as error:
         print(f"mmprep: {error}", file=sys.stderr, flush=True)  # noqa: T201 -- before there is a log
-        sys.exit(78)
+        sys.exit(CANNOT_START)

@@ -47,6 +47,9 @@ _RECORD = struct.Struct("<IIQQQI32s")
 _HEADER_PADDING = bytes(PAGE - _HEADER.size - _CRC.size)
 _RECORD_PADDING = bytes(RECORD_SIZE - _RECORD.size - _CRC.size)
 _MAX_SLOTS = 2**24
+#: A ring's directory has a slot for so many bytes of its arena, within these bounds.
+_SLOT_BYTES = 64 * 1024
+_LEAST_SLOTS, _MOST_SLOTS = 1024, 2**18
 _MAX_ARENA = 2**48
 
 
@@ -77,7 +80,7 @@ def generation(incarnation: int, counter: int) -> int:
 
 
 class Geometry(NamedTuple):
-    """Where the parts of a segment are, in bytes; made by :meth:`plan`."""
+    """Where the parts of a segment are, in bytes; made by :meth:`plan` or :meth:`for_ring`."""
 
     total_size: int
     slots: int
@@ -108,6 +111,17 @@ class Geometry(NamedTuple):
         capacity = _pages(arena_capacity)
         arena_offset = PAGE + _pages(slots * RECORD_SIZE)
         return cls(arena_offset + capacity, slots, PAGE, arena_offset, capacity)
+
+    @classmethod
+    def for_ring(cls, cache_size: int) -> Geometry:
+        """Lay out the segment of a ring whose extents have ``cache_size`` bytes: what the service makes and what it needs.
+
+        Raises
+        ------
+        ValueError
+            As :meth:`plan`.
+        """
+        return cls.plan(cache_size, max(_LEAST_SLOTS, min(_MOST_SLOTS, cache_size // _SLOT_BYTES)))
 
     def record_offset(self, slot: int) -> int:
         """Return where the record of ``slot`` starts."""

@@ -34,7 +34,7 @@ MAX_SOCKET_PATH = 107
 #: One more than the largest number of a frontend; bounds the longest socket name.
 MAX_FRONTENDS = 10_000
 
-_FIXED_SOCKETS = ("writer.sock", "writer-bulk.sock", "lanes.sock", "lanes-bulk.sock", "supervisor.sock")
+_FIXED_SOCKETS = ("writer.sock", "writer-bulk.sock", "lanes.sock", "supervisor.sock")
 _LONGEST_SOCKET = f"frontend-{MAX_FRONTENDS - 1}.sock"
 _FRONTEND_SOCKET = re.compile(r"frontend-[0-9]{1,4}\.sock", re.ASCII)
 _LOCK_FILE = re.compile(r"([a-z]+)-([A-Za-z0-9_.-]{1,64})\.lock", re.ASCII)
@@ -160,11 +160,6 @@ class RuntimeDir:
     def lanes(self) -> str:
         """The endpoint where the writer talks to its lanes."""
         return self._endpoint("lanes.sock")
-
-    @property
-    def lanes_bulk(self) -> str:
-        """The endpoint where lanes receive media."""
-        return self._endpoint("lanes-bulk.sock")
 
     @property
     def supervisor(self) -> str:

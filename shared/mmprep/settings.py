@@ -10,6 +10,9 @@ from typing import Any
 
 import msgspec
 
+#: Exit status of a process that tells the supervisor not to try again: its message was for who starts the service.
+CANNOT_START = 78
+
 _INPUT = 0
 _MOST = 1 << 20
 

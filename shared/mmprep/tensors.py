@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmprep.errors import InvalidRequest
-from mmprep.items import ItemMeta, Normalization, field_array
+from mmprep.items import ItemMeta, field_array
 
 
 def arrays(meta: ItemMeta, region: memoryview) -> dict[str, NDArray[Any]]:
@@ -16,16 +17,16 @@ def arrays(meta: ItemMeta, region: memoryview) -> dict[str, NDArray[Any]]:
     return {spec.name: field_array(region, spec) for spec in meta.fields}
 
 
-def normalization_table(constants: Normalization) -> NDArray[np.float32]:
+def normalization_table(scale: float, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float32]:
     """Return the float32 value of every uint8 value in every channel, shape ``(channels, 256)``.
 
     The operations and their order are those of transformers' PIL backend (``image_transforms.rescale`` in float64, rounded
     to float32, then ``normalize`` in float32), so the result equals its output to the bit.
     """
-    pixels = (np.arange(256, dtype=np.float64) * constants.scale).astype(np.float32)
-    mean = np.asarray(constants.mean, dtype=np.float32)[:, None]
-    std = np.asarray(constants.std, dtype=np.float32)[:, None]
-    table: NDArray[np.float32] = (pixels[None, :] - mean) / std
+    pixels = (np.arange(256, dtype=np.float64) * scale).astype(np.float32)
+    centre = np.asarray(mean, dtype=np.float32)[:, None]
+    spread = np.asarray(std, dtype=np.float32)[:, None]
+    table: NDArray[np.float32] = (pixels[None, :] - centre) / spread
     return table
 
 
@@ -40,7 +41,7 @@ def normalized(meta: ItemMeta, tensors: dict[str, NDArray[Any]]) -> dict[str, ND
     constants = meta.normalization
     if constants is None or constants.field not in tensors or tensors[constants.field].dtype != np.uint8:
         raise InvalidRequest("normalize=True needs an item with uint8 pixels; this one's are floats already")
-    table = normalization_table(constants)
+    table = normalization_table(constants.scale, constants.mean, constants.std)
     pixels = tensors[constants.field]
     out = np.empty(pixels.shape, dtype=np.float32)
     for channel in range(table.shape[0]):

@@ -32,6 +32,9 @@ CHAT = "/v1/chat/completions/render"
 COMPLETIONS = "/v1/completions/render"
 PART = "messages[0].content[0].image_url"
 MAX_LENGTH = 3000
+#: Characters: so many tokens of the longest one of the embedded vocabulary, 69.
+MOST_TEXT = MAX_LENGTH * 69
+MOST_COUNTED = 1 << 20
 MAX_BODY = 4 << 20
 MAX_MEDIUM = 2 << 20
 
@@ -92,6 +95,14 @@ def with_url(url):
     return user({"type": "image_url", "image_url": {"url": url}}, text("?"))
 
 
+def nested(levels):
+    """Return an object in an object, and so on."""
+    value = {}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
 class Case(NamedTuple):
     """One bad request and the answer to it."""
 
@@ -119,6 +130,12 @@ CASES = {
     "no body": Case(b"", 400, BAD, None, "not valid JSON"),
     "not UTF-8": Case(b'{"messages": [{"role": "user", "content": "\xff"}]}', 400, BAD, None, "not valid JSON"),
     "nested too deeply": Case(b'{"x":' + b"[" * 100_000, 400, BAD, None, "nested too deeply|not valid JSON"),
+    "a schema just below the decoder's limit": Case(
+        chat(HELLO, structured_outputs={"json": nested(900)}), 400, BAD, "structured_outputs", "128 levels"
+    ),
+    "a tool just below the decoder's limit": Case(
+        chat(HELLO, tools=[{"type": "function", "function": nested(900)}]), 400, BAD, "tools", "128 levels"
+    ),
     "a list": Case([], 400, BAD, None, "expected an object"),
     "no messages": Case({}, 400, BAD, "messages", "required"),
     "empty messages": Case(chat([]), 400, BAD, "messages", "at least one"),
@@ -138,6 +155,13 @@ CASES = {
     "own processor": Case(chat(HELLO, mm_processor_kwargs={"a": 1}), 400, BAD, "mm_processor_kwargs", "leave it out"),
     "unknown model": Case(chat(HELLO, model="gpt-9"), 404, "NotFoundError", "model", "'gpt-9'.*'mmprep-demo'"),
     "prompt too long": Case(chat([{"role": "user", "content": "cat " * 4000}]), 400, BAD, None, str(MAX_LENGTH)),
+    "text that cannot fit": Case(
+        chat([{"role": "user", "content": "x" * MOST_TEXT}]),
+        400,
+        BAD,
+        "messages",
+        f"characters.*{MOST_TEXT} characters",
+    ),
     # media that are none
     "not base64": Case(chat(with_url("data:image/png;base64,@@@@")), 400, BAD, PART, "not valid base64"),
     "base64 with line breaks": Case(chat(with_url("data:image/png;base64,AAAA\nAAAA")), 400, BAD, PART, "line breaks"),
@@ -205,6 +229,11 @@ CASES = {
     # the other routes
     "ids above the vocabulary": Case({"prompt": [1, 999_999]}, 400, BAD, "prompt[1]", "999999", COMPLETIONS),
     "ids below 0": Case({"prompt": [[1], [1, -4]]}, 400, BAD, "prompt[1][1]", "-4", COMPLETIONS),
+    "a text that cannot fit": Case(
+        {"prompt": ["a", "x" * (MOST_TEXT + 1)]}, 400, BAD, "prompt[1]", str(MOST_TEXT), COMPLETIONS
+    ),
+    "too many prompts": Case({"prompt": ["a"] * 4097}, 400, BAD, "prompt", "4097 prompts; at most 4096", COMPLETIONS),
+    "too much to count": Case({"prompt": "x" * (MOST_COUNTED + 1)}, 400, BAD, "prompt", str(MOST_COUNTED), "/tokenize"),
     "no prompts": Case({"prompt": []}, 400, BAD, "prompt", "not be empty", COMPLETIONS),
     "texts and ids": Case({"prompt": ["a", 1]}, 400, BAD, "prompt", "list of texts", COMPLETIONS),
     "empty ids": Case({"prompt": [[]]}, 400, BAD, "prompt[0]", "At least one", COMPLETIONS),
@@ -233,6 +262,43 @@ def test_a_bad_request_is_told_what_is_wrong_and_where(service, name):
         assert error["param"] == case.param, error
     assert re.search(case.words, error["message"], re.DOTALL), error
     assert answer.headers["X-Request-Id"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "x" * (MOST_TEXT - 1000)}]}),
+        (COMPLETIONS, {"prompt": "x" * MOST_TEXT}),
+        ("/tokenize", {"prompt": "x" * MOST_COUNTED}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "x" * (MOST_COUNTED - 1000)}]}),
+        ("/detokenize", {"tokens": [1] * 500_000}),
+    ],
+    ids=["chat", "completions", "tokenize text", "tokenize chat", "detokenize"],
+)
+def test_text_that_takes_longer_than_its_deadline_is_answered_in_time(service, path, body):
+    answer = service.post(path, {**body, "deadline_ms": 1})
+    assert (answer.status, answer.error["type"]) == (408, "TimeoutError")
+
+
+def test_deep_arguments_of_a_tool_are_rendered_or_refused_and_never_a_fault(service):
+    call = {"function": {"name": "f", "arguments": "DEEP"}}
+    body = json.dumps(chat([*HELLO, {"role": "assistant", "tool_calls": [call]}])).encode()
+    for levels in range(800, 1020, 4):
+        answer = service.post(CHAT, body.replace(b'"DEEP"', b'{"a":' * levels + b"{}" + b"}" * levels))
+        assert answer.status in {200, 400}, (levels, answer.body)
+
+
+def test_a_text_longer_than_the_model_takes_can_be_counted(service):
+    answer = service.post("/tokenize", {"prompt": "cat " * 10_000}).json
+    assert answer["count"] > answer["max_model_len"] == MAX_LENGTH
+
+
+def test_many_prompts_are_answered_in_their_order_by_their_own_ids(service):
+    texts = [f"{number} " * (number % 7 * 100 + 1) for number in range(300)]
+    rendered = service.post(COMPLETIONS, {"prompt": texts}).json
+    counted = [service.post("/tokenize", {"prompt": text}).json["tokens"] for text in texts[:7]]
+    assert [answer["token_ids"] for answer in rendered[:7]] == counted
+    assert [answer["request_id"].rpartition("-")[2] for answer in rendered] == [str(n) for n in range(300)]
 
 
 def test_a_picture_of_one_pixel_is_a_picture(service):

@@ -6,6 +6,7 @@ import pytest
 from tests.integration.service import decode_item, image, mmprep, photo, serving, text, user
 
 from mmprep import Backend, embedded
+from mmprep.runtime import RuntimeDir
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,18 @@ def test_status_without_a_service_says_how_to_start_one(tmp_path):
         done = mmprep("status", "--json", "--runtime-dir", directory)
         assert (done.returncode, done.stdout) == (1, "")
         assert "mmprep serve" in done.stderr
+
+
+def test_status_of_a_service_that_does_not_answer_is_told_as_such(runtime_dir):
+    """It starts, stops, or is suspended: its lock is held, and nobody listens."""
+    runtime = RuntimeDir.prepare(runtime_dir)
+    runtime.take()
+    try:
+        done = mmprep("status", "--json", "--runtime-dir", runtime_dir)
+    finally:
+        runtime.clean()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "mmprep status: the service does not answer; is it stopped or overloaded?\n"
 
 
 def test_every_command_explains_itself():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.integration.service import Service, mmprep
 
 from mmprep.cli import doctor
 from mmprep.process_lock import ProcessLock
@@ -91,8 +92,27 @@ def test_shared_memory_that_is_too_small_is_a_failure_that_says_how_much_fits():
     found = check_in_child("[check_shared_memory(16 * 2**20, False)]", *SMALL_SHM)["shared memory"]
     assert found.status == "fail"
     assert found.detail == "/dev/shm has 8 MiB free of 8 MiB, the ring needs 16 MiB"
-    assert "at most 8MiB" in found.advice
+    assert "at most 7MiB" in found.advice
     assert check_in_child("[check_shared_memory(8 * 2**20, False)]", *SMALL_SHM)["shared memory"].status == "ok"
+
+
+@pytest.mark.skipif(
+    subprocess.run([*SMALL_SHM, "true"], capture_output=True, check=False).returncode != 0,
+    reason="needs the right to mount a file system of its own",
+)
+def test_the_doctor_and_the_service_agree_on_what_fits(runtime_dir):
+    for size, fits in (("7MiB", True), ("8MiB", False)):
+        arguments = ("--cache-size", size, "--runtime-dir", runtime_dir)
+        report = json.loads(mmprep("doctor", "--json", *arguments, prefix=SMALL_SHM).stdout)
+        found = {finding["what"]: finding["status"] for finding in report["findings"]}
+        assert found["shared memory"] == ("ok" if fits else "fail")
+        served = Service(runtime_dir, *arguments, prefix=SMALL_SHM)
+        if fits:
+            served.ready()
+            assert served.stop() == 0
+        else:
+            assert served.wait() == 1
+            assert "/dev/shm" in served.stderr
 
 
 def test_the_ring_of_a_running_service_has_its_memory_already():

@@ -94,6 +94,13 @@ def test_a_picture_at_a_url_equals_the_same_picture_in_the_request(service, host
         assert fetched["features"] == service.render(user(text("What is this?"), photo("cat.png")))["features"]
 
 
+def test_fetching_is_counted_for_what_is_fetched(service, host):
+    name = 'mmprep_stage_seconds_count{stage="fetch"}'
+    before = service.metrics().get(name, 0)
+    service.render(user(*at(f"{host.url}/cat.png")[0]["content"], photo("cat.png")))
+    assert service.metrics()[name] - before == 1
+
+
 def test_pictures_from_several_places_keep_their_order(service, host):
     def parts(*pictures):
         return user(text("?"), *pictures)

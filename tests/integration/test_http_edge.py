@@ -15,10 +15,11 @@ from typing import Any
 import aiohttp
 import pytest
 
-from mmprep.errors import Busy, DecodeError, InvalidRequest, MmprepError, StartupError
+from mmprep.errors import Busy, DecodeError, InvalidRequest, MmprepError, ServiceUnavailable, StartupError
 from mmprep_frontend.http.app import make_app
 from mmprep_frontend.http.exposition import expose
 from mmprep_frontend.http.server import HttpServer, reserve_port, serve_http
+from mmprep_frontend.room import Held, Room
 
 try:
     import uvloop
@@ -53,6 +54,7 @@ class Echo:
         self.act: Callable[[bytes], Awaitable[bytes]] | None = None
         self.began = asyncio.Event()
         self.cancelled = asyncio.Event()
+        self.encoding = 0
 
     async def _answer(self, route: str, body: bytes, **more: str) -> bytes:
         self.began.set()
@@ -64,10 +66,12 @@ class Echo:
                 raise
         return json.dumps({"route": route, "size": len(body), **more}).encode()
 
-    async def render_chat(self, body: bytes, request_id: str) -> bytes:
+    async def render_chat(self, body: bytes, request_id: str, held: Held) -> bytes:
+        held.hold_answer(self.encoding)
         return await self._answer("chat", body, request_id=request_id)
 
-    async def render_completions(self, body: bytes, request_id: str) -> bytes:
+    async def render_completions(self, body: bytes, request_id: str, held: Held) -> bytes:
+        held.hold_answer(self.encoding)
         return await self._answer("completions", body, request_id=request_id)
 
     async def tokenize(self, body: bytes) -> bytes:
@@ -219,7 +223,8 @@ def test_until_it_is_ready_only_what_needs_no_model_answers(run: Run) -> None:
         (DecodeError("broken", param="messages[0].content[1].image_url"), 422, "UnprocessableEntityError", None),
         (Busy("full", retry_after=2.5), 429, "OverloadedError", "3"),
         (Busy("full", retry_after=0.01), 429, "OverloadedError", "1"),
-        (Busy("full"), 429, "OverloadedError", None),
+        (Busy("full"), 429, "OverloadedError", "1"),
+        (ServiceUnavailable("gone"), 503, "ServiceUnavailableError", "1"),
         (InvalidRequest("wrong", retry_after=2.0), 400, "BadRequestError", None),
     ],
 )
@@ -350,7 +355,7 @@ def test_large_bodies_and_answers_pass_whole(run: Run) -> None:
 
 def test_the_bodies_of_all_requests_share_a_budget(run: Run) -> None:
     async def main() -> None:
-        async with serving(max_body=1000, max_held=1500) as edge:
+        async with serving(max_body=1000, room=Room(max_body_bytes=1500)) as edge:
             edge.service.act = never
             first = asyncio.create_task(edge.ask("POST", CHAT, data=b"x" * 1000))
             await edge.service.began.wait()
@@ -367,7 +372,7 @@ def test_the_bodies_of_all_requests_share_a_budget(run: Run) -> None:
 
 def test_the_number_of_requests_under_way_is_bounded(run: Run) -> None:
     async def main() -> None:
-        async with serving(max_requests=1) as edge:
+        async with serving(room=Room(max_requests=1)) as edge:
             edge.service.act = never
             first = asyncio.create_task(edge.ask("POST", CHAT))
             await edge.service.began.wait()
@@ -375,6 +380,110 @@ def test_the_number_of_requests_under_way_is_bounded(run: Run) -> None:
             assert (await edge.ask("GET", "/health"))[0] == 200
             first.cancel()
             await edge.service.cancelled.wait()
+
+    run(main())
+
+
+LARGE = 8_000_000
+
+
+async def large(_body: bytes) -> bytes:
+    return b"x" * LARGE
+
+
+@asynccontextmanager
+async def asking(edge: Served) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """Ask for an answer that no socket's buffer holds, and read its first piece only."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.server.port, limit=1024)
+    writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{{}}".encode())
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what sends no event; the watchdog bounds it."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
+
+
+def test_an_answer_counts_as_held_until_its_client_has_read_it(run: Run) -> None:
+    async def main() -> None:
+        room = Room(max_answer_bytes=LARGE)
+        async with serving(room=room) as edge:
+            edge.service.act = large
+            async with asking(edge) as (reader, _):
+                assert (room.requests, room.answer_bytes) == (1, LARGE)
+                status, error, headers = await edge.error("POST", CHAT)
+                assert (status, error["type"], headers["Retry-After"]) == (429, "OverloadedError", "1")
+                assert await reader.readexactly(LARGE) == b"x" * LARGE
+                await until(lambda: room.requests == 0)
+            assert room.answer_bytes == 0
+            async with asking(edge):
+                assert room.answer_bytes == LARGE
+            await until(lambda: room.requests == 0)
+            assert room.answer_bytes == 0
+
+    run(main())
+
+
+def test_what_encoding_an_answer_takes_is_counted_before_it_is_encoded(run: Run) -> None:
+    async def main() -> None:
+        room = Room(max_answer_bytes=LARGE + 10)
+        async with serving(room=room) as edge:
+            edge.service.act = large
+            async with asking(edge):
+                edge.service.act = None
+                edge.service.encoding = 11
+                edge.service.began.clear()
+                assert (await edge.error("POST", CHAT))[0] == 429
+                assert not edge.service.began.is_set()
+                edge.service.encoding = 0
+
+    run(main())
+
+
+def test_a_client_that_does_not_read_its_answer_is_hung_up_on(run: Run) -> None:
+    async def main() -> None:
+        room = Room()
+        async with serving(room=room, answer_seconds=0.05) as edge:
+            edge.service.act = large
+            async with asking(edge) as (reader, _):
+                await until(lambda: room.requests == 0)
+                assert room.answer_bytes == 0
+                with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+                    await reader.readexactly(LARGE)
+
+    run(main())
+
+
+def test_closing_hangs_up_on_who_does_not_read_an_answer_to_its_end(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with serving() as edge:
+            edge.service.act = large
+            async with asking(edge) as (reader, _):
+                await edge.server.close(grace=0.05)
+                with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+                    await reader.readexactly(LARGE)
+
+    run(main())
+    assert not caplog.records
+
+
+def test_a_large_answer_has_the_headers_of_a_small_one(run: Run) -> None:
+    async def main() -> None:
+        async with serving() as edge:
+            names = set()
+            for act in (None, large):
+                edge.service.act = act
+                async with edge.client.post(CHAT, headers={"X-Request-Id": "mine"}) as answer:
+                    names.add(tuple(sorted(answer.headers)))
+                    assert answer.headers["X-Request-Id"] == "mine"
+                    assert answer.headers["Content-Type"].startswith("application/json")
+                    assert int(answer.headers["Content-Length"]) == len(await answer.read())
+            assert len(names) == 1
 
     run(main())
 

@@ -36,6 +36,7 @@ def orders(runtime_dir, segment, token=bytes(32)):
         max_media_size=1 << 24,
         data_limit=4 << 30,
         nice=0,
+        log_level="warning",
     )
 
 

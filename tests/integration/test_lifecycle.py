@@ -17,6 +17,7 @@ from tests.integration.service import (
     SHM,
     Service,
     decode_item,
+    environment,
     eventually,
     image,
     is_alive,
@@ -26,7 +27,7 @@ from tests.integration.service import (
     text,
     user,
 )
-from tests.models import write_qwen2_vl
+from tests.models import write_llava15, write_qwen2_vl
 
 from mmprep import Backend, Client
 
@@ -139,6 +140,14 @@ def test_leases_that_nobody_releases_end_with_the_drain_timeout(runtime_dir):
 def _ignoring(service):
     with contextlib.suppress(OSError):
         service.chat(user(image(drawn(77), "png")))
+
+
+@pytest.mark.parametrize(("level", "lanes"), [("info", 2), ("warning", 0)])
+def test_every_process_logs_from_the_level_that_was_asked_for(level, lanes):
+    with serving(*SMALL, "--log-level", level) as service:
+        pass
+    warm = [line for line in service.lines if re.search(r"^[-0-9]+ [:,0-9]+ INFO mmprep\.lane: lane \d is warm$", line)]
+    assert len(warm) == lanes
 
 
 def test_a_directory_that_the_service_made_is_gone_with_it(runtime_dir):
@@ -392,6 +401,115 @@ def test_a_spoilt_model_directory_is_told_by_the_file(runtime_dir, tmp_path, spo
     spoil(directory)
     assert words in refused(runtime_dir, directory)
     assert contents(runtime_dir) == []
+
+
+def test_a_dtype_that_the_model_does_not_have_is_refused_by_its_option(runtime_dir, tmp_path):
+    message = refused(runtime_dir, write_llava15(tmp_path / "model"), "--tensor-dtype", "uint8")
+    assert re.search("--tensor-dtype uint8: .*float32, bfloat16, float16", message)
+    assert contents(runtime_dir) == []
+
+
+HIDE = """
+import sys
+
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name in {names!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+
+sys.meta_path.insert(0, Hidden())
+"""
+
+
+def with_modules(directory, **sources):
+    """Return an environment in which these modules come before those that are installed."""
+    directory.mkdir(exist_ok=True)
+    for name, source in sources.items():
+        (directory / f"{name}.py").write_text(source)
+    return {"PYTHONPATH": f"{directory}{os.pathsep}{environment()['PYTHONPATH']}"}
+
+
+@pytest.mark.parametrize("command", ["serve", "render"])
+def test_the_base_install_is_told_to_install_the_server(runtime_dir, tmp_path, command):
+    (tmp_path / "request.json").write_text("{}")
+    env = with_modules(tmp_path / "hidden", sitecustomize=HIDE.format(names={"uvloop", "PIL"}))
+    arguments = [tmp_path / "request.json"] if command == "render" else ["--runtime-dir", runtime_dir, "--port", 0]
+    done = mmprep(command, *arguments, env=env)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"mmprep {command}: uvloop, pillow cannot be found; install the server's dependencies: "
+        "pip install 'mmprep[server]'\n"
+    )
+    assert contents(runtime_dir) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "words"),
+    [
+        ("uvloop", "raise RuntimeError('broken')", "the frontend ended 5 times before it was ready.*status 1"),
+        ("simplejpeg", "raise RuntimeError('broken')", "the lanes end with status 1 before they are warm"),
+        ("simplejpeg", "import os; os.abort()", "the lanes end with status -6 before they are warm"),
+        (
+            "simplejpeg",
+            "def __getattr__(name):\n    def function(*_, **__):\n        raise KeyError\n    return function",
+            r"a lane cannot start \(KeyError\)",
+        ),
+    ],
+    ids=["frontend", "lane", "lane that is killed", "lane that cannot warm up"],
+)
+def test_a_process_that_can_never_start_ends_the_service(runtime_dir, tmp_path, module, source, words):
+    env = with_modules(tmp_path / "broken", **{module: source})
+    done = mmprep("serve", "--runtime-dir", runtime_dir, "--port", 0, "--cache-size", "16MiB", env=env)
+    assert done.returncode == 1, done.stderr
+    assert re.search(f"^mmprep: {words}", done.stderr, re.MULTILINE), done.stderr
+    assert contents(runtime_dir) == []
+
+
+GATE = """
+import importlib, os, sys, time
+
+while os.path.exists({gate!r}):
+    time.sleep(0.01)
+sys.path.remove({directory!r})
+del sys.modules["simplejpeg"]
+importlib.import_module("simplejpeg")
+"""
+
+
+def test_a_replaced_writer_is_not_ready_before_its_lanes_are_warm(tmp_path):
+    gate, directory = tmp_path / "gate", tmp_path / "gated"
+    env = with_modules(directory, simplejpeg=GATE.format(gate=str(gate), directory=str(directory)))
+    with serving("--cache-size", "16MiB", "--frontends", 1, "--lanes", 2, env=env) as service:
+        gate.touch()
+        killed = service.pids()["writer"][0]
+        os.kill(killed, signal.SIGKILL)
+        with ThreadPoolExecutor(1) as other:
+            waiting = other.submit(service.chat, user(photo("cat.png")))
+            service.status_when(
+                lambda s: s.get("worker", {}).get("pid") not in {None, killed} and s["pins"], "the frontend's offer"
+            )
+            answer = service.get("/ready")
+            gate.unlink()
+            assert (answer.status, answer.error["type"]) == (503, "ServiceUnavailableError")
+            assert waiting.result().status == 200
+        eventually(lambda: service.get("/ready").status == 200, "a service that is ready again")
+
+
+def test_a_lane_that_cannot_be_replaced_at_the_moment_does_not_end_the_service(tmp_path):
+    directory = write_qwen2_vl(tmp_path / "model")
+    needed, away = directory / "preprocessor_config.json", tmp_path / "away.json"
+    with serving(*SMALL, model=directory) as service:
+        needed.rename(away)
+        os.kill(service.pids()["lane"][0], signal.SIGKILL)
+        eventually(
+            lambda: "cannot start, and is tried again: MODEL: preprocessor_config.json" in service.stderr,
+            "the lane's message",
+        )
+        assert service.chat(user(text("Hello"), photo("cat.png"))).status == 200
+        away.rename(needed)
+        service.status_when(lambda s: [lane["state"] for lane in s["lanes"]] == ["idle", "idle"], "two lanes")
 
 
 def test_a_missing_model_directory_and_an_unknown_hub_id_are_told(runtime_dir, tmp_path):

@@ -42,7 +42,8 @@ from mmprep import Client, MmprepError
 endpoint, name, path, kind = sys.argv[1:]
 client = Client(endpoint, backend_id=name)
 part = {"type": "image_url", "image_url": {"url": open(path, "rb").read()}}
-item = client.chat([{"role": "user", "content": [part]}], payload="shm").items["image"][0]
+fields = {"lease_kind": "view"} if kind == "leased as view" else {}
+item = client.chat([{"role": "user", "content": [part]}], payload="shm", **fields).items["image"][0]
 held = contextlib.ExitStack()
 if kind == "view":
     held.enter_context(item.view())
@@ -309,6 +310,19 @@ def test_a_view_of_a_stopped_process_holds_beyond_its_time_and_ends_with_the_pro
         assert leases_of(service, "viewer") == 1
         process.kill()
         eventually(lambda: not leases_of(service, "viewer"), "the end of the lease")
+    service.quiet()
+
+
+def test_a_lease_that_was_asked_for_as_a_view_is_one_before_anything_is_viewed(service):
+    with reader(service, "viewer", "leased as view") as process:
+        process.send_signal(signal.SIGSTOP)
+        eventually(lambda: service.metrics()["mmprep_leases_overdue"] == 1, "the lease is overdue")
+        assert leases_of(service, "viewer") == 1
+        process.kill()
+        eventually(lambda: not leases_of(service, "viewer"), "the end of the lease")
+    with Client(service.endpoint) as client, pytest.raises(InvalidRequest) as refused:
+        client.chat(user(raw(CAT)), payload="shm", lease_kind="loan")
+    assert refused.value.param == "lease_kind"
     service.quiet()
 
 

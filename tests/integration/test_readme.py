@@ -1,6 +1,8 @@
-"""The README's Python examples run as they stand there."""
+"""The README's examples run as they stand there."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,6 +12,8 @@ import pytest
 from service import ROOT, Service, environment
 
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+COMMANDS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+ANSWERS = re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 DEFAULT_URL = "http://127.0.0.1:8790"
 
 
@@ -27,6 +31,32 @@ def service():
 
 def test_there_are_examples():
     assert len(EXAMPLES) == 3
+    assert len(COMMANDS) == 1
+
+
+def run_command(service, directory):
+    """Run the first request as it is printed, in a directory that looks like the checkout, and return the answer."""
+    (directory / "shared").symlink_to(ROOT / "shared")
+    code = COMMANDS[0].replace(DEFAULT_URL, service.url)
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", code], capture_output=True, text=True, check=False, cwd=directory
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    return json.loads(result.stdout)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="this machine has no curl")
+def test_the_first_request_of_the_readme_gets_the_answer_that_stands_below_it(service, tmp_path):
+    answer = run_command(service, tmp_path)
+    shown = json.loads(ANSWERS[0])
+    assert answer["features"] == shown["features"]
+    assert answer["sampling_params"] == shown["sampling_params"]
+    assert answer["model"] == shown["model"]
+    assert answer["token_ids"][:2] == shown["token_ids"][:2]
+    (place,) = answer["features"]["mm_placeholders"]["image"]
+    start, end = place["offset"], place["offset"] + place["length"]
+    assert set(answer["token_ids"][start:end]) == {6156}
+    assert (answer["token_ids"][start - 1], answer["token_ids"][end]) == (6153, 6154)
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))

@@ -239,6 +239,28 @@ def test_hashes_are_stable_and_the_same_whatever_the_payload(service):
     assert len(set(hashes[0]["image"])) == len(PHOTOS)
 
 
+def test_counting_looks_where_rendering_with_the_same_salt_and_dtype_would(service):
+    pixels = np.random.default_rng(7).integers(0, 256, (90, 120, 3), np.uint8)
+    into = io.BytesIO()
+    Image.fromarray(pixels).save(into, "PNG")
+    messages = user(image(into.getvalue(), "png"), text("How long?"))
+
+    def found(**fields):
+        """Tell whether the picture was known, under the key of these fields."""
+        name = 'mmprep_mm_cache_hits_total{modality="image"}'
+        before = service.metrics().get(name, 0)
+        assert service.post("/tokenize", {"messages": messages, **fields}).status == 200
+        return service.metrics().get(name, 0) > before
+
+    service.render(messages, mm_payload="none", cache_salt="tenant", mm_dtype="float32")
+    assert not found()
+    assert not found(cache_salt="tenant")
+    assert not found(mm_dtype="float32")
+    assert found(cache_salt="tenant", mm_dtype="float32")
+    assert found(cache_salt="tenant")
+    assert service.post("/tokenize", {"messages": messages, "mm_dtype": "int4"}).error["param"] == "mm_dtype"
+
+
 def test_dtype_salt_and_content_change_a_hash_and_the_place_in_the_chat_does_not(service):
     def of(name, *before, **fields):
         answer = service.render(user(*before, photo(name), text("?")), mm_payload="none", **fields)
@@ -428,6 +450,33 @@ def test_metrics_count_for_all_frontends_whichever_is_asked(service):
     names = Counter(name.partition("{")[0] for name in after)
     for name in ("mmprep_ring_bytes", "mmprep_leases", "mmprep_lanes", "mmprep_queue_depth", "mmprep_inflight"):
         assert names[name], name
+
+
+STAGES = ("fetch", "hash", "template", "tokenize", "queue", "decode", "process", "expand", "serialize")
+
+
+def test_each_stage_is_counted_where_it_happens_and_the_help_names_those_that_do(service):
+    def counts():
+        metrics = service.metrics()
+        return [metrics.get(f'mmprep_stage_seconds_count{{stage="{stage}"}}', 0) for stage in STAGES]
+
+    def grown(call):
+        before = counts()
+        call()
+        return [int(after - earlier) for after, earlier in zip(counts(), before, strict=True)]
+
+    into = io.BytesIO()
+    Image.fromarray(np.random.default_rng(8).integers(0, 256, (70, 90, 3), np.uint8)).save(into, "PNG")
+    parts = (image(into.getvalue(), "png"), photo("cat.png"), text("Which stage is this?"))
+    service.render(user(photo("cat.png"), text("?")))
+    # one new picture and one known, and a new text
+    assert grown(lambda: service.render(user(*parts))) == [0, 2, 1, 1, 1, 1, 1, 1, 1]
+    assert grown(lambda: service.post("/tokenize", {"prompt": "a text"})) == [0, 0, 0, 1, 0, 0, 0, 0, 1]
+    assert grown(lambda: service.post("/v1/completions/render", {"prompt": "a text"})) == [0, 0, 0, 1, 0, 0, 0, 0, 1]
+    assert grown(lambda: service.post("/detokenize", {"tokens": [1, 2]})) == [0, 0, 0, 0, 0, 0, 0, 0, 1]
+    lines = service.get("/metrics").body.decode().splitlines()
+    (line,) = (line for line in lines if line.startswith("# HELP mmprep_stage_seconds "))
+    assert line.endswith(f": {', '.join(STAGES)}.")
 
 
 # --- other models -----------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class AdmissionMachine(RuleBasedStateMachine):
             with pytest.raises(errors.Busy) as caught:
                 self.admission.check(client, sizes)
             assert MIN_RETRY_AFTER <= caught.value.retry_after <= MAX_RETRY_AFTER
+            assert "your" not in caught.value.message, "a client here is a frontend, not the sender"
         else:
             self.admission.check(client, sizes)
             for nbytes in sizes:

@@ -1,6 +1,7 @@
 """The generic family gives what the model's own processor gives, for LLaVA-1.5."""
 
 import io
+import time
 
 import numpy as np
 import pytest
@@ -125,3 +126,12 @@ def test_a_broken_processor_is_refused_at_the_start(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(StartupError, match=r"preprocessor_config\.json"):
         load_family(tmp_path, max_image_pixels=LIMIT)
+
+
+def test_decoding_is_counted_apart_from_processing(family, monkeypatch):
+    seen = []
+    process = family._process
+    monkeypatch.setattr(family, "_process", lambda picture: (seen.append(time.monotonic_ns()), process(picture))[1])
+    started = time.monotonic_ns()
+    prepared = family.open("image", encoded(drawn(600, 400)), ItemOptions("float32"))
+    assert 0 < prepared.decode_ns <= seen[0] - started

@@ -122,7 +122,7 @@ def test_the_file_may_use_the_types_of_toml(file):
     assert (options.cache_size, options.lease_seconds, options.max_model_len) == (64 << 20, 1.5, 4096)
     assert options.allow_private_networks
     assert options.allowed_media_domains == ("a.example", "*.b.example")
-    assert options.limit_mm_per_prompt == {"image": 2, "video": 0}
+    assert options.limit_mm_per_prompt == {"image": 2, "video": 0, "audio": 4}
 
 
 @pytest.mark.parametrize(
@@ -178,8 +178,9 @@ def test_the_largest_object_is_at_most_a_quarter_of_the_cache_and_by_default_tha
         decide("--cache-size", "64MiB", "--max-object-size", "17MiB")
 
 
-def test_limits_of_modalities_that_are_not_named_are_not_given():
-    assert decide("--limit-mm-per-prompt", " image=3 , ").limit_mm_per_prompt == {"image": 3}
+def test_limits_of_modalities_that_are_not_named_keep_their_defaults():
+    for text, limits in ((" image=3 , ", (3, 1, 4)), ("video=2", (8, 2, 4)), ("", (8, 1, 4))):
+        assert tuple(decide("--limit-mm-per-prompt", text).limit_mm_per_prompt.values()) == limits
 
 
 def test_domains_are_split_at_commas():

@@ -18,21 +18,25 @@ def request(**fields):
     return parse(msgspec.json.encode(body), "chat")
 
 
-def key(cache, conversation=HELLO, *, special=False, salt=None, **fields):
-    return cache.key(conversation, request(**fields), special=special, salt=salt)
+def key(cache, conversation=HELLO, *, nbytes=100, special=False, salt=None, **fields):
+    return cache.key(conversation, request(**fields), nbytes=nbytes, special=special, salt=salt)
 
 
-def encoded(length):
-    return EncodedPrompt([1] * length, [], "")
+def encoded(length, text=""):
+    return EncodedPrompt([1] * length, [], text)
+
+
+#: Room for 20 tokens in one prompt.
+ROOM = PromptCache.size(encoded(20))
 
 
 def test_equal_conversations_have_one_key_whatever_is_sampled():
-    cache = PromptCache(100)
+    cache = PromptCache(ROOM)
     assert key(cache) == key(cache, temperature=0.5, max_tokens=7, mm_payload="none")
 
 
 def test_everything_that_the_template_is_given_is_part_of_the_key():
-    cache = PromptCache(100)
+    cache = PromptCache(ROOM)
     others = [
         key(cache, Conversation([{"role": "user", "content": "Hallo"}], [], 0)),
         key(cache, tools=[{"type": "function", "function": {"name": "look"}}]),
@@ -55,13 +59,39 @@ def test_a_cache_of_no_size_keeps_nothing_and_finds_nothing():
 
 
 def test_a_huge_conversation_has_no_key():
-    assert key(PromptCache(100), Conversation([{"role": "user", "content": "x" * 70_000}], [], 0)) is None
+    assert key(PromptCache(ROOM), nbytes=64 * 1024) is not None
+    assert key(PromptCache(ROOM), nbytes=64 * 1024 + 1) is None
+
+
+def test_a_key_is_small_whatever_it_identifies():
+    cache = PromptCache(ROOM)
+    assert {len(key(cache)), len(key(cache, Conversation([{"role": "user", "content": "x" * 60_000}], [], 0)))} == {32}
+
+
+def test_a_conversation_that_cannot_be_encoded_has_no_key():
+    deep = {}
+    for _ in range(10_000):
+        deep = {"a": deep}
+    assert key(PromptCache(ROOM), Conversation([{"role": "user", "content": "x", "tool_calls": deep}], [], 0)) is None
+
+
+def test_the_text_of_prompts_and_an_overhead_count():
+    cache = PromptCache(1 << 20)
+    for number in range(10_000):
+        cache.put(number.to_bytes(32, "big"), encoded(1))
+    assert sum(cache.get(number.to_bytes(32, "big")) is not None for number in range(10_000)) <= (1 << 20) // 500
+    cache.put(b"long", encoded(1, "x" * (1 << 20)))
+    assert cache.get(b"long") is None
+    cache.put(b"half", encoded(1, "x" * (1 << 19)))
+    cache.put(b"other half", encoded(1, "x" * (1 << 19)))
+    assert (cache.get(b"half"), cache.get(b"other half") is None) == (None, False)
+    cache.validate()
 
 
 class PromptCacheMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
-        self.cache = PromptCache(20)
+        self.cache = PromptCache(ROOM)
         self.recent = []
 
     @rule(key=st.binary(min_size=1, max_size=1), length=st.integers(1, 25))

@@ -309,3 +309,11 @@ def test_a_missing_or_broken_file_is_named_at_the_start(tmp_path, name):
 def test_a_missing_directory_is_named_at_the_start(tmp_path):
     with pytest.raises(StartupError, match="'nowhere' is no directory"):
         load_family(tmp_path / "nowhere", max_image_pixels=LIMIT)
+
+
+def test_decoding_is_counted_where_it_happens_in_filling_too(family):
+    prepared = family.open("image", encoded(drawn(600, 400)), ItemOptions("uint8"))
+    in_opening = prepared.decode_ns
+    assert in_opening > 0
+    prepared.fill({spec.name: np.empty(spec.shape, storage_dtype(spec.dtype)) for spec in prepared.meta.fields})
+    assert prepared.decode_ns > in_opening

@@ -159,3 +159,9 @@ def test_pillow_is_taken_where_numba_is_missing(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         assert make_resampler.__wrapped__().name == "pillow"
     assert "does not load" in caplog.text
+
+
+def test_both_paths_count_in_the_same_fraction_bits():
+    """numba does not see a constant of another module change, so each path has its own."""
+    compiled = pytest.importorskip("mmprep_worker.images.compiled")
+    assert compiled.PRECISION == resample.PRECISION

@@ -127,14 +127,13 @@ def test_each_socket_has_a_name_of_its_own(runtime):
         runtime.writer,
         runtime.writer_bulk,
         runtime.lanes,
-        runtime.lanes_bulk,
         runtime.supervisor,
         runtime.frontend(0),
         runtime.frontend(12),
     ]
     assert endpoints == [
         f"ipc://{runtime.path}/{name}.sock"
-        for name in ("writer", "writer-bulk", "lanes", "lanes-bulk", "supervisor", "frontend-0", "frontend-12")
+        for name in ("writer", "writer-bulk", "lanes", "supervisor", "frontend-0", "frontend-12")
     ]
 
 

@@ -35,7 +35,7 @@ def reference(image, scale, mean, std):
 def test_every_value_of_every_channel_equals_transformers_to_the_bit(mean, std, scale):
     values = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, axis=2)
     expected = reference(values, scale, mean, std)[:, 0, :].T
-    table = normalization_table(Normalization("pixels", scale, mean, std, 0))
+    table = normalization_table(scale, mean, std)
     assert table.dtype == expected.dtype == np.float32
     assert table.tobytes() == np.ascontiguousarray(expected).tobytes()
 

@@ -15,6 +15,7 @@ import msgspec
 from aiohttp import web
 
 from mmprep.errors import InternalError, InvalidRequest, MethodNotAllowed, MmprepError, NotFound
+from mmprep_frontend.room import RETRY_AFTER
 
 REQUEST_ID_HEADER: Final = "X-Request-Id"
 #: What a fault of ours looks like from outside; its details are in the log.
@@ -41,8 +42,8 @@ def error_answer(error: MmprepError) -> web.Response:
         ),
         error.code,
     )
-    if error.retryable and error.retry_after is not None:
-        answer.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    if error.retryable:
+        answer.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or RETRY_AFTER)))
     return answer
 
 

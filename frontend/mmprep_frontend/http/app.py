@@ -27,12 +27,15 @@ from mmprep_frontend.http.answers import (
     request_id_of,
     routing_error,
 )
-from mmprep_frontend.http.bodies import RETRY_AFTER, Bodies
+from mmprep_frontend.http.bodies import Bodies
 from mmprep_frontend.http.exposition import CONTENT_TYPE
 from mmprep_frontend.http.ports import Service
+from mmprep_frontend.room import RETRY_AFTER, Held, Room
 
 _log = logging.getLogger(__name__)
 _REQUEST_ID: Final = web.RequestKey("request_id", str)
+#: Bytes that are written of an answer at a time. Of a larger one, what is not written yet counts as held.
+_PIECE: Final = 64 * 1024
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -59,9 +62,9 @@ def make_app(
     *,
     version: str,
     max_body: int = 64 * 2**20,
-    max_held: int = 512 * 2**20,
-    max_requests: int = 1024,
+    room: Room | None = None,
     body_seconds: float = 60.0,
+    answer_seconds: float = 60.0,
 ) -> web.Application:
     """Return the application, to be served by :func:`mmprep_frontend.http.server.serve_http`.
 
@@ -71,11 +74,15 @@ def make_app(
         What answers.
     version:
         What ``/version`` tells.
-    max_body, max_held, max_requests, body_seconds:
+    max_body, body_seconds:
         As :class:`mmprep_frontend.http.bodies.Bodies` has them.
+    room:
+        Shared with other doors; ``None``: one of its own.
+    answer_seconds:
+        How long a client may read nothing of a large answer before it is hung up on.
     """
-    bodies = Bodies(max_body=max_body, max_held=max_held, max_requests=max_requests, seconds=body_seconds)
-    edge = _Edge(service, version, bodies)
+    bodies = Bodies(max_body=max_body, room=room or Room(), seconds=body_seconds)
+    edge = _Edge(service, version, bodies, answer_seconds)
     app = web.Application(middlewares=[_tell])
     app[RUNNING] = Running()
     for path, handler in (
@@ -98,18 +105,20 @@ def make_app(
 class _Edge:
     """The handlers of one application."""
 
-    def __init__(self, service: Service, version: str, bodies: Bodies) -> None:
+    def __init__(self, service: Service, version: str, bodies: Bodies, answer_seconds: float) -> None:
         self._service = service
         self._version = version
         self._bodies = bodies
+        self._answer_seconds = answer_seconds
 
-    def rendering(self, render: Callable[[bytes, str], Awaitable[bytes]], prefix: str) -> Handler:
+    def rendering(self, render: Callable[[bytes, str, Held], Awaitable[bytes]], prefix: str) -> Handler:
         """Return a handler that renders a body under the request's id behind ``prefix``."""
 
         async def handler(request: web.Request) -> web.StreamResponse:
             self._check_ready()
-            async with self._bodies.body(request) as body:
-                return json_answer(await render(body, prefix + request[_REQUEST_ID]))
+            async with self._bodies.body(request) as (body, held):
+                answer = await render(body, prefix + request[_REQUEST_ID], held)
+                return await self._send(request, answer, held)
 
         return handler
 
@@ -119,10 +128,36 @@ class _Edge:
         async def handler(request: web.Request) -> web.StreamResponse:
             if needs_model:
                 self._check_ready()
-            async with self._bodies.body(request) as body:
-                return json_answer(await answer(body))
+            async with self._bodies.body(request) as (body, held):
+                return await self._send(request, await answer(body), held)
 
         return handler
+
+    async def _send(self, request: web.Request, body: bytes, held: Held) -> web.StreamResponse:
+        """Return an answer; a large one is sent here, while its bytes count as held."""
+        held.hold_answer(len(body))
+        if len(body) <= _PIECE:
+            return json_answer(body)
+        answer = web.StreamResponse(headers={"Content-Type": "application/json"})
+        answer.content_length = len(body)
+        _sign(request, answer)
+        pieces = memoryview(body)
+        try:
+            await answer.prepare(request)
+            for start in range(0, len(body), _PIECE):
+                async with asyncio.timeout(self._answer_seconds):
+                    await answer.write(pieces[start : start + _PIECE])
+            async with asyncio.timeout(self._answer_seconds):
+                await answer.write_eof()
+        except ConnectionError:  # nobody is there any more
+            pass
+        except (TimeoutError, asyncio.CancelledError) as why:
+            # Half an answer is sent: no other can follow it on this connection.
+            if request.transport is not None:
+                request.transport.abort()
+            if isinstance(why, asyncio.CancelledError):
+                raise
+        return answer
 
     async def go_on(self, request: web.Request) -> None:
         """Tell a client that asks whether to send its body to do so, unless its length speaks against it."""
@@ -183,9 +218,14 @@ async def _tell(request: web.Request, handler: Handler) -> web.StreamResponse:
         answer = _fault(request, request_id)
     finally:
         running.tasks.discard(task)
-    answer.headers[REQUEST_ID_HEADER] = request_id
-    answer.headers["Server"] = "mmprep"
+    if not answer.prepared:
+        _sign(request, answer)
     return answer
+
+
+def _sign(request: web.Request, answer: web.StreamResponse) -> None:
+    answer.headers[REQUEST_ID_HEADER] = request[_REQUEST_ID]
+    answer.headers["Server"] = "mmprep"
 
 
 def _fault(request: web.Request, request_id: str) -> web.Response:

@@ -1,4 +1,4 @@
-"""Reading request bodies within bounds: bytes of one body, bytes and number of all that are held, and time.
+"""Reading request bodies within bounds: bytes of one body, what all may hold (:mod:`mmprep_frontend.room`), and time.
 
 A body is refused by its announced length before any of it is read. What is held counts until the request is answered,
 because whoever renders it works on the same bytes.
@@ -9,14 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final
 
 from aiohttp import web
 
-from mmprep.errors import Busy, DeadlineExceeded, InvalidRequest, TooLarge
-
-#: Seconds after which a client that was told that all is full may try again.
-RETRY_AFTER: Final = 1.0
+from mmprep.errors import DeadlineExceeded, InvalidRequest, TooLarge
+from mmprep_frontend.room import Held, Room
 
 
 class Bodies:
@@ -26,25 +23,20 @@ class Bodies:
     ----------
     max_body:
         Largest body, in bytes.
-    max_held:
-        Bytes of all bodies that are being read or answered; at least ``max_body``.
-    max_requests:
-        How many requests with a body may be under way.
+    room:
+        Bounds the bodies and answers of all requests.
     seconds:
         How long a body may take to arrive.
     """
 
-    def __init__(self, *, max_body: int, max_held: int, max_requests: int, seconds: float) -> None:
+    def __init__(self, *, max_body: int, room: Room, seconds: float) -> None:
         self.max_body = max_body
-        self._max_held = max(max_held, max_body)
-        self._max_requests = max_requests
+        self._room = room
         self._seconds = seconds
-        self._held = 0
-        self._requests = 0
 
     @asynccontextmanager
-    async def body(self, request: web.Request) -> AsyncIterator[bytes]:
-        """Give the body of ``request``, which counts as held until the block ends.
+    async def body(self, request: web.Request) -> AsyncIterator[tuple[bytes, Held]]:
+        """Give the body of ``request``, and what it holds until the block ends.
 
         Raises
         ------
@@ -62,16 +54,9 @@ class Bodies:
             raise self.too_large()
         if request.headers.get("Content-Encoding", "identity").lower() != "identity":
             raise InvalidRequest("this service takes no compressed bodies: leave Content-Encoding out")
-        if self._requests >= self._max_requests:
-            raise Busy("too many requests are under way; try again", retry_after=RETRY_AFTER)
-        holding = _Holding(self)
-        self._requests += 1
-        try:
-            holding.grow_to(announced)
-            yield await self._read(request, holding)
-        finally:
-            self._requests -= 1
-            holding.grow_to(0)
+        with self._room.enter() as held:
+            held.hold_body(announced)
+            yield await self._read(request, held), held
 
     def too_large(self) -> TooLarge:
         """Return the error for a body above ``max_body``."""
@@ -79,19 +64,7 @@ class Bodies:
             f"the body is larger than {self.max_body:,} bytes, this service's limit; give large media as URLs"
         )
 
-    def resize(self, old: int, new: int) -> None:
-        """Count ``new`` instead of ``old`` held bytes.
-
-        Raises
-        ------
-        mmprep.errors.Busy
-            That would be more than all may hold.
-        """
-        if new > old and self._held + new - old > self._max_held:
-            raise Busy("the bodies of other requests fill this service's memory; try again", retry_after=RETRY_AFTER)
-        self._held += new - old
-
-    async def _read(self, request: web.Request, holding: _Holding) -> bytes:
+    async def _read(self, request: web.Request, held: Held) -> bytes:
         chunks: list[bytes] = []
         size = 0
         try:
@@ -100,22 +73,10 @@ class Bodies:
                     size += len(chunk)
                     if size > self.max_body:
                         raise self.too_large()
-                    holding.grow_to(max(size, holding.size))
+                    held.hold_body(max(size, held.body_bytes))
                     chunks.append(chunk)
         except TimeoutError:
             raise DeadlineExceeded(f"the body did not arrive within {self._seconds:g} seconds") from None
         except web.RequestPayloadError:
             raise InvalidRequest("the body's transfer encoding is broken") from None
         return b"".join(chunks)
-
-
-class _Holding:
-    """The bytes that one request holds."""
-
-    def __init__(self, bodies: Bodies) -> None:
-        self._bodies = bodies
-        self.size = 0
-
-    def grow_to(self, size: int) -> None:
-        self._bodies.resize(self.size, size)
-        self.size = size

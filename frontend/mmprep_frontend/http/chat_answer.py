@@ -33,10 +33,12 @@ def _features(chat: RenderedChat) -> dict[str, Any] | None:
     payload = chat.request.payload
     tensors = metadata = addresses = None
     if payload != "none":
-        metadata = {m: [mm_metadata(i.meta, batch_size=len(items)) for i in items] for m, items in by_modality.items()}
+        metadata = {
+            m: [_text(mm_metadata(i.meta, batch_size=len(items))) for i in items] for m, items in by_modality.items()
+        }
     if payload == "tensors":
         tensors = {
-            m: [kwargs_data(i.meta, _region(chat, i), batch_size=len(items)) for i in items]
+            m: [_text(kwargs_data(i.meta, chat.region(i), batch_size=len(items))) for i in items]
             for m, items in by_modality.items()
         }
         if chat.offered is not None:
@@ -46,23 +48,15 @@ def _features(chat: RenderedChat) -> dict[str, Any] | None:
     return features(
         chat.expanded.ranges,
         {m: [i.key.hex() for i in items] for m, items in by_modality.items()},
-        kwargs_data=_text(tensors),
-        mm_metadata=_text(metadata),
+        kwargs_data=tensors,
+        mm_metadata=metadata,
         mm_addresses=addresses,
     )
 
 
-def _text(encoded: dict[str, list[Any]] | None) -> dict[str, list[Any]] | None:
-    """Return base64 bytes as the JSON strings that they are."""
-    if encoded is None:
-        return None
-    return {m: [None if one is None else json_string(one) for one in items] for m, items in encoded.items()}
-
-
-def _region(chat: RenderedChat, item: RenderedItem) -> memoryview:
-    """Return the tensors as they lie in the ring; pinned until the chat is released."""
-    assert chat.offered is not None
-    return chat.offered.region(item.answer)
+def _text(encoded: bytes | None) -> msgspec.Raw | None:
+    """Return base64 bytes as the JSON string that they are."""
+    return None if encoded is None else json_string(encoded)
 
 
 def _address(chat: RenderedChat, item: RenderedItem) -> Address:

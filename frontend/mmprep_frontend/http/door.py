@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -14,12 +15,13 @@ from mmprep.metrics import BUCKETS, Labels, Snapshot
 from mmprep.wire.messages import Name
 from mmprep_frontend.http.chat_answer import encode_chat_answer
 from mmprep_frontend.http.exposition import METRICS, HistogramData, Numbers, Series, expose
+from mmprep_frontend.room import Held
 from mmprep_frontend.service import Service
 
 T = TypeVar("T")
 
-#: Bytes of tensors in an answer from which on it is encoded on a thread.
-_LARGE_ANSWER = 64 * 1024
+#: Bytes that encoding takes for one byte of tensors: base64 of all items and once more as JSON, and one packed item.
+_ENCODING = 4
 
 
 class LeaseRequest(msgspec.Struct):
@@ -56,17 +58,17 @@ class HttpDoor:
         self._collect = collect
         self._started = int(time.time())
 
-    async def render_chat(self, body: bytes, request_id: str) -> bytes:
-        return await self._counted("/v1/chat/completions/render", self._render_chat(body, request_id))
+    async def render_chat(self, body: bytes, request_id: str, held: Held) -> bytes:
+        return await self._counted("/v1/chat/completions/render", self._render_chat(body, request_id, held))
 
-    async def render_completions(self, body: bytes, request_id: str) -> bytes:
-        return await self._counted("/v1/completions/render", self._json(self._service.completions(body, request_id)))
+    async def render_completions(self, body: bytes, request_id: str, held: Held) -> bytes:  # noqa: ARG002, the seam
+        return await self._counted("/v1/completions/render", self._service.completions(body, request_id))
 
     async def tokenize(self, body: bytes) -> bytes:
-        return await self._counted("/tokenize", self._json(self._service.tokenize(body)))
+        return await self._counted("/tokenize", self._service.tokenize(body))
 
     async def detokenize(self, body: bytes) -> bytes:
-        return await self._counted("/detokenize", self._json(self._service.detokenize(body)))
+        return await self._counted("/detokenize", self._service.detokenize(body))
 
     async def renew_leases(self, body: bytes) -> bytes:
         request = _lease_request(body)
@@ -103,28 +105,20 @@ class HttpDoor:
     def refusal(self) -> str | None:
         return self._refusal()
 
-    async def _render_chat(self, body: bytes, request_id: str) -> bytes:
+    async def _render_chat(self, body: bytes, request_id: str, held: Held) -> bytes:
         chat = await self._service.chat(body)
         try:
             model = self._service.served()
-            started = time.monotonic()
-            heavy = chat.request.payload == "tensors" and sum(item.answer.length for item in chat.items) > _LARGE_ANSWER
-            if heavy:
-                loop = asyncio.get_running_loop()
-                work = loop.run_in_executor(self._service.threads, encode_chat_answer, chat, model, request_id)
-                answer = await _through(work)
-            else:
-                answer = encode_chat_answer(chat, model, request_id)
-            self._service.metrics.observe("mmprep_stage_seconds", time.monotonic() - started, stage="serialize")
+            inline = chat.inline_bytes()
+            held.hold_answer(inline * _ENCODING)
+            work = partial(encode_chat_answer, chat, model, request_id)
+            answer = await self._service.encode(len(chat.expanded.token_ids), work, nbytes=inline)
+            held.hold_answer(len(answer))
         except BaseException:
             chat.give_back()
             raise
         chat.release()
         return answer
-
-    @staticmethod
-    async def _json(work: Awaitable[Any]) -> bytes:
-        return msgspec.json.encode(await work)
 
     async def _counted(self, path: str, work: Awaitable[T]) -> T:
         service, started, outcome = self._service, time.monotonic(), "ok"
@@ -144,15 +138,6 @@ class HttpDoor:
             service.inflight -= 1
             service.metrics.count("mmprep_requests_total", path=path, outcome=outcome)
             service.metrics.observe("mmprep_request_seconds", time.monotonic() - started, path=path)
-
-
-async def _through(work: asyncio.Future[T]) -> T:
-    """Await work on a thread to its end, also when cancelled: it reads memory that is pinned only until we return."""
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        await asyncio.wait([work])
-        raise
 
 
 def _lease_request(body: bytes) -> LeaseRequest:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from mmprep_frontend.room import Held
+
 
 class Service(Protocol):
     """What answers behind the routes.
 
     Every coroutine takes a body as it came and returns the answer's JSON, encoded. It raises errors of
-    :mod:`mmprep.errors`, which the edge turns into statuses, and is cancelled when the client hangs up.
+    :mod:`mmprep.errors`, which the edge turns into statuses, and is cancelled when the client hangs up. What encoding an
+    answer takes is counted in ``held`` before; the answer itself is counted by the edge, until it is sent.
     """
 
-    async def render_chat(self, body: bytes, request_id: str) -> bytes:
+    async def render_chat(self, body: bytes, request_id: str, held: Held) -> bytes:
         """Answer a chat completion request with its GenerateRequest."""
 
-    async def render_completions(self, body: bytes, request_id: str) -> bytes:
+    async def render_completions(self, body: bytes, request_id: str, held: Held) -> bytes:
         """Answer a completion request with a list of GenerateRequests."""
 
     async def tokenize(self, body: bytes) -> bytes:

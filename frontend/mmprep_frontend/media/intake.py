@@ -7,7 +7,8 @@ a hop of their own beside it, on other threads. Fetches start at once, on the lo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -29,10 +30,16 @@ TINY = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Medium:
-    """One medium's encoded bytes and their digest."""
+    """One medium's encoded bytes and their digest.
+
+    Attributes
+    ----------
+    seconds: that reading base64 and hashing took.
+    """
 
     data: bytes | memoryview
     digest: bytes
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +65,19 @@ class Intake:
         Of one medium.
     threads:
         For decoding and hashing beside the render thread.
+    on_fetched:
+        Called with the seconds of each fetch.
     """
 
-    def __init__(self, fetcher: Fetcher, hasher: Hasher, max_bytes: int, threads: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        fetcher: Fetcher,
+        hasher: Hasher,
+        max_bytes: int,
+        threads: ThreadPoolExecutor,
+        on_fetched: Callable[[float], None],
+    ) -> None:
+        self._on_fetched = on_fetched
         self._fetcher = fetcher
         self._hasher = hasher
         self._max_bytes = max_bytes
@@ -103,7 +120,9 @@ class Intake:
     async def _one(self, source: Source, part: MediaPart, deadline: float) -> Medium:
         loop = asyncio.get_running_loop()
         if isinstance(source, HttpSource):
+            started = time.monotonic()
             data = await self._fetcher.fetch(source.url, param=part.param, timeout=max(0.001, deadline - loop.time()))
+            self._on_fetched(time.monotonic() - started)
             return await loop.run_in_executor(self._threads, self._hashed, data)
         medium = await loop.run_in_executor(self._threads, self._decode, source)
         assert medium is not None
@@ -112,10 +131,14 @@ class Intake:
     def _decode(self, source: Source) -> Medium | None:
         if isinstance(source, HttpSource):
             return None
-        return self._hashed(source.decode() if isinstance(source, DataSource) else source.data)
+        started = time.monotonic()
+        return self._hashed(source.decode() if isinstance(source, DataSource) else source.data, started)
 
-    def _hashed(self, data: bytes | memoryview) -> Medium:
-        return Medium(data, self._hasher.content_digest(data))
+    def _hashed(self, data: bytes | memoryview, started: float | None = None) -> Medium:
+        if started is None:
+            started = time.monotonic()
+        digest = self._hasher.content_digest(data)
+        return Medium(data, digest, time.monotonic() - started)
 
 
 def size(source: Source) -> int:

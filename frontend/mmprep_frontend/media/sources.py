@@ -37,12 +37,10 @@ class DataSource:
 
     Attributes
     ----------
-    media_type: as the sender claims it, lower case, without parameters; may be empty, and may be wrong.
     payload: the base64 text.
     param: the place in the request, for errors.
     """
 
-    media_type: str
     payload: str
     param: str | None
 
@@ -105,7 +103,7 @@ def parse_source(url: str, *, param: str | None, max_bytes: int) -> DataSource |
     raise InvalidRequest(f"{scheme}: URLs are not supported here; {_SUPPORTED}", param=param)
 
 
-def inline_source(payload: str, *, media_type: str, param: str | None, max_bytes: int) -> DataSource:
+def inline_source(payload: str, *, param: str | None, max_bytes: int) -> DataSource:
     """Return the source for base64 that stands in the request without a URL around it, as in ``input_audio``.
 
     Raises
@@ -117,7 +115,7 @@ def inline_source(payload: str, *, media_type: str, param: str | None, max_bytes
         raise TooLarge(
             f"the medium is larger than {max_bytes:,} bytes, this service's limit (--max-media-size)", param=param
         )
-    return DataSource(media_type, payload, param)
+    return DataSource(payload, param)
 
 
 def _parse_data_url(url: str, param: str | None, max_bytes: int) -> DataSource:
@@ -125,10 +123,11 @@ def _parse_data_url(url: str, param: str | None, max_bytes: int) -> DataSource:
     comma = url.find(",", start, start + _MAX_HEAD)
     if comma < 0:
         raise InvalidRequest("the data URL is malformed: write data:<type>;base64,<data>", param=param)
-    media_type, *parameters = (part.strip().lower() for part in url[start:comma].split(";"))
+    # The type may be wrong, and is not looked at.
+    _, *parameters = (part.strip().lower() for part in url[start:comma].split(";"))
     if not parameters or parameters[-1] != "base64":
         raise InvalidRequest("the data URL is not base64: write data:<type>;base64,<data>", param=param)
-    return inline_source(url[comma + 1 :], media_type=media_type, param=param, max_bytes=max_bytes)
+    return inline_source(url[comma + 1 :], param=param, max_bytes=max_bytes)
 
 
 def _decoded_size(payload: str) -> int:

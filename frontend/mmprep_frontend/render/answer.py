@@ -22,6 +22,8 @@ from mmprep.items import FieldSpec, ItemMeta
 from mmprep_frontend.render.expansion import Range
 from mmprep_frontend.render.requests import ChatRequest, CompletionRequest
 
+#: Ids that are encoded in one call.
+_PIECE = 16_384
 #: MessagePack extension code of raw tensor bytes.
 _RAW = 3
 #: What OpenAI's completion API generates where a request sets no length; its chat API has no such limit.
@@ -107,7 +109,7 @@ def generate_request(
     check_length(len(token_ids), max_model_len)
     answer: dict[str, Any] = {
         "request_id": request_id,
-        "token_ids": token_ids,
+        "token_ids": json_list(token_ids) if len(token_ids) > _PIECE else token_ids,
         "token_offsets": None,
         "features": features,
         "content_parts": None,
@@ -234,6 +236,12 @@ def mm_metadata(meta: ItemMeta, *, batch_size: int = 1) -> bytes | None:
     """Return one item, encoded: only the fields that stay on the CPU; ``None`` where it has none."""
     fields = [spec for spec in meta.fields if spec.keep_on_cpu]
     return _encode(fields, lambda spec: meta.cpu[spec.name], batch_size) if fields else None
+
+
+def json_list(elements: Sequence[int] | Sequence[str]) -> msgspec.Raw:
+    """Return a list as JSON, encoded piece by piece: one call over millions of ids would hold up every other thread."""
+    pieces = [msgspec.json.encode(elements[start : start + _PIECE])[1:-1] for start in range(0, len(elements), _PIECE)]
+    return msgspec.Raw(b"".join((b"[", b",".join(pieces), b"]")))
 
 
 def json_string(encoded: bytes) -> msgspec.Raw:

@@ -59,18 +59,9 @@ def expand(token_ids: Sequence[int], placeholders: Sequence[Placed], plans: Mapp
         plan = next(remaining[placed.modality])
         for run in plan.runs:
             expanded += [run.token_id] * run.count
-        ranges.append(Range(placed.modality, offset, len(expanded) - offset, _mask(plan)))
+        ranges.append(Range(placed.modality, offset, len(expanded) - offset, plan.is_embed()))
     expanded += token_ids[done:]
     return Expanded(expanded, ranges)
-
-
-def _mask(plan: Plan) -> list[bool] | None:
-    if all(run.embed for run in plan.runs):
-        return None
-    mask: list[bool] = []
-    for run in plan.runs:
-        mask += [run.embed] * run.count
-    return mask
 
 
 def _check_counts(placeholders: Sequence[Placed], plans: Mapping[str, Sequence[Plan]]) -> None:

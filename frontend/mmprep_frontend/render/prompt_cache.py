@@ -7,16 +7,20 @@ text. What the template and the tokenizer make of it is then known. Used on the 
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 
 import msgspec
+from blake3 import blake3
 
 from mmprep_frontend.render.conversation import Conversation
 from mmprep_frontend.render.requests import ChatRequest, TokenizeRequest
 from mmprep_frontend.render.tokens import EncodedPrompt
 
-#: Longer keys are not worth the search.
-_LONGEST_KEY = 64 * 1024
+#: Bytes of JSON beside media above which a prompt is not looked for: encoding what identifies it would take too long.
+LONGEST_JSON = 64 * 1024
+#: Bytes of a token id in a list, of a placeholder, and of an entry with its key.
+_ID, _PLACEHOLDER, _ENTRY = 40, 100, 500
 
 
 class PromptCache:
@@ -24,28 +28,42 @@ class PromptCache:
 
     Parameters
     ----------
-    max_tokens:
-        Of all prompts together; 0 for a template whose text also depends on the time.
+    max_bytes:
+        Of memory, by :meth:`size`; 0 for a template whose text also depends on the time.
     """
 
-    def __init__(self, max_tokens: int) -> None:
-        self._max_tokens = max_tokens
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
         self._prompts: OrderedDict[bytes, EncodedPrompt] = OrderedDict()
-        self._tokens = 0
+        self._bytes = 0
+
+    @staticmethod
+    def size(prompt: EncodedPrompt) -> int:
+        """Return the bytes of memory that an entry takes, roughly."""
+        ids, placeholders = len(prompt.token_ids) * _ID, len(prompt.placeholders) * _PLACEHOLDER
+        return _ENTRY + ids + placeholders + sys.getsizeof(prompt.text)
 
     def key(
-        self, conversation: Conversation, request: ChatRequest | TokenizeRequest, *, special: bool, salt: str | None
+        self,
+        conversation: Conversation,
+        request: ChatRequest | TokenizeRequest,
+        *,
+        nbytes: int,
+        special: bool,
+        salt: str | None,
     ) -> bytes | None:
-        """Return what identifies the prompt, or ``None`` where it is not to be cached.
+        """Return what identifies the prompt, 32 bytes, or ``None`` where it is not to be cached.
 
         Parameters
         ----------
+        nbytes:
+            Of the request's JSON without its media.
         special:
             Whether the tokenizer's own special tokens are added.
         salt:
             The request's ``cache_salt``: tenants do not share prompts either.
         """
-        if not self._max_tokens:
+        if not self._max_bytes or nbytes > LONGEST_JSON:
             return None
         given = (
             conversation.messages,
@@ -58,8 +76,10 @@ class PromptCache:
             special,
             salt,
         )
-        key = msgspec.json.encode(given)
-        return key if len(key) <= _LONGEST_KEY else None
+        try:
+            return blake3(msgspec.json.encode(given)).digest()
+        except RecursionError:  # rendering refuses it
+            return None
 
     def get(self, key: bytes | None) -> EncodedPrompt | None:
         """Return the prompt of ``key`` and note its use."""
@@ -72,15 +92,15 @@ class PromptCache:
 
     def put(self, key: bytes | None, prompt: EncodedPrompt) -> None:
         """Keep a prompt."""
-        if key is None or key in self._prompts or len(prompt.token_ids) > self._max_tokens:
+        if key is None or key in self._prompts or self.size(prompt) > self._max_bytes:
             return
         self._prompts[key] = prompt
-        self._tokens += len(prompt.token_ids)
-        while self._tokens > self._max_tokens:
+        self._bytes += self.size(prompt)
+        while self._bytes > self._max_bytes:
             _, dropped = self._prompts.popitem(last=False)
-            self._tokens -= len(dropped.token_ids)
+            self._bytes -= self.size(dropped)
 
     def validate(self) -> None:
         """Check the invariants."""
-        assert self._tokens == sum(len(prompt.token_ids) for prompt in self._prompts.values()), "tokens are miscounted"
-        assert self._tokens <= self._max_tokens, "above the limit"
+        assert self._bytes == sum(self.size(prompt) for prompt in self._prompts.values()), "bytes are miscounted"
+        assert self._bytes <= self._max_bytes, "above the limit"

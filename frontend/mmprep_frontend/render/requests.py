@@ -20,6 +20,7 @@ from msgspec import Meta, Struct
 
 from mmprep.errors import InvalidRequest
 from mmprep.wire.messages import Name
+from mmprep_frontend.render.bounds import MAX_PROMPTS
 
 Payload: TypeAlias = Literal["tensors", "shm", "none"]
 Kind: TypeAlias = Literal["chat", "completion", "tokenize", "detokenize"]
@@ -30,6 +31,8 @@ _Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 _Share = Annotated[float, Meta(ge=0, le=1)]
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
 _Url = Annotated[str, Meta(min_length=1)]
+_Salt = Annotated[str, Meta(min_length=1, max_length=1024)]
+_Dtype = Literal["auto", "uint8", "float32", "bfloat16", "float16"]
 
 
 class TextPart(Struct, tag="text", tag_field="type"):
@@ -173,7 +176,7 @@ class _Generating(_Request, kw_only=True):
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     priority: _Int64 | None = None
-    cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
+    cache_salt: _Salt | None = None
     kv_transfer_params: dict[str, Any] | None = None
     ec_transfer_params: dict[str, Any] | None = None
     mm_payload: Payload | None = None
@@ -181,7 +184,7 @@ class _Generating(_Request, kw_only=True):
     backend_id: Name | None = None
     lease_kind: Literal["copy", "view"] | None = None
     deadline_ms: _Positive | None = None
-    mm_dtype: Literal["auto", "uint8", "float32", "bfloat16", "float16"] | None = None
+    mm_dtype: _Dtype | None = None
     return_prompt_text: bool | None = None
     return_token_ids: bool | None = None
     return_token_offsets: bool | None = None
@@ -231,13 +234,17 @@ class CompletionRequest(_Generating, kw_only=True):
         Raises
         ------
         InvalidRequest
-            The list is empty, or mixes texts, ids and lists.
+            The list is empty, too long, or mixes texts, ids and lists.
         """
         if isinstance(self.prompt, str):
             return [self.prompt]
         kinds = {type(element) for element in self.prompt}
         if kinds == {int}:
             return [self.prompt]  # type: ignore[list-item]
+        if len(self.prompt) > MAX_PROMPTS:
+            raise InvalidRequest(
+                f"The request has {len(self.prompt)} prompts; at most {MAX_PROMPTS} are allowed in one.", param="prompt"
+            )
         if kinds in ({str}, {list}):
             return list(self.prompt)  # type: ignore[arg-type]
         raise InvalidRequest(
@@ -264,6 +271,10 @@ class TokenizeRequest(_Request, kw_only=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool | None = None
+    priority: _Int64 | None = None
+    cache_salt: _Salt | None = None
+    deadline_ms: _Positive | None = None
+    mm_dtype: _Dtype | None = None
 
     @property
     def adds_special_tokens(self) -> bool:
@@ -276,6 +287,7 @@ class DetokenizeRequest(Struct, kw_only=True):
 
     model: str | None = None
     tokens: list[int]
+    deadline_ms: _Positive | None = None
 
 
 Request: TypeAlias = ChatRequest | CompletionRequest | TokenizeRequest | DetokenizeRequest
@@ -289,14 +301,14 @@ _DECODERS: dict[Kind, msgspec.json.Decoder[Any]] = {
 
 
 @overload
-def parse(body: bytes, kind: Literal["chat"]) -> ChatRequest: ...
+def parse(body: bytes | memoryview, kind: Literal["chat"]) -> ChatRequest: ...
 @overload
-def parse(body: bytes, kind: Literal["completion"]) -> CompletionRequest: ...
+def parse(body: bytes | memoryview, kind: Literal["completion"]) -> CompletionRequest: ...
 @overload
-def parse(body: bytes, kind: Literal["tokenize"]) -> TokenizeRequest: ...
+def parse(body: bytes | memoryview, kind: Literal["tokenize"]) -> TokenizeRequest: ...
 @overload
-def parse(body: bytes, kind: Literal["detokenize"]) -> DetokenizeRequest: ...
-def parse(body: bytes, kind: Kind) -> Request:
+def parse(body: bytes | memoryview, kind: Literal["detokenize"]) -> DetokenizeRequest: ...
+def parse(body: bytes | memoryview, kind: Kind) -> Request:
     """Return the request in ``body``.
 
     Parameters
@@ -336,8 +348,26 @@ _NOT_YET = (
 )
 
 
+#: Fields whose content the schema leaves open.
+_OPEN = (
+    "tools",
+    "tool_choice",
+    "documents",
+    "chat_template_kwargs",
+    "response_format",
+    "structured_outputs",
+    "vllm_xargs",
+    "stream_options",
+    "kv_transfer_params",
+    "ec_transfer_params",
+)
+#: Levels of lists and objects in one of them: far below what encoders and templates can follow.
+_DEEPEST = 128
+
+
 def _check(request: Request) -> None:
     """Refuse what the schema allows and this service does not honour, or what contradicts itself."""
+    _check_depth(request)
     for name in _REFUSED:
         if getattr(request, name, None) is not None:
             raise InvalidRequest(f"'{name}' is not accepted from requests by this service; leave it out.", param=name)
@@ -356,6 +386,27 @@ def _check(request: Request) -> None:
         if (request.prompt is None) == (request.messages is None):
             raise InvalidRequest("Send either 'prompt' or 'messages'.", param="prompt")
         _check_conversation(request)
+
+
+def _check_depth(request: Request) -> None:
+    for name in _OPEN:
+        if _is_too_deep(getattr(request, name, None)):
+            raise InvalidRequest(f"'{name}' is nested more than {_DEEPEST} levels deep.", param=name)
+
+
+def _is_too_deep(value: Any) -> bool:
+    """Whether a value of JSON has more than ``_DEEPEST`` levels; a loop over the levels, as recursion would not end well."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_DEEPEST):
+        if not level:
+            return False
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+    return bool(level)
 
 
 def _check_conversation(request: ChatRequest | TokenizeRequest) -> None:

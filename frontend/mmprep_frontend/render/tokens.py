@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -25,6 +25,9 @@ from transformers import AutoTokenizer
 from mmprep.card import ModelCard
 from mmprep.errors import InvalidRequest, StartupError
 from mmprep_frontend.render.sentinels import Sentinels
+
+#: Ids that are looked at in one call.
+_PIECE = 16_384
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class Tokenizer:
             self._backend.get_vocab_size(with_added_tokens=False) - 1,
             *self._backend.get_added_tokens_decoder(),
         )
+        #: Characters of the longest token: of a byte-level one, its bytes, of which a character has one or more.
+        self.longest_token = max(map(len, self._backend.get_vocab(with_added_tokens=True)))
         self._sentinels = sentinels
         self._modalities = {placeholder.token_id: placeholder.modality for placeholder in card.placeholders}
         self._typed = re.compile("|".join(f"(?={re.escape(p.token)})" for p in card.placeholders) or "(?!)")
@@ -80,20 +85,24 @@ class Tokenizer:
         del loaded
         _return_freed_memory()
 
-    def encode_prompt(self, rendered: str, *, add_special_tokens: bool) -> EncodedPrompt:
+    def encode_prompt(
+        self, rendered: str, *, add_special_tokens: bool, check: Callable[[int], None] = lambda _: None
+    ) -> EncodedPrompt:
         """Return the ids of a prompt and the places of its placeholders.
 
         Parameters
         ----------
         rendered: the prompt's text, sentinels where media belong.
         add_special_tokens: put the tokenizer's own special tokens around it.
+        check: called with the characters of the prompt before it is tokenized; raises where they are too many.
 
         Raises
         ------
         InvalidRequest
-            The prompt is empty, or the tokenizer makes placeholders of text that is none.
+            The prompt is empty or too long, or the tokenizer makes placeholders of text that is none.
         """
         pieces = [self._sentinels.show(piece) for piece in self._cut_typed(rendered)]
+        check(sum(map(len, pieces)))
         encodings = self._backend.encode_batch_fast(pieces, add_special_tokens=False)
         token_ids = encodings[0].ids if len(encodings) == 1 else list(chain.from_iterable(e.ids for e in encodings))
         if add_special_tokens:
@@ -124,7 +133,9 @@ class Tokenizer:
         """
         if not token_ids:
             raise InvalidRequest("At least one token id is needed.", param=param)
-        if min(token_ids) >= 0 and max(token_ids) < self.vocab_size:
+        # In pieces: one call over millions of ids would hold up every other thread.
+        pieces = (token_ids[start : start + _PIECE] for start in range(0, len(token_ids), _PIECE))
+        if all(min(piece) >= 0 and max(piece) < self.vocab_size for piece in pieces):
             return
         index = next(i for i, token_id in enumerate(token_ids) if not 0 <= token_id < self.vocab_size)
         raise InvalidRequest(

@@ -13,13 +13,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from mmprep import embedded
 from mmprep.cli.desk import DeskClient
+from mmprep.cli.ready import url_in
 from mmprep.errors import ServiceUnavailable
 
 #: The largest picture in pixels that Qwen2-VL's published configuration does not shrink.
@@ -27,7 +29,6 @@ MAX_PIXELS = 12845056
 
 _SECONDS_TO_READY = 300.0
 _SECONDS_TO_STOP = 30.0
-_URL_MARK = " s: http://"
 
 
 def full_size_model(directory: Path, source: Path | None = None) -> Path:
@@ -59,8 +60,17 @@ class Service:
     ready_seconds: from the start of its process until it said that it takes requests.
     """
 
-    def __init__(self, process: subprocess.Popen[str], runtime_dir: str, port: int, ready_seconds: float) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[str],
+        reader: threading.Thread,
+        runtime_dir: str,
+        port: int,
+        ready_seconds: float,
+    ) -> None:
         self._process = process
+        self._reader = reader
+        reader.start()
         self.runtime_dir = runtime_dir
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
@@ -87,10 +97,11 @@ class Service:
         """End the service and wait until it is gone."""
         self._process.terminate()
         try:
-            self._process.communicate(timeout=_SECONDS_TO_STOP)
+            self._process.wait(_SECONDS_TO_STOP)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.communicate()
+            self._process.wait()
+        self._reader.join()
 
 
 @contextlib.contextmanager
@@ -114,11 +125,13 @@ def service(
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **(environment or {})},
+            env={**_environment(), **(environment or {})},
         )
         try:
             port = _port_when_ready(process)
-            running = Service(process, runtime_dir, port, time.monotonic() - started)
+            assert process.stderr is not None
+            reader = threading.Thread(target=_pass_on, args=(process.stderr,), daemon=True)
+            running = Service(process, reader, runtime_dir, port, time.monotonic() - started)
         except BaseException:
             process.kill()
             process.communicate()
@@ -129,14 +142,26 @@ def service(
             running.stop()
 
 
+def _environment() -> dict[str, str]:
+    """Return ours without options of ``mmprep serve``: what is measured is the service as the benchmark starts it."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("MMPREP_")}
+
+
+def _pass_on(lines: IO[str]) -> None:
+    """Write what the service says to our standard error, to the end: a full pipe would stop it."""
+    for line in lines:
+        sys.stderr.write(line)
+    lines.close()
+
+
 def _port_when_ready(process: subprocess.Popen[str]) -> int:
     assert process.stderr is not None
     deadline = time.monotonic() + _SECONDS_TO_READY
     said = []
     for line in process.stderr:
-        _, found, rest = line.partition(_URL_MARK)
-        if found:
-            return int(rest.split()[0].rpartition(":")[2])
+        url = url_in(line)
+        if url is not None:
+            return int(url.rpartition(":")[2])
         said.append(line)
         if time.monotonic() > deadline:
             break

@@ -17,6 +17,7 @@ from mmprep.wire.sockets import configure
 
 _FRAME_LIMIT = 64 << 20
 _SECONDS = 5.0
+_SILENT = "the service does not answer; is it stopped or overloaded?"
 
 
 class DeskClient:
@@ -40,7 +41,7 @@ class DeskClient:
         self._calls = 0
         try:
             hello = messages.Hello(PROTOCOL, __version__, "control", f"cli-{os.getpid()}", os.getpid())
-            self._socket.send(pack(hello))
+            self._send(hello)
             self._receive()
         except BaseException:
             self.close()
@@ -59,15 +60,21 @@ class DeskClient:
     def status(self) -> dict[str, Any]:
         """Return the service's status."""
         self._calls += 1
-        self._socket.send(pack(messages.Ask(self._calls, "status")))
+        self._send(messages.Ask(self._calls, "status"))
         status: dict[str, Any] = msgspec.json.decode(self._receive()[1])
         return status
+
+    def _send(self, message: msgspec.Struct) -> None:
+        try:
+            self._socket.send(pack(message))
+        except zmq.Again:  # nobody listens
+            raise ServiceUnavailable(_SILENT) from None
 
     def _receive(self) -> list[bytes]:
         try:
             frames = self._socket.recv_multipart()
         except zmq.Again:
-            raise ServiceUnavailable("the service does not answer; is it stopped or overloaded?") from None
+            raise ServiceUnavailable(_SILENT) from None
         message = unpack(frames[0], messages.FromSupervisor)
         if isinstance(message, messages.Refused | messages.Failed):
             raise message.fault.error()

@@ -18,25 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from mmprep.cli.extra import INSTALL, SERVER_MODULES
 from mmprep.errors import StartupError
+from mmprep.layout import Geometry
 from mmprep.runtime import RuntimeDir, default_path
 from mmprep.segment import SHM_DIRECTORY, free_space
 from mmprep.sizes import format_size, parse_size
-
-INSTALL = "install the server's dependencies: pip install 'mmprep[server]'"
-
-#: What the extra ``server`` installs: the module and its distribution.
-SERVER_MODULES = (
-    ("aiohttp", "aiohttp"),
-    ("uvloop", "uvloop"),
-    ("transformers", "transformers"),
-    ("jinja2", "jinja2"),
-    ("PIL", "pillow"),
-    ("simplejpeg", "simplejpeg"),
-    ("blake3", "blake3"),
-    ("pybase64", "pybase64"),
-    ("prometheus_client", "prometheus-client"),
-)
 
 #: Kinds of pictures, Pillow's name of what reads them, and how bad it is if they cannot be read.
 PICTURE_KINDS: tuple[tuple[str, str, Literal["warn", "fail"]], ...] = (
@@ -101,21 +88,30 @@ def run(argv: list[str]) -> int:
 
 
 def _all_checks(runtime: RuntimeDir, cache_size: int, model: str | None) -> Iterator[Finding]:
+    ring_size = _ring_size(cache_size)
     yield check_python()
     yield check_cpus()
-    yield from check_limits(cache_size)
+    yield from check_limits(ring_size)
     runs_here = False
     for finding in check_runtime_dir(runtime):
         runs_here = runs_here or finding.what == "service"
         yield finding
-    yield check_shared_memory(cache_size, runs_here)
-    yield check_memory(cache_size, runs_here)
+    yield check_shared_memory(ring_size, runs_here)
+    yield check_memory(ring_size, runs_here)
     yield from check_stray_segments(runtime)
     yield from check_server_modules()
     yield from check_codecs()
     yield check_kernel()
     if model is not None:
         yield from check_model(model)
+
+
+def _ring_size(cache_size: int) -> int:
+    """Return the bytes of the segment that a service makes: its directory lies beside the cache."""
+    try:
+        return Geometry.for_ring(cache_size).total_size
+    except ValueError:  # larger than serve takes: no machine has that much
+        return cache_size
 
 
 def check_python() -> Finding:
@@ -138,7 +134,7 @@ def check_cpus() -> Finding:
     return Finding("ok", "cpus", detail)
 
 
-def check_limits(cache_size: int) -> Iterator[Finding]:
+def check_limits(ring_size: int) -> Iterator[Finding]:
     """Check the limits of this process that its children inherit."""
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files != resource.RLIM_INFINITY and files < WANTED_FILES:
@@ -153,11 +149,11 @@ def check_limits(cache_size: int) -> Iterator[Finding]:
         yield Finding("ok", "open files", f"at most {'any number' if files == resource.RLIM_INFINITY else files}")
     for name, what, flag in (("RLIMIT_AS", "address space", "-v"), ("RLIMIT_FSIZE", "file size", "-f")):
         limit = resource.getrlimit(getattr(resource, name))[0]
-        if limit != resource.RLIM_INFINITY and limit < cache_size:
+        if limit != resource.RLIM_INFINITY and limit < ring_size:
             yield Finding(
                 "fail",
                 what,
-                f"limited to {format_size(limit)}, the ring needs {format_size(cache_size)}",
+                f"limited to {format_size(limit)}, the ring needs {format_size(ring_size)}",
                 f"lift it: ulimit {flag} unlimited",
             )
 
@@ -176,7 +172,7 @@ def check_runtime_dir(runtime: RuntimeDir) -> Iterator[Finding]:
         yield Finding("ok", "service", f"runs in this directory, {f'pid {pid}' if pid else 'in another container'}")
 
 
-def check_shared_memory(cache_size: int, runs_here: bool) -> Finding:
+def check_shared_memory(ring_size: int, runs_here: bool) -> Finding:
     """Check that the ring fits into /dev/shm; the ring of a running service has its memory already."""
     what = "shared memory"
     try:
@@ -188,17 +184,17 @@ def check_shared_memory(cache_size: int, runs_here: bool) -> Finding:
         return Finding("ok", what, f"{SHM_DIRECTORY} has no limit")
     free, total = space
     detail = f"{SHM_DIRECTORY} has {format_size(free)} free of {format_size(total)}"
-    if free < cache_size and not runs_here:
+    if free < ring_size and not runs_here:
         return Finding(
             "fail",
             what,
-            f"{detail}, the ring needs {format_size(cache_size)}",
-            f"give serve a --cache-size of at most {free // 2**20}MiB, or make the mount larger: mount -o remount,size=… /dev/shm, in Docker --shm-size",
+            f"{detail}, the ring needs {format_size(ring_size)}",
+            f"give serve a --cache-size of at most {max(0, 2 * free - _ring_size(free)) // 2**20}MiB, or make the mount larger: mount -o remount,size=… /dev/shm, in Docker --shm-size",
         )
     return Finding("ok", what, detail)
 
 
-def check_memory(cache_size: int, runs_here: bool) -> Finding:
+def check_memory(ring_size: int, runs_here: bool) -> Finding:
     """Check that there is memory behind /dev/shm: its size promises none, and the ring is touched whole at the start."""
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(meminfo["MemAvailable"].split()[0]) * 1024
@@ -208,12 +204,12 @@ def check_memory(cache_size: int, runs_here: bool) -> Finding:
     detail = f"{format_size(free)} free"
     if runs_here:
         return Finding("ok", "memory", detail)
-    if free < cache_size:
+    if free < ring_size:
         advice = "give serve a smaller --cache-size, or this machine or container more memory"
-        return Finding("fail", "memory", f"{detail}, the ring needs {format_size(cache_size)}", advice)
-    if free < cache_size + BESIDE_RING:
+        return Finding("fail", "memory", f"{detail}, the ring needs {format_size(ring_size)}", advice)
+    if free < ring_size + BESIDE_RING:
         advice = "give serve a smaller --cache-size if processes are killed for memory"
-        return Finding("warn", "memory", f"{detail}: little beside a ring of {format_size(cache_size)}", advice)
+        return Finding("warn", "memory", f"{detail}: little beside a ring of {format_size(ring_size)}", advice)
     return Finding("ok", "memory", detail)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from mmprep.cli.extra import INSTALL
 from mmprep.errors import StartupError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}", re.ASCII)
@@ -37,9 +38,7 @@ def _download(model: str) -> Path:
         from huggingface_hub import snapshot_download  # noqa: PLC0415 -- only with the server extra
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
     except ImportError:
-        raise StartupError(
-            "the service's packages are missing; install them with: pip install 'mmprep[server]'"
-        ) from None
+        raise StartupError(f"huggingface_hub cannot be found; {INSTALL}") from None
     try:
         return Path(snapshot_download(model, allow_patterns=_FILES))
     except LocalEntryNotFoundError:

@@ -23,6 +23,7 @@ from mmprep.supervisor.options import ServeOptions
 _DTYPES = ("auto", "uint8", "float32", "bfloat16", "float16")
 _HASHES = ("blake3", "sha256")
 _LEVELS = ("debug", "info", "warning", "error")
+_LIMITS = {"image": 8, "video": 1, "audio": 4}
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
 #: What cannot be a host name is refused here; the frontends' URL policy judges the rest.
@@ -106,10 +107,11 @@ def _switch(text: str, option: str) -> bool:
 
 
 def _limits(text: str, option: str) -> dict[str, int]:
-    limits = {}
+    """Return the limits by modality; one that is not named keeps its default."""
+    limits = dict(_LIMITS)
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         modality, equals, number = part.partition("=")
-        if modality not in {"image", "video", "audio"} or not equals:
+        if modality not in _LIMITS or not equals:
             raise StartupError(f"{option}: {part!r} is not of the form image=8,video=1,audio=4")
         limits[modality] = _whole(0, 256)(number, option)
     return limits
@@ -136,7 +138,12 @@ OPTIONS = (
     Option("max-object-size", _text, "", "largest item in the cache; default, and most: a quarter of it"),
     Option("runtime-dir", _optional, "", "directory for sockets and locks; default: $XDG_RUNTIME_DIR/mmprep"),
     Option("served-model-name", _optional, "", "name of the model in requests; default: the directory's"),
-    Option("limit-mm-per-prompt", _limits, "image=8,video=1,audio=4", "media a request, by modality"),
+    Option(
+        "limit-mm-per-prompt",
+        _limits,
+        ",".join(f"{modality}={limit}" for modality, limit in _LIMITS.items()),
+        "media a request, by modality; one that is not named keeps its default",
+    ),
     Option("max-model-len", _optional_whole, "", "tokens of prompt and answer; default: the model's"),
     Option("tensor-dtype", _choice(*_DTYPES), "auto", "dtype of pixels where a request names none"),
     Option("hash", _choice(*_HASHES), "blake3", "hash of the media's bytes"),

@@ -11,7 +11,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from mmprep.cli.extra import require_server
 from mmprep.cli.options import parser, resolve
+from mmprep.cli.ready import url_in
 from mmprep.errors import InvalidRequest, ServiceUnavailable
 
 
@@ -22,6 +24,7 @@ def run(arguments: list[str]) -> int:
     made.add_argument("--model", help="model directory or hub id; none: the embedded demonstration model")
     parsed = made.parse_args(arguments)
     body = _read(parsed.file)
+    require_server()
     resolve(parsed, parsed.model)
     with tempfile.TemporaryDirectory(prefix="mmprep-") as directory:
         passed = _passed_on(arguments, parsed.file)
@@ -66,9 +69,9 @@ def _wait(service: subprocess.Popen[str]) -> str:
     """Return the service's URL as soon as it says that it is ready; its other lines go to our standard error."""
     assert service.stderr is not None
     for line in service.stderr:
-        _, found, rest = line.partition(" s: http://")
-        if found:
-            return "http://" + rest.split()[0]
+        url = url_in(line)
+        if url is not None:
+            return url
         sys.stderr.write(line)
     raise ServiceUnavailable("the service did not start; its message stands above")
 

@@ -7,7 +7,9 @@ import sys
 import time
 
 from mmprep import __version__, failpoints
+from mmprep.cli.extra import require_server
 from mmprep.cli.options import parser, resolve
+from mmprep.cli.ready import ready_line
 from mmprep.runtime import RuntimeDir
 from mmprep.sizes import format_size
 from mmprep.supervisor.supervise import supervise
@@ -18,6 +20,7 @@ def run(arguments: list[str]) -> int:
     made = parser("serve", "Run the service: one writer with its lanes, and the frontends.")
     made.add_argument("model", nargs="?", help="model directory or hub id; none: the embedded demonstration model")
     parsed = made.parse_args(arguments)
+    require_server()
     options = resolve(parsed, parsed.model)
     logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if failpoints.check():
@@ -36,10 +39,7 @@ def run(arguments: list[str]) -> int:
 
     def on_ready(port: int, runtime: RuntimeDir) -> None:
         host = f"[{options.host}]" if ":" in options.host else options.host
-        print(
-            f"mmprep: ready after {time.monotonic() - started:.1f} s: http://{host}:{port} and ipc://{runtime.path}",
-            file=sys.stderr,
-            flush=True,
-        )
+        line = ready_line(time.monotonic() - started, f"http://{host}:{port}", runtime.path)
+        print(line, file=sys.stderr, flush=True)
 
     return supervise(options, on_ready)

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any, Self
 
+from mmprep.cli.ready import url_in
 from mmprep.errors import ServiceUnavailable, StartupError
 from mmprep.ports import claim_port
 from mmprep.runtime import RuntimeDir, default_path
@@ -29,7 +30,6 @@ CACHE_SIZE = 256 << 20
 _LEAST_CACHE = 16 << 20
 #: Seconds; above the drain and kill times of the service, which end it before.
 _LONGEST_STOP = 60.0
-_READY = " s: http://"
 
 
 def choose_port(port: int) -> tuple[int, str | None]:
@@ -116,9 +116,9 @@ class Service:
         if line is None:
             self._lines.put(None)
             raise ServiceUnavailable(f"the service has ended with status {self._process.wait()}")
-        _, found, rest = line.partition(_READY)
-        if found:
-            self.port = int(rest.split()[0].rpartition(":")[2])
+        url = url_in(line)
+        if url is not None:
+            self.port = int(url.rpartition(":")[2])
         return line
 
     def _read(self, stream: IO[str]) -> None:

@@ -23,14 +23,15 @@ import zmq
 from mmprep.errors import StartupError
 from mmprep.ports import claim_port
 from mmprep.runtime import RuntimeDir
+from mmprep.settings import CANNOT_START
 from mmprep.supervisor.child import Child
 from mmprep.supervisor.desk import Desk
 from mmprep.supervisor.options import ServeOptions
 
 _log = logging.getLogger("mmprep.supervisor")
 
-#: A child's exit status that says: what is wrong will not get better by another try.
-CANNOT_START = 78
+#: Starts of a process that does not get ready, after which a service gives up that never was.
+MOST_STARTS = 5
 
 _ORPHANS_SECONDS = 5.0
 _LONGEST_DELAY = 2.0
@@ -140,6 +141,12 @@ class Supervisor:
         _log.warning("%s (pid %d) ended with status %s and is replaced", child.name, child.pid, child.status)
         failures = self._failures.get(child.name, 0)
         self._failures[child.name] = failures + 1
+        if not self._announced and failures + 1 >= MOST_STARTS:
+            self._fail(
+                f"the {role} ended {failures + 1} times before it was ready, the last time with status {child.status}; "
+                "what it said stands above"
+            )
+            return
         delay = 0.0 if failures == 0 else min(0.1 * 2**failures, _LONGEST_DELAY)
         asyncio.get_running_loop().call_later(delay, self._start, child.name)
 

@@ -19,6 +19,8 @@ Epoch = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}\Z")]
 ShortText = Annotated[str, msgspec.Meta(max_length=2048)]
 Call = Natural
+#: Items of one offer.
+MAX_ITEMS = 256
 Need = Literal["tensors", "plan"]
 LeaseKind = Literal["copy", "view"]
 
@@ -106,7 +108,6 @@ class WriterWelcome(Wire, frozen=True):
     segment: SegmentInfo
     lease_ms: Natural
     card: bytes
-    backend_ids: tuple[Name, ...] = ()
 
 
 class Card(Wire, frozen=True):
@@ -141,7 +142,7 @@ class Offer(Wire, frozen=True):
     need: Need
     deadline_ms: Natural
     priority: int
-    items: Annotated[tuple[Offered, ...], msgspec.Meta(min_length=1, max_length=256)]
+    items: Annotated[tuple[Offered, ...], msgspec.Meta(min_length=1, max_length=MAX_ITEMS)]
     lease: LeaseTo | None = None
 
 

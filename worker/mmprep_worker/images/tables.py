@@ -2,7 +2,8 @@
 
 A resized pixel has 8 bits, so that whatever a processor computes of it is one of 256 values a channel. The tables are
 computed by the reference's own operations in its own order (transformers' ``image_transforms``): ``rescale`` multiplies
-in float64 and rounds to float32; ``normalize`` subtracts and divides in float32.
+in float64 and rounds to float32; ``normalize`` subtracts and divides in float32. They stand in :mod:`mmprep.tensors`,
+since readers of uint8 pixels apply them too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mmprep.tensors import normalization_table
 
 
 def bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -47,6 +50,4 @@ def lookup_tables(scale: float, mean: Sequence[float], std: Sequence[float], dty
     values = np.arange(256, dtype=np.uint8)
     if dtype == "uint8":
         return np.repeat(values[None], len(mean), axis=0)
-    rescaled = (values.astype(np.float64) * scale).astype(np.float32)
-    centre, spread = np.array(mean, np.float32)[:, None], np.array(std, np.float32)[:, None]
-    return cast((rescaled[None] - centre) / spread, dtype)
+    return cast(normalization_table(scale, mean, std), dtype)

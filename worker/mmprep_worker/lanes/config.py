@@ -23,6 +23,7 @@ class LaneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_media_size: of one medium's encoded bytes.
     data_limit: RLIMIT_DATA in bytes; RLIMIT_AS would refuse the ring.
     nice: how much the lane steps behind the message loops.
+    log_level: ``debug``, ``info``, ``warning`` or ``error``.
     """
 
     lane: int
@@ -35,3 +36,4 @@ class LaneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_media_size: int
     data_limit: int
     nice: int
+    log_level: str

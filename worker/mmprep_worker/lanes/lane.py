@@ -23,7 +23,7 @@ import zmq
 
 from mmprep import failpoints
 from mmprep.digest import Hasher
-from mmprep.errors import DecodeError, InternalError, MmprepError, ProtocolError, TooLarge
+from mmprep.errors import DecodeError, InternalError, MmprepError, ProtocolError, StartupError, TooLarge
 from mmprep.items import DTYPE_SIZES, ItemMeta, align, field_array, region_size
 from mmprep.process_lock import ProcessLock
 from mmprep.segment import Segment
@@ -73,9 +73,16 @@ class Lane:
             family = load_family(Path(self._config.model), max_image_pixels=self._config.max_image_pixels)
             warm_up(family)
         except MmprepError as error:
-            self._send(messages.LaneBroken(self._config.lane, token, messages.Fault.of(error)))
-            self._receive()
+            self._broken(token, error)
             return
+        except (WriterGoneError, zmq.ZMQError):
+            raise
+        except Exception as error:  # noqa: BLE001 -- whatever it is, the next start would meet it too
+            _log.exception("lane %d cannot start", self._config.lane)
+            why = f"a lane cannot start ({type(error).__name__}); what it said stands above"
+            self._broken(token, StartupError(why))
+            return
+        _log.info("lane %d is warm", self._config.lane)
         card = msgspec.msgpack.encode(family.card)
         self._send(messages.LaneReady(self._config.lane, token, card))
         while True:
@@ -83,6 +90,11 @@ class Lane:
             task: messages.Task = unpack(frames[0].buffer, messages.Task)
             failpoints.reach("lane.task.received")
             self._work(family, task, frames[1])
+
+    def _broken(self, token: bytes, error: MmprepError) -> None:
+        """Tell why this lane will not work, and wait for the end."""
+        self._send(messages.LaneBroken(self._config.lane, token, messages.Fault.of(error)))
+        self._receive()
 
     # --- one task -------------------------------------------------------------------------------------------------
 
@@ -121,10 +133,12 @@ class Lane:
         if granted is None:
             return
         failpoints.reach("lane.granted")
+        filling = time.monotonic_ns()
         self._fill(prepared, blob, granted)
-        done = time.monotonic_ns()
+        worked = opened - started + time.monotonic_ns() - filling  # waiting for the extent is neither
+        decode = prepared.decode_ns
         failpoints.reach("lane.filled.before")
-        self._send(messages.Filled(task.task, (opened - started) // 1000, (done - opened) // 1000))
+        self._send(messages.Filled(task.task, decode // 1000, max(0, worked - decode) // 1000))
         failpoints.reach("lane.filled.after")
 
     def _ask_extent(self, task: int, blob: bytes, tensor_length: int) -> messages.Granted | None:
@@ -191,6 +205,7 @@ def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     _keep_memory()
     config: LaneConfig = read_settings(LaneConfig)
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if _writer_is_gone():  # before the signal was asked for: its successor waits for this lane's lock
         return
     lock = ProcessLock(Path(config.lock))

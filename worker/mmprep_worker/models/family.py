@@ -31,9 +31,16 @@ class ItemOptions(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
 
 
 class Prepared(Protocol):
-    """One medium, opened: its metadata is known, its tensors are not computed yet."""
+    """One medium, opened: its metadata is known, its tensors are not computed yet.
+
+    Attributes
+    ----------
+    meta: of the item.
+    decode_ns: nanoseconds that reading and decoding the medium has taken so far, in opening and in filling.
+    """
 
     meta: ItemMeta
+    decode_ns: int
 
     def fill(self, tensors: Mapping[str, NDArray[Any]]) -> None:
         """Decode and process the medium into ``tensors``.

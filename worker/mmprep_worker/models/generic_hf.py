@@ -11,6 +11,7 @@ white), else as RGB.
 from __future__ import annotations
 
 import itertools
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -136,11 +137,13 @@ class GenericFamily:
         mmprep.errors.MediaError
             The picture is broken, too large, or refused by the processor.
         """
-        picture = self._open(modality, medium, options)
-        plan, arrays = self._process(self._image(picture))
+        started = time.monotonic_ns()
+        image = self._image(self._open(modality, medium, options))
+        decode_ns = time.monotonic_ns() - started
+        plan, arrays = self._process(image)
         named = {name: (_storage(array, options.dtype), array) for name, array in arrays.items()}
         specs = lay_out((name, dtype, array.shape, "batched", False) for name, (dtype, array) in named.items())
-        return PreparedArrays(ItemMeta("image", plan, specs, {}), arrays)
+        return PreparedArrays(ItemMeta("image", plan, specs, {}), arrays, decode_ns)
 
     def _open(self, modality: str, medium: bytes | memoryview, options: ItemOptions) -> Picture:
         if modality != "image":
@@ -195,8 +198,9 @@ class GenericFamily:
 class PreparedArrays:
     """One picture, processed already: filling is a copy."""
 
-    def __init__(self, meta: ItemMeta, arrays: Mapping[str, NDArray[Any]]) -> None:
+    def __init__(self, meta: ItemMeta, arrays: Mapping[str, NDArray[Any]], decode_ns: int) -> None:
         self.meta = meta
+        self.decode_ns = decode_ns
         self._arrays = arrays
 
     def fill(self, tensors: Mapping[str, NDArray[Any]]) -> None:

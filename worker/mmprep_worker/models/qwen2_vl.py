@@ -10,6 +10,7 @@ Only configurations that this code honours exactly are taken; :func:`read_settin
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -204,7 +205,9 @@ class Qwen2VLFamily:
         mmprep.errors.MediaError
             As :func:`mmprep_worker.images.decode.open_picture`.
         """
+        started = time.monotonic_ns()
         picture = self._open(modality, medium)
+        decode_ns = time.monotonic_ns() - started
         if options.dtype not in DTYPES:
             raise InvalidRequest(f"mm_dtype {options.dtype!r} is not one of {', '.join(DTYPES)}", param="mm_dtype")
         grid = self._grid(picture)
@@ -223,7 +226,7 @@ class Qwen2VLFamily:
             cpu={"image_grid_thw": np.array([1, *grid], "<i8").tobytes()},
             normalization=self.normalization,
         )
-        return PreparedPicture(self, picture, grid, options.dtype, meta)
+        return PreparedPicture(self, picture, grid, options.dtype, meta, decode_ns=decode_ns)
 
     def _open(self, modality: str, medium: bytes | memoryview) -> Picture:
         if modality != "image":
@@ -242,9 +245,17 @@ class PreparedPicture:
     """One picture of the family, opened."""
 
     def __init__(
-        self, family: Qwen2VLFamily, picture: Picture, grid: tuple[int, int], dtype: str, meta: ItemMeta
+        self,
+        family: Qwen2VLFamily,
+        picture: Picture,
+        grid: tuple[int, int],
+        dtype: str,
+        meta: ItemMeta,
+        *,
+        decode_ns: int,
     ) -> None:
         self.meta = meta
+        self.decode_ns = decode_ns
         self._family = family
         self._picture = picture
         self._grid = grid
@@ -253,11 +264,14 @@ class PreparedPicture:
     def fill(self, tensors: Mapping[str, NDArray[Any]]) -> None:
         """Decode, resize and write; see :meth:`mmprep_worker.models.family.Prepared.fill`."""
         settings = self._family.settings
+        started = time.monotonic_ns()
+        pixels = self._picture.rgb()
+        self.decode_ns += time.monotonic_ns() - started
         tensors["image_grid_thw"][:] = (1, *self._grid)
         patches = tensors["pixel_values"].reshape(-1, 3, settings.times, settings.patch, settings.patch)
         write_patches(
             self._family.resampler,
-            self._picture.rgb(),
+            pixels,
             self._grid,
             merge=settings.merge,
             out=patches,

@@ -96,11 +96,11 @@ class Admission:
         mine = self._by_client.get(client, 0)
         if mine + items > self._max_items_per_client:
             excess = (mine + items - self._max_items_per_client) / mine
-            raise self._busy(f"{mine} of your media are in work already; wait for some of them.", excess)
+            raise self._busy(excess)
         excess_items = (len(self._held) + items - self._max_items) / max(len(self._held), 1)
         excess_bytes = (self._bytes + nbytes - self._max_bytes) / max(self._bytes, 1)
         if (excess := max(excess_items, excess_bytes)) > 0:
-            raise self._busy("All room for media in work is taken; send the request again later.", excess)
+            raise self._busy(excess)
 
     def add(self, flight_id: int, client: str, nbytes: int, now: float) -> None:
         """Reserve for a flight that was opened, after :meth:`check` allowed it in the same step."""
@@ -125,9 +125,13 @@ class Admission:
         self._since = now
         return True
 
-    def _busy(self, message: str, excess: float) -> errors.Busy:
-        """``excess``: the share of what is held, by the client or by all, that has to end first."""
+    def _busy(self, excess: float) -> errors.Busy:
+        """``excess``: the share of what is held, by the client or by all, that has to end first.
+
+        The message tells no numbers: a client here is a frontend, through which many senders come.
+        """
         seconds = excess * len(self._held) * self._interval
+        message = "All room for media in work is taken; send the request again later."
         return errors.Busy(message, retry_after=min(max(seconds, MIN_RETRY_AFTER), MAX_RETRY_AFTER))
 
     def validate(self) -> None:

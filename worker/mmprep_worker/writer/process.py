@@ -6,11 +6,8 @@ import logging
 import sys
 
 from mmprep.errors import MmprepError, ServiceUnavailable
-from mmprep.settings import WriterSettings, read_settings
+from mmprep.settings import CANNOT_START, WriterSettings, read_settings
 from mmprep_worker.writer.shell import WriterShell
-
-#: Exit status that tells the supervisor not to try again: the message was for the person who starts the service.
-CANNOT_START = 78
 
 
 def main() -> None:

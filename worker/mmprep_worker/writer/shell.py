@@ -56,7 +56,6 @@ _SILENT_SECONDS = 2.0
 #: arrived meanwhile is then taken in before time is allowed to end anything.
 _STARVED_SECONDS = 0.5
 _CATCH_UP_SECONDS = 5.0
-_SLOT_BYTES = 64 * 1024
 _PLAN_BYTES = 32 << 20
 _QUARANTINED = 1024
 #: A medium in quarantine is refused for at least this long, and for so many times of a lane's time for one medium: the
@@ -85,8 +84,7 @@ class WriterShell:
         self._supervisor.connect(self._runtime.supervisor)
         self._tell(messages.Hello(PROTOCOL, mmprep.__version__, "writer", "0", os.getpid()))
         self._tell(messages.StateChange(False, "the ring is being made"))
-        slots = max(1024, min(1 << 18, settings.cache_size // _SLOT_BYTES))
-        self._geometry = layout.Geometry.plan(settings.cache_size, slots)
+        self._geometry = layout.Geometry.for_ring(settings.cache_size)
         self._largest = min(settings.max_object_size, self._geometry.arena_capacity // 4)
         opened = open_ring(self._runtime, self._geometry, self._largest)
         self._segment = opened.segment
@@ -155,6 +153,7 @@ class WriterShell:
             max_media_size=settings.max_media_size,
             data_limit=settings.lane_memory,
             nice=5,
+            log_level=settings.log_level,
         )
 
     # --- the loop -------------------------------------------------------------------------------------------------
