@@ -147,6 +147,7 @@ class WriterLink:
     Attributes
     ----------
     mapping: the ring's segment, ``None`` before the first welcome.
+    warm: the present writer's lanes can work: it has sent its card.
     """
 
     def __init__(
@@ -159,6 +160,7 @@ class WriterLink:
         on_card: Callable[[ModelCard], None],
     ) -> None:
         self.mapping: Mapping | None = None
+        self.warm = False
         self._id = str(index)
         self._instance = os.urandom(8)
         self._runtime = runtime
@@ -184,11 +186,6 @@ class WriterLink:
             on_message=self._on_message,
             on_down=self._on_down,
         )
-
-    @property
-    def connected(self) -> bool:
-        """Whether the writer has welcomed this frontend."""
-        return self._offers.up
 
     def close(self) -> None:
         """Disconnect; calls under way fail."""
@@ -308,6 +305,7 @@ class WriterLink:
         return [pack(hello)]
 
     def _on_down(self) -> None:
+        self.warm = False
         self._offers.down()
         self._calls.fail_all(WriterLostError, "the writer went away; try again")
 
@@ -329,7 +327,7 @@ class WriterLink:
             case messages.WriterWelcome():
                 self._welcomed(message)
             case messages.Card():
-                self._on_card(msgspec.msgpack.decode(message.card, type=ModelCard))
+                self._got_card(message.card)
             case _:
                 pass
 
@@ -360,7 +358,11 @@ class WriterLink:
         self._carry_out(self._offers.welcomed(life, asyncio.get_running_loop().time()))
         self._back.set()
         if welcome.card:
-            self._on_card(msgspec.msgpack.decode(welcome.card, type=ModelCard))
+            self._got_card(welcome.card)
+
+    def _got_card(self, packed: bytes) -> None:
+        self.warm = True
+        self._on_card(msgspec.msgpack.decode(packed, type=ModelCard))
 
     # --- actions --------------------------------------------------------------------------------------------------
 

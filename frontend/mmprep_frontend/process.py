@@ -45,16 +45,6 @@ _BODIES = 512 << 20
 _SWITCH_SECONDS = 0.0005
 
 
-class _Writer(WriterLink):
-    """The link to the writer, which also knows whether the present writer's lanes are warm: it has sent its card."""
-
-    warm = False
-
-    def _on_down(self) -> None:
-        self.warm = False
-        super()._on_down()
-
-
 class Frontend:
     """Everything of one frontend, on the running loop."""
 
@@ -78,7 +68,7 @@ class Frontend:
         self._tokenizer = asyncio.get_running_loop().run_in_executor(
             self._render_thread, _load_tokenizer, Path(settings.model)
         )
-        self._writer = _Writer(
+        self._writer = WriterLink(
             self._context, self._runtime, settings.index, hasher=settings.hash, on_card=self._on_card
         )
         self._service = Service(
@@ -139,7 +129,6 @@ class Frontend:
         return "the service is stopping" if self._draining else self._reason
 
     def _on_card(self, card: ModelCard) -> None:
-        self._writer.warm = True
         if self._service.model is not None and self._service.model.card == card:
             return
         self._loading = asyncio.create_task(self._load(card))
