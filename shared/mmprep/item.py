@@ -11,7 +11,7 @@ from mmprep import tensors
 from mmprep.address import Address
 from mmprep.errors import InvalidRequest
 from mmprep.items import FieldSpec, ItemMeta, align, unpack_meta
-from mmprep.registration import Lease, Registration
+from mmprep.registration import Lease, Mapping, Registration
 
 
 class Source(Protocol):
@@ -56,7 +56,7 @@ class Inline:
 
 
 class Shared:
-    """Tensors in the segment, under a lease of this process's registration."""
+    """Tensors in a segment, under a lease of this process's registration."""
 
     def __init__(self, registration: Registration, address: Address, lease: Lease) -> None:
         self._registration = registration
@@ -65,21 +65,21 @@ class Shared:
         # A lease that was granted as a view needs no word with the writer before and after.
         self._always_view = address.lease_kind == "view"
         self._views = 0
+        #: Keeps a spill mapped while this item is in use.
+        self._used: Mapping | None = None
 
     def _start(self) -> int:
         return align(self._address.metadata_length)
 
-    def _mapping(self) -> Any:
+    def _mapping(self) -> Mapping:
         self._registration.check_held(self._lease.id, "view" if self._always_view else "copy")
-        mapping = self._registration.mapping
-        if mapping is None:
+        if self._registration.mapping is None:
             raise InvalidRequest("this client is closed")
+        mapping = self._used = self._registration.mapping_of(self._address)
         return mapping
 
     def copy(self) -> memoryview:
-        mapping = self._mapping()
-        copied: memoryview = mapping.copy(self._address)
-        return copied[self._start() :]
+        return self._mapping().copy(self._address)[self._start() :]
 
     def hold_now(self) -> memoryview | None:
         return self._region(self._mapping()) if self._always_view else None
@@ -97,13 +97,13 @@ class Shared:
         if self._views == 0:
             await self._registration.upgrade(self._lease.id, "copy")
 
-    def _region(self, mapping: Any) -> memoryview:
+    def _region(self, mapping: Mapping) -> memoryview:
         mapping.check(self._address)
-        extent: memoryview = mapping.extent(self._address)
-        return extent[self._start() :]
+        return mapping.extent(self._address)[self._start() :]
 
     def release(self) -> None:
         self._lease.release()
+        self._used = None
 
 
 Runner = Callable[[Coroutine[Any, Any, Any]], Any]
@@ -156,7 +156,7 @@ class Item:
     offset, length: the range of token ids that stands for it.
     is_embed: which of those positions take an embedding, or ``None``: all.
     fields: the tensors' names, dtypes, shapes and field kinds.
-    address: where the tensors lie, or ``None`` where they came inline.
+    address: where the tensors lie, or ``None`` where they came inline: asked for, or no shared memory was free.
     cached: whether they were there before this request.
     """
 
@@ -237,8 +237,7 @@ def item_from_address(
     hash: str = "",  # noqa: A002
 ) -> Item:
     """Return the item at ``address``; its metadata is read from the extent. Raises StaleAddress or InvalidRequest."""
-    mapping = registration.mapping
-    assert mapping is not None
+    mapping = registration.mapping_of(address)
     mapping.check(address)
     blob = bytes(mapping.extent(address)[: address.metadata_length])
     mapping.check(address)

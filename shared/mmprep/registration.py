@@ -15,6 +15,7 @@ import os
 import time
 from collections import deque
 from typing import Any
+from weakref import WeakValueDictionary
 
 import msgspec
 import zmq
@@ -22,10 +23,10 @@ import zmq
 import mmprep
 from mmprep import layout
 from mmprep.address import Address, check_against, check_record
-from mmprep.errors import LeaseLost, MmprepError, ProtocolError, ServiceUnavailable
+from mmprep.errors import LeaseLost, MmprepError, ProtocolError, ServiceUnavailable, StaleAddress
 from mmprep.process_lock import ProcessLock
 from mmprep.runtime import RuntimeDir
-from mmprep.segment import Segment
+from mmprep.segment import Segment, sibling_name
 from mmprep.wire import messages
 from mmprep.wire.calls import CallTable
 from mmprep.wire.codec import PROTOCOL, pack, unpack
@@ -46,6 +47,24 @@ class Mapping:
         if header.epoch != info.epoch:
             raise ProtocolError("the segment's header is not of the epoch that the writer names")
         self.geometry = header.geometry
+
+    @classmethod
+    def of_spill(cls, ring: Mapping, epoch: bytes) -> Mapping:
+        """Map the spill of ``epoch`` in the runtime directory of ``ring``; its name is derived, and never another one.
+
+        Raises
+        ------
+        StaleAddress
+            There is no such spill (any more).
+        """
+        name = sibling_name(ring.name, epoch)
+        try:
+            mapping = cls(messages.SegmentInfo(name, epoch, 0))
+        except (ProtocolError, ValueError):
+            mapping = None
+        if mapping is None or mapping.geometry.slots != 1 or mapping.geometry.total_size > mapping.segment.size:
+            raise StaleAddress("the item's segment is gone; ask for the item again")
+        return mapping
 
     def check(self, address: Address) -> None:
         """Check ``address`` against this mapping as it is at this moment; raises StaleAddress or InvalidRequest."""
@@ -105,6 +124,8 @@ class Registration:
     def __init__(self, context: zmq.Context[Any], runtime: RuntimeDir, backend_id: str) -> None:
         self.id = backend_id
         self.mapping: Mapping | None = None
+        #: Spills by epoch; each stays mapped while an item of it refers to it.
+        self._spills: WeakValueDictionary[str, Mapping] = WeakValueDictionary()
         self.lease_seconds = 0.0
         self._calls = CallTable()
         self._leases: dict[bytes, float] = {}
@@ -192,11 +213,30 @@ class Registration:
         if late or lease_id in self._lost:
             raise LeaseLost("the lease has run out; ask for the item again")
 
+    def mapping_of(self, address: Address) -> Mapping:
+        """Return the segment that ``address`` names: the ring, or a spill, which the caller's reference keeps mapped.
+
+        May be called from any thread. No other segment is opened, whatever the address says.
+
+        Raises
+        ------
+        StaleAddress
+            It names neither, or a spill that is gone.
+        """
+        ring = self.mapping
+        if ring is None:
+            raise ServiceUnavailable("not connected to the writer")
+        epoch = bytes.fromhex(address.epoch)
+        if address.segment == ring.name or address.segment != sibling_name(ring.name, epoch):
+            return ring  # which refuses addresses of other segments
+        mapping = self._spills.get(address.epoch)
+        if mapping is None:
+            mapping = self._spills[address.epoch] = Mapping.of_spill(ring, epoch)
+        return mapping
+
     async def acquire(self, address: Address, kind: messages.LeaseKind) -> Lease:
         """Lease the content of ``address``; raises StaleAddress where it is gone."""
-        if self.mapping is None:
-            raise ServiceUnavailable("not connected to the writer")
-        self.mapping.check(address)
+        self.mapping_of(address).check(address)
         sent_at = time.monotonic()
         slot, generation = address.slot, address.generation
         answer = await self._call(lambda call: messages.Acquire(call, slot, generation, kind))

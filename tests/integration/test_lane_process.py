@@ -18,6 +18,7 @@ def test_a_lane_whose_writer_goes_away_while_it_warms_up_ends(runtime_dir):
         lane=0,
         token="00" * 32,
         endpoint=f"ipc://{runtime_dir}/lanes.sock",  # nobody listens there: this writer is gone
+        tensors=f"ipc://{runtime_dir}/lanes-bulk.sock",
         lock=str(lock),
         segment=segment.name,
         model=str(embedded.path()),

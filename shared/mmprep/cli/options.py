@@ -76,6 +76,11 @@ def _size(low: str, high: str) -> Callable[[str, str], int]:
     return read
 
 
+def _optional_size(low: str, high: str) -> Callable[[str, str], int | None]:
+    read = _size(low, high)
+    return lambda text, option: read(text, option) if text else None
+
+
 def _duration(low: str, high: str) -> Callable[[str, str], float]:
     def read(text: str, option: str) -> float:
         seconds = parse_duration(text, option)
@@ -132,6 +137,8 @@ OPTIONS = (
     Option("lanes", _whole(0, 256), "0", "processes that decode; 0: one a core, at least 2"),
     Option("cache-size", _size("1MiB", "64TiB"), "1GiB", "shared memory for processed items"),
     Option("max-object-size", _text, "", "largest item in the cache; default, and most: a quarter of it"),
+    Option("spill-size", _optional_size("0", "64TiB"), "", "segments beside the ring; 0: none; default: half of it"),
+    Option("inline-size", _size("0", "64TiB"), "256MiB", "tensors on their way that found no shared memory; 0: none"),
     Option("runtime-dir", _optional, "", "directory for sockets and locks; default: $XDG_RUNTIME_DIR/mmprep"),
     Option("served-model-name", _optional, "", "name of the model in requests; default: the directory's"),
     Option("limit-mm-per-prompt", _limits, "image=8,video=1,audio=4", "media a request, by modality"),
@@ -238,6 +245,8 @@ def _decide(values: dict[str, Any], model: str | None) -> ServeOptions:
         raise StartupError("--max-object-size: it must be from 4KiB to a quarter of --cache-size")
     directory, name = (embedded.path(), "mmprep-demo") if model is None else find_model(model)
     values["max_object_size"] = largest
+    if values["spill_size"] is None:
+        values["spill_size"] = cache_size // 2
     values["lanes"] = max(2, values["lanes"] or len(os.sched_getaffinity(0)))
     values["model"] = directory
     values["served_model_name"] = values["served_model_name"] or name
