@@ -19,7 +19,7 @@ import zmq
 
 import mmprep
 from mmprep.card import ModelCard
-from mmprep.errors import DeadlineExceeded, MmprepError, ProtocolError, ServiceUnavailable
+from mmprep.errors import DeadlineExceeded, MmprepError, ProtocolError, ServiceUnavailable, StaleAddress
 from mmprep.process_lock import ProcessLock
 from mmprep.registration import Mapping
 from mmprep.runtime import RuntimeDir
@@ -27,6 +27,7 @@ from mmprep.wire import messages
 from mmprep.wire.calls import CallTable
 from mmprep.wire.codec import PROTOCOL, pack, unpack
 from mmprep.wire.sockets import Link, Pump, configure
+from mmprep_frontend.tensors import TensorLink, Tensors
 
 _log = logging.getLogger("mmprep.dispatch")
 
@@ -60,20 +61,28 @@ class Offered:
     Attributes
     ----------
     items: one answer an item, in the offer's order.
-    mapping: the segment in which the places of this answer lie.
+    mapping: the ring, in which the places of this answer lie that are not in a spill.
+    tensors: of the items, until :meth:`release`.
     lease_ms: how long granted leases hold.
     """
 
     def __init__(
-        self, items: list[messages.ItemAnswer], lease_ms: int, mapping: Mapping, unpin: Callable[[], None] | None
+        self,
+        items: list[messages.ItemAnswer],
+        lease_ms: int,
+        mapping: Mapping,
+        tensors: Tensors,
+        unpin: Callable[[], None] | None,
     ) -> None:
         self.items = items
         self.lease_ms = lease_ms
         self.mapping = mapping
+        self.tensors = tensors
         self._unpin = unpin
 
     def release(self) -> None:
         """Let go; again is no error."""
+        self.tensors.close()
         unpin, self._unpin = self._unpin, None
         if unpin is not None:
             unpin()
@@ -100,6 +109,8 @@ class WriterLink:
         The frontend's number; its process lock proves to the writer that it lives.
     hasher:
         Name of the content hash.
+    inline_size:
+        Bytes of tensors that may travel inline.
     on_card:
         Called with the model card when the lanes are warm, after every (re)connection.
     """
@@ -111,6 +122,7 @@ class WriterLink:
         index: int,
         *,
         hasher: Any,
+        inline_size: int,
         on_card: Callable[[ModelCard], None],
     ) -> None:
         self._id = str(index)
@@ -128,6 +140,7 @@ class WriterLink:
         bulk.sndhwm = 16
         bulk.connect(runtime.writer_bulk)
         self._bulk = Pump(bulk, lambda _: None, outbox_bytes=_BULK_OUTBOX, copy=False)
+        self._tensors = TensorLink(context, runtime, self._id, largest=inline_size)
         self._link = Link(
             context,
             runtime.writer,
@@ -146,6 +159,7 @@ class WriterLink:
         """Disconnect; calls under way fail."""
         self._link.close()
         self._bulk.close()
+        self._tensors.close()
         if self._mapping is not None:
             self._mapping.segment.close()
         self._lock.remove()
@@ -209,6 +223,7 @@ class WriterLink:
         try:
             self._link.send([pack(messages.Offer(number, need, deadline_ms, priority, offered, lease))])
             answer, answers = await future
+            fetched = await self._fetch(answer, answers)
         except BaseException:
             if self._up.is_set():
                 self._link.send([pack(messages.Cancel(number))])
@@ -218,7 +233,22 @@ class WriterLink:
             del self._offers[number]
         pinned = lease is None and need == "tensors"
         unpin = (lambda: self._link.send([pack(messages.Unpin(number))])) if pinned else None
-        return Offered(answers, answer.lease_ms, mapping, unpin)
+        return Offered(answers, answer.lease_ms, mapping, Tensors(mapping, fetched), unpin)
+
+    async def _fetch(self, answer: messages.Answer, answers: list[messages.ItemAnswer]) -> dict[int, memoryview]:
+        """Get the tensors that found no shared memory, and let the writer forget them where nothing else is held."""
+        if any(item.fault is not None for item in answers):
+            return {}  # the writer keeps nothing for a call that has failed
+        try:
+            fetched = await self._tensors.fetch(answers)
+        except BaseException as error:
+            self._give_back(answer, answers)
+            if isinstance(error, ServiceUnavailable | StaleAddress):  # they went with their writer
+                raise _WriterLostError("the writer went away; try again") from None
+            raise
+        if fetched and answer.leased_to is not None:
+            self._link.send([pack(messages.Unpin(answer.call))])
+        return fetched
 
     def release_soon(self, backend: str, leases: tuple[bytes, ...]) -> None:
         """End leases in the name of a backend, without waiting for the answer."""
@@ -293,8 +323,9 @@ class WriterLink:
 
     def _give_back(self, answer: messages.Answer, answers: list[messages.ItemAnswer]) -> None:
         """Let go of an answer whose call was cancelled while it was on its way."""
-        if answer.leased_to is None:
+        if answer.leased_to is None or any(item.inline for item in answers):
             self._link.send([pack(messages.Unpin(answer.call))])
+        if answer.leased_to is None:
             return
         self.release_soon(answer.leased_to, tuple(item.lease for item in answers if item.lease is not None))
 

@@ -17,7 +17,6 @@ import zmq
 
 import mmprep
 from mmprep.errors import InternalError, MmprepError, ProtocolError, ServiceUnavailable
-from mmprep.items import align
 from mmprep.result import Head, HeadItem, Place, ids_to_bytes
 from mmprep.wire import messages
 from mmprep.wire.codec import PROTOCOL, pack, unpack
@@ -147,7 +146,7 @@ class NativeDoor:
         items = []
         for item, placed in zip(chat.in_order(), chat.expanded.ranges, strict=True):
             frame = -1
-            if chat.request.payload == "tensors":
+            if chat.request.payload == "tensors" or item.answer.inline:
                 inline.append(self._region(chat, item))
                 frame = len(inline)
             items.append(_head_item(item, placed.offset, placed.length, frame, chat.request.lease_kind or "copy"))
@@ -167,12 +166,11 @@ class NativeDoor:
         return [head.pack(), *inline]
 
     @staticmethod
-    def _region(chat: RenderedChat, item: RenderedItem) -> bytes:
-        """Return a copy of the tensors: the frame outlives the pin."""
+    def _region(chat: RenderedChat, item: RenderedItem) -> bytes | memoryview:
+        """Return the tensors as a frame: it outlives the pin, so what is in a segment is copied."""
         assert chat.offered is not None
-        answer = item.answer
-        start = answer.offset + align(len(answer.meta))
-        return bytes(chat.offered.mapping.segment.buffer[start : answer.offset + answer.length])
+        region = chat.offered.tensors.region(item.answer)
+        return region if item.answer.inline else bytes(region)
 
     async def _completions(self, peer: bytes, call: int, body: bytes, _: list[memoryview]) -> None:
         self._json(peer, call, await self._service.completions(body, new_request_id("cmpl")))
@@ -204,7 +202,9 @@ def _head_item(item: RenderedItem, offset: int, length: int, frame: int, lease_k
     answer = item.answer
     place = None
     if answer.lease is not None:
-        place = Place(answer.slot, answer.offset, answer.length, answer.generation, answer.lease, lease_kind)
+        place = Place(
+            answer.slot, answer.offset, answer.length, answer.generation, answer.lease, lease_kind, answer.spill
+        )
     return HeadItem(
         modality=item.part.modality,
         hash=item.key,

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from mmprep.digest import Hasher
-from mmprep.errors import InternalError, InvalidRequest, MmprepError, ServiceUnavailable
+from mmprep.errors import InternalError, InvalidRequest, ServiceUnavailable
 from mmprep.items import ItemMeta, unpack_meta
 from mmprep.metrics import Metrics
 from mmprep.wire.messages import ItemAnswer, LeaseTo, Need

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from mmprep.address import Address, address_fields
-from mmprep.items import align
+from mmprep.segment import sibling_name
 from mmprep_frontend.model import ServedModel
 from mmprep_frontend.render.answer import features, generate_request, json_string, kwargs_data, mm_metadata
 from mmprep_frontend.service import RenderedChat, RenderedItem
@@ -35,11 +35,9 @@ def _features(chat: RenderedChat) -> dict[str, Any] | None:
     tensors = metadata = addresses = None
     if payload != "none":
         metadata = {m: [mm_metadata(i.meta, batch_size=len(items)) for i in items] for m, items in by_modality.items()}
-    if payload == "tensors":
-        tensors = {
-            m: [kwargs_data(i.meta, _region(chat, i), batch_size=len(items)) for i in items]
-            for m, items in by_modality.items()
-        }
+    # Where addresses were asked for, tensors are only those that found no shared memory.
+    if payload == "tensors" or any(item.answer.inline for item in chat.items):
+        tensors = {m: [_tensors(chat, i, len(items)) for i in items] for m, items in by_modality.items()}
     if payload == "shm":
         addresses = {m: [_address(chat, i) for i in items] for m, items in by_modality.items()}
     return features(
@@ -58,19 +56,22 @@ def _text(encoded: dict[str, list[Any]] | None) -> dict[str, list[Any]] | None:
     return {m: [None if one is None else json_string(one) for one in items] for m, items in encoded.items()}
 
 
-def _region(chat: RenderedChat, item: RenderedItem) -> memoryview:
-    """Return the tensors as they lie in the ring; pinned until the chat is released."""
+def _tensors(chat: RenderedChat, item: RenderedItem, batch_size: int) -> bytes | None:
+    """Return one item's tensors, encoded as they lie there; ``None`` where it has an address in their place."""
     assert chat.offered is not None
-    answer = item.answer
-    return chat.offered.mapping.segment.buffer[answer.offset + align(len(answer.meta)) : answer.offset + answer.length]
+    if chat.request.payload == "shm" and not item.answer.inline:
+        return None
+    return kwargs_data(item.meta, chat.offered.tensors.region(item.answer), batch_size=batch_size)
 
 
-def _address(chat: RenderedChat, item: RenderedItem) -> Address:
+def _address(chat: RenderedChat, item: RenderedItem) -> Address | None:
     assert chat.offered is not None
-    answer = item.answer
+    answer, mapping = item.answer, chat.offered.mapping
+    if answer.inline:
+        return None
     return Address(
-        segment=chat.offered.mapping.name,
-        epoch=chat.offered.mapping.epoch,
+        segment=mapping.name if answer.spill is None else sibling_name(mapping.name, answer.spill),
+        epoch=mapping.epoch if answer.spill is None else answer.spill.hex(),
         slot=answer.slot,
         offset=answer.offset,
         length=answer.length,

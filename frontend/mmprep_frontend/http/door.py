@@ -14,7 +14,7 @@ from mmprep.metrics import BUCKETS, Labels, Snapshot
 from mmprep.wire.messages import Name
 from mmprep_frontend.http.chat_answer import encode_chat_answer
 from mmprep_frontend.http.exposition import METRICS, HistogramData, Numbers, Series, expose
-from mmprep_frontend.service import Service
+from mmprep_frontend.service import RenderedChat, Service
 
 T = TypeVar("T")
 
@@ -108,8 +108,7 @@ class HttpDoor:
         try:
             model = self._service.served()
             started = time.monotonic()
-            heavy = chat.request.payload == "tensors" and sum(item.answer.length for item in chat.items) > _LARGE_ANSWER
-            if heavy:
+            if _encodes(chat) > _LARGE_ANSWER:
                 loop = asyncio.get_running_loop()
                 work = loop.run_in_executor(self._service.threads, encode_chat_answer, chat, model, request_id)
                 answer = await _through(work)
@@ -142,6 +141,15 @@ class HttpDoor:
             service.inflight -= 1
             service.metrics.count("mmprep_requests_total", path=path, outcome=outcome)
             service.metrics.observe("mmprep_request_seconds", time.monotonic() - started, path=path)
+
+
+def _encodes(chat: RenderedChat) -> int:
+    """Return about how many bytes of tensors go into the answer."""
+    if chat.offered is None or chat.request.payload == "none":
+        return 0
+    everything = chat.request.payload == "tensors"
+    answers = [item.answer for item in chat.items if everything or item.answer.inline]
+    return sum(map(chat.offered.tensors.nbytes, answers))
 
 
 async def _through(work: asyncio.Future[T]) -> T:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmprep.digest import Hasher
-from mmprep.errors import InvalidRequest, MmprepError, TooLarge
+from mmprep.errors import InvalidRequest, TooLarge
 from mmprep_frontend.media.fetch import Fetcher
 from mmprep_frontend.media.sources import DataSource, HttpSource, parse_source
 from mmprep_frontend.render.conversation import MediaPart
