@@ -301,12 +301,10 @@ class Ring:
 
         A granted entry is not in the cache yet: it stays, and this returns False.
         """
-        spill = self._spills.find(key)
-        if spill is not None:
-            self._spills.retire(spill)
+        retired = self._spills.retire(key)
         entry = self._directory.find(key)
         if entry is None or entry.state is not State.READY:
-            return spill is not None
+            return retired
         idle = entry.idle
         if idle:
             self._space.hold(entry)

@@ -124,11 +124,15 @@ class Spills:
         spill.state = _READY
         self._made += 1
 
-    def retire(self, spill: Spill) -> None:
-        """Make a READY spill unfindable; it goes when nobody holds it."""
-        del self._by_key[spill.key]
+    def retire(self, key: bytes) -> bool:
+        """Make the READY spill of ``key`` unfindable; it goes when nobody holds it. Return whether there was one."""
+        spill = self._by_key.get(key)
+        if spill is None or spill.state is not _READY:
+            return False
+        del self._by_key[key]
         spill.state = State.RETIRED
         self.let_go(spill)
+        return True
 
     def let_go(self, spill: Spill) -> None:
         """Note that a hold of ``spill`` has ended."""
