@@ -314,7 +314,7 @@ class Flights:
         self._set_alarm(waiter.deadline, flight.id, call)
 
     def _join_again(self, flight: Flight, waiter: Waiter, need: Need, priority: int, deadline: float) -> None:
-        if need != "plan":
+        if len(_GIVEN_BY[need]) < len(_GIVEN_BY[waiter.need]):
             waiter.need = need
         waiter.priority = min(waiter.priority, priority)
         if deadline > waiter.deadline:
