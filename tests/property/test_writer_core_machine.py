@@ -284,6 +284,28 @@ class WriterCoreMachine(RuleBasedStateMachine):
         self.make_offer(self.choose(self.living("frontend"), pick), media, Terms("tensors", to, 20, 0, 0))
         self.work_goes_on(rounds)
 
+    @precondition(lambda self: self.living("frontend"))
+    @rule(pick=PICK, rounds=st.integers(0, 4), lease=st.booleans(), again=st.booleans())
+    def more_than_half_of_the_ring_is_cached_and_then_offered_at_once(self, pick, rounds, lease, again):
+        connection = self.choose(self.living("frontend"), pick)
+        media = [MEDIA[2], MEDIA[3], MEDIA[5]]
+        for medium in media:
+            self.make_offer(connection, [medium], Terms("tensors", None, 20, 0, 0))
+            self.work_goes_on(2)
+            self.let_go(connection)
+        self.work_goes_on(1)
+        to = messages.LeaseTo(BACKENDS[0], "copy") if lease else None
+        for _ in range(1 + again):
+            if connection.open:
+                self.make_offer(connection, media, Terms("tensors", to, 20, 0, 0))
+        self.work_goes_on(rounds)
+
+    def let_go(self, connection):
+        for number, call in connection.calls.items():
+            if call.state == "pinned":
+                call.state = "over"
+                self.say(connection, messages.Unpin(number))
+
     def make_offer(self, connection, media, terms):
         self.offered = [*self.offered[-5:], media]
         number = next(self.numbers)
@@ -720,10 +742,7 @@ class WriterCoreMachine(RuleBasedStateMachine):
             self.core.validate()
         for connection in self.living("frontend"):
             assert not connection.waiting()
-            for number, call in connection.calls.items():
-                if call.state == "pinned":
-                    call.state = "over"
-                    self.say(connection, messages.Unpin(number))
+            self.let_go(connection)
         for connection in self.living("backend"):
             connection.open = False
             self.bury(connection)
