@@ -136,9 +136,11 @@ OPTIONS = (
     Option("frontends", _whole(1, 256), "2", "frontend processes, which share the port"),
     Option("lanes", _whole(0, 256), "0", "processes that decode; 0: one a core, at least 2"),
     Option("cache-size", _size("1MiB", "64TiB"), "1GiB", "shared memory for processed items"),
-    Option("max-object-size", _text, "", "largest item in the cache; default, and most: a quarter of it"),
-    Option("spill-size", _optional_size("0", "64TiB"), "", "segments beside the ring; 0: none; default: half of it"),
-    Option("inline-size", _size("0", "64TiB"), "256MiB", "tensors on their way that found no shared memory; 0: none"),
+    Option("max-object-size", _text, "", "largest item in the ring; default, and most: a quarter of it"),
+    Option("spill-size", _optional_size("0", "64TiB"), "", "more of it for what finds no room; default: half as much"),
+    Option(
+        "inline-size", _size("0", "64TiB"), "256MiB", "tensors that travel because no shared memory is free; 0: none"
+    ),
     Option("runtime-dir", _optional, "", "directory for sockets and locks; default: $XDG_RUNTIME_DIR/mmprep"),
     Option("served-model-name", _optional, "", "name of the model in requests; default: the directory's"),
     Option("limit-mm-per-prompt", _limits, "image=8,video=1,audio=4", "media a request, by modality"),
