@@ -272,10 +272,15 @@ def _is_quiet(status: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def serving(*options: Any, model: Path | str | None = None, env: Mapping[str, str] | None = None) -> Iterator[Service]:
+def serving(
+    *options: Any,
+    model: Path | str | None = None,
+    env: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
+) -> Iterator[Service]:
     """Give a ready service; at the end it must leave with status 0, nothing in its directory, and no segment."""
     directory = Path(tempfile.mkdtemp(prefix="mmprep-", dir="/tmp"))
-    service = Service(directory, *options, model=model, env=env)
+    service = Service(directory, *options, model=model, env=env, prefix=prefix)
     try:
         yield service.ready()
         runtime_id = RuntimeDir(directory).runtime_id

@@ -8,6 +8,7 @@ import asyncio
 import io
 import os
 import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -265,6 +266,22 @@ def test_everyone_who_waits_for_the_same_large_picture_gets_it_inline_while_the_
         items = asyncio.run(ask(service.endpoint))
         assert all(is_right(item.materialize(), large) for item in items)
         assert service.quiet()["inline"]["sent"] < len(items), "it was computed for each of them"
+
+
+def test_where_the_machine_has_no_memory_for_a_spill_the_picture_travels(is_right):
+    # A limit on the size of files fails the reservation as a full /dev/shm does, for this service alone.
+    code = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1_400_000,) * 2); os.execvp(sys.argv[1], sys.argv[1:])"
+    with (
+        serving("--cache-size", "1MiB", "--spill-size", "8MiB", prefix=(sys.executable, "-c", code)) as service,
+        Client(service.endpoint) as client,
+    ):
+        for _ in range(2):
+            (item,) = chat(client, picture(1, LARGE))
+            assert is_right(item.materialize(), picture(1, LARGE))
+            assert (item.address, item.cached) == (None, False)
+        assert not spills_of(service)
+        status = service.quiet()
+        assert (status["spills"]["made"], status["spills"]["bytes"], status["inline"]["sent"]) == (0, 0, 2)
 
 
 def test_a_picture_that_no_budget_would_take_is_too_large_for_good():

@@ -126,6 +126,7 @@ def test_each_socket_has_a_name_of_its_own(runtime):
     endpoints = [
         runtime.writer,
         runtime.writer_bulk,
+        runtime.tensors,
         runtime.lanes,
         runtime.lanes_bulk,
         runtime.supervisor,
@@ -134,7 +135,16 @@ def test_each_socket_has_a_name_of_its_own(runtime):
     ]
     assert endpoints == [
         f"ipc://{runtime.path}/{name}.sock"
-        for name in ("writer", "writer-bulk", "lanes", "lanes-bulk", "supervisor", "frontend-0", "frontend-12")
+        for name in (
+            "writer",
+            "writer-bulk",
+            "tensors",
+            "lanes",
+            "lanes-bulk",
+            "supervisor",
+            "frontend-0",
+            "frontend-12",
+        )
     ]
 
 
