@@ -53,6 +53,8 @@ def values(kind: inspect.Type) -> st.SearchStrategy:  # noqa: C901 -- one case a
             return st.one_of([values(member) for member in kind.types])
         case inspect.VarTupleType():
             return st.lists(values(kind.item_type), min_size=kind.min_length or 0, max_size=4).map(tuple)
+        case inspect.TupleType():
+            return st.tuples(*(values(item) for item in kind.item_types))
         case inspect.StructType():
             return st.builds(kind.cls, *(values(field.type) for field in kind.fields))
     raise NotImplementedError(kind)

@@ -1,7 +1,6 @@
 """The frontend's link to the writer: offers keys, sends wanted media, receives the one answer.
 
-An offer outlives the writer: when the connection is lost, it is made again to the next writer, within its deadline. What
-an answer pinned stays pinned until :meth:`Offered.release`.
+:mod:`mmprep_frontend.offers` is the state machine; here are the sockets, the segment and the futures around it.
 """
 
 from __future__ import annotations
@@ -18,20 +17,29 @@ import msgspec
 import zmq
 
 import mmprep
+from mmprep import layout
 from mmprep.card import ModelCard
-from mmprep.errors import DeadlineExceeded, MmprepError, ProtocolError, ServiceUnavailable, StaleAddress
+from mmprep.errors import DeadlineExceeded, MmprepError, ServiceUnavailable, StaleAddress
+from mmprep.holdings import Life
 from mmprep.process_lock import ProcessLock
-from mmprep.registration import Mapping
+from mmprep.registration import Mapping, WriterLostError
 from mmprep.runtime import RuntimeDir
 from mmprep.wire import messages
 from mmprep.wire.calls import CallTable
 from mmprep.wire.codec import PROTOCOL, pack, unpack
 from mmprep.wire.sockets import Link, Pump, configure
-from mmprep_frontend.tensors import TensorLink, Tensors
+from mmprep_frontend.offers import MOST_RESENDS, Action, Offers, Put, Say, Settle, Terms
+from mmprep_frontend.tensors import TensorLink, Tensors, TensorsLostError
 
 _log = logging.getLogger("mmprep.dispatch")
 
 _BULK_OUTBOX = 256 << 20
+#: Seconds for a word about leases, the writer's replacement included.
+_CALL_SECONDS = 10.0
+#: Numbers of these calls are above those of offers, which have the same connection.
+_FIRST_CALL = 1 << 47
+_REPLACED = "the worker was replaced while the answer was written; try again"
+_REFUSED = "the preprocessing worker has refused a message of this frontend"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,30 +70,80 @@ class Offered:
     ----------
     items: one answer an item, in the offer's order.
     mapping: the ring, in which the places of this answer lie that are not in a spill.
-    tensors: of the items, until :meth:`release`.
     lease_ms: how long granted leases hold.
+    leased_to: the backend that has leases on the items, or ``None``: they are pinned.
     """
 
-    def __init__(
-        self,
-        items: list[messages.ItemAnswer],
-        lease_ms: int,
-        mapping: Mapping,
-        tensors: Tensors,
-        unpin: Callable[[], None] | None,
-    ) -> None:
-        self.items = items
-        self.lease_ms = lease_ms
+    def __init__(self, link: WriterLink, token: int, answer: messages.Answer, items: Sequence[Any]) -> None:
+        self.items: Sequence[messages.ItemAnswer] = items
+        mapping = link.mapping
+        assert mapping is not None
         self.mapping = mapping
-        self.tensors = tensors
-        self._unpin = unpin
+        self.lease_ms = answer.lease_ms
+        self.leased_to = answer.leased_to
+        self._link = link
+        self._token = token
+        self._tensors = Tensors(mapping)
+
+    async def fetch(self, link: TensorLink) -> None:
+        """Get the tensors that found no shared memory, and let the writer forget them where nothing else is held."""
+        if any(item.fault is not None for item in self.items):
+            return  # the writer keeps nothing for a call that has failed
+        fetched = await link.fetch(self.items)
+        self._tensors.add(fetched)
+        if fetched and self.leased_to is not None:
+            self._link.unpin(self._token)
+
+    def region(self, item: messages.ItemAnswer) -> memoryview:
+        """Return an item's tensors as they lie there, kept until :meth:`release`; may be read on any thread.
+
+        Raises
+        ------
+        ServiceUnavailable
+            The writer was replaced before they were read.
+        """
+        try:
+            return self._tensors.region(item)
+        except StaleAddress:
+            raise ServiceUnavailable(_REPLACED, retry_after=1.0) from None
+
+    def nbytes(self, item: messages.ItemAnswer) -> int:
+        """Return about how many bytes :meth:`region` has; nothing is mapped for it."""
+        return self._tensors.nbytes(item)
+
+    def check(self) -> None:
+        """Check, after the regions were read, that they were what they should be.
+
+        A pin that a writer knows keeps them. This is for one that it could not be told of.
+
+        Raises
+        ------
+        ServiceUnavailable
+            The writer was replaced, and what was read may be something else.
+        """
+        buffer, geometry = self.mapping.segment.buffer, self.mapping.geometry
+        for item in self.items:
+            if item.spill is not None:  # written once; mapped, it stays as it is
+                continue
+            start = geometry.record_offset(item.slot)
+            try:
+                record = layout.unpack_record(buffer[start : start + layout.RECORD_SIZE], item.slot, geometry)
+            except ValueError:
+                record = None
+            if item.length and (record is None or record.generation != item.generation):
+                raise ServiceUnavailable(_REPLACED)
 
     def release(self) -> None:
         """Let go; again is no error."""
-        self.tensors.close()
-        unpin, self._unpin = self._unpin, None
-        if unpin is not None:
-            unpin()
+        self._tensors.close()
+        self._link.unpin(self._token)
+
+    def give_back(self) -> None:
+        """Let go, also of leases: the answer will not reach anybody."""
+        self.release()
+        leases = tuple(item.lease for item in self.items if item.lease is not None)
+        if self.leased_to is not None and leases:
+            self._link.release_soon(self.leased_to, leases)
 
     def __enter__(self) -> Self:
         return self
@@ -94,10 +152,6 @@ class Offered:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.release()
-
-
-class _WriterLostError(ServiceUnavailable):
-    """The writer went away while a call was under way."""
 
 
 class WriterLink:
@@ -113,6 +167,10 @@ class WriterLink:
         Bytes of tensors that may travel inline.
     on_card:
         Called with the model card when the lanes are warm, after every (re)connection.
+
+    Attributes
+    ----------
+    mapping: the ring's segment, ``None`` before the first welcome.
     """
 
     def __init__(
@@ -125,13 +183,15 @@ class WriterLink:
         inline_size: int,
         on_card: Callable[[ModelCard], None],
     ) -> None:
+        self.mapping: Mapping | None = None
         self._id = str(index)
+        self._instance = os.urandom(8)
         self._hasher = hasher
         self._on_card = on_card
-        self._calls = CallTable()
-        self._offers: dict[int, Sequence[OfferItem]] = {}
-        self._up = asyncio.Event()
-        self._mapping: Mapping | None = None
+        self._offers = Offers()
+        self._waiting: dict[int, tuple[Sequence[OfferItem], asyncio.Future[Any]]] = {}
+        self._calls = CallTable(first=_FIRST_CALL)
+        self._back = asyncio.Event()
         self._lock = ProcessLock(runtime.lock_path("frontend", self._id))
         if not self._lock.acquire():
             raise ServiceUnavailable("another frontend process has this number")
@@ -153,15 +213,17 @@ class WriterLink:
     @property
     def connected(self) -> bool:
         """Whether the writer has welcomed this frontend."""
-        return self._up.is_set()
+        return self._offers.up
 
     def close(self) -> None:
         """Disconnect; calls under way fail."""
         self._link.close()
         self._bulk.close()
         self._tensors.close()
-        if self._mapping is not None:
-            self._mapping.segment.close()
+        self._carry_out(self._offers.fail_all(ServiceUnavailable("the service is stopping")))
+        self._calls.fail_all(ServiceUnavailable, "the service is stopping")
+        if self.mapping is not None:
+            self.mapping.segment.close()
         self._lock.remove()
 
     # --- calls ----------------------------------------------------------------------------------------------------
@@ -196,63 +258,47 @@ class WriterLink:
             The whole offer failed. A single item's failure is in its answer.
         """
         loop = asyncio.get_running_loop()
-        while True:
-            left = deadline - loop.time()
+        offered = tuple(messages.Offered(i.key, i.modality, i.cost, len(i.medium)) for i in items)
+        terms = Terms(offered, need, priority, lease, deadline)
+        for resends_left in reversed(range(MOST_RESENDS + 1)):
+            token, actions = self._offers.offer(terms, loop.time())
             try:
-                async with asyncio.timeout(max(0.0, left)):
-                    await self._up.wait()
-                    return await self._offer_once(items, need, max(1, int(left * 1000)), priority, lease)
+                async with asyncio.timeout_at(deadline):
+                    answer = await self._answer(token, items, actions)
+                    try:
+                        await answer.fetch(self._tensors)
+                    except BaseException:
+                        answer.give_back()
+                        raise
+                    return answer
             except TimeoutError:
                 raise DeadlineExceeded("the request's time was over before its media were processed") from None
-            except _WriterLostError:
-                continue
+            except TensorsLostError:
+                if not resends_left:
+                    raise
+        raise AssertionError
 
-    async def _offer_once(
-        self,
-        items: Sequence[OfferItem],
-        need: messages.Need,
-        deadline_ms: int,
-        priority: int,
-        lease: messages.LeaseTo | None,
-    ) -> Offered:
-        mapping = self._mapping
-        assert mapping is not None
-        number, future = self._calls.open()
-        offered = tuple(messages.Offered(i.key, i.modality, i.cost, len(i.medium)) for i in items)
-        self._offers[number] = items
+    async def _answer(self, token: int, items: Sequence[OfferItem], actions: list[Action]) -> Offered:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting[token] = items, future
         try:
-            self._link.send([pack(messages.Offer(number, need, deadline_ms, priority, offered, lease))])
+            self._carry_out(actions)
             answer, answers = await future
-            fetched = await self._fetch(answer, answers)
         except BaseException:
-            if self._up.is_set():
-                self._link.send([pack(messages.Cancel(number))])
+            self._carry_out(self._offers.cancel(token))
             raise
         finally:
-            self._calls.forget(number)
-            del self._offers[number]
-        pinned = lease is None and need == "tensors"
-        unpin = (lambda: self._link.send([pack(messages.Unpin(number))])) if pinned else None
-        return Offered(answers, answer.lease_ms, mapping, Tensors(mapping, fetched), unpin)
+            del self._waiting[token]
+        return Offered(self, token, answer, answers)
 
-    async def _fetch(self, answer: messages.Answer, answers: list[messages.ItemAnswer]) -> dict[int, memoryview]:
-        """Get the tensors that found no shared memory, and let the writer forget them where nothing else is held."""
-        if any(item.fault is not None for item in answers):
-            return {}  # the writer keeps nothing for a call that has failed
-        try:
-            fetched = await self._tensors.fetch(answers)
-        except BaseException as error:
-            self._give_back(answer, answers)
-            if isinstance(error, ServiceUnavailable | StaleAddress):  # they went with their writer
-                raise _WriterLostError("the writer went away; try again") from None
-            raise
-        if fetched and answer.leased_to is not None:
-            self._link.send([pack(messages.Unpin(answer.call))])
-        return fetched
+    def unpin(self, token: int) -> None:
+        """Let go of what an offer's answer pinned."""
+        self._carry_out(self._offers.release(token))
 
     def release_soon(self, backend: str, leases: tuple[bytes, ...]) -> None:
         """End leases in the name of a backend, without waiting for the answer."""
-        self._link.send([pack(messages.Release(0, leases, backend))])
+        if self._offers.up:
+            self._link.send([pack(messages.Release(0, leases, backend))])
 
     async def release(self, backend: str, leases: tuple[bytes, ...]) -> None:
         """End leases in the name of a backend."""
@@ -264,27 +310,33 @@ class WriterLink:
         return renewed
 
     async def _call(self, make: Callable[[int], msgspec.Struct]) -> Any:
-        number, future = self._calls.open()
+        """Ask the writer, and its successor where it goes away before it answers: every call may be made twice."""
         try:
-            self._link.send([pack(make(number))])
-            async with asyncio.timeout(10.0):
-                return await future
+            async with asyncio.timeout(_CALL_SECONDS):
+                while True:
+                    while not self._offers.up:
+                        self._back.clear()
+                        await self._back.wait()
+                    number, future = self._calls.open()
+                    try:
+                        self._link.send([pack(make(number))])
+                        return await future
+                    except WriterLostError:
+                        continue
+                    finally:
+                        self._calls.forget(number)
         except TimeoutError:
-            raise ServiceUnavailable("the writer did not answer") from None
-        finally:
-            self._calls.forget(number)
+            raise ServiceUnavailable("the writer did not answer", retry_after=1.0) from None
 
     # --- messages -------------------------------------------------------------------------------------------------
 
     def _greeting(self) -> list[bytes]:
-        return [pack(messages.Hello(PROTOCOL, mmprep.__version__, "frontend", self._id, os.getpid()))]
+        hello = messages.Hello(PROTOCOL, mmprep.__version__, "frontend", self._id, os.getpid(), self._instance)
+        return [pack(hello)]
 
     def _on_down(self) -> None:
-        self._up.clear()
-        if self._mapping is not None:
-            self._mapping.segment.close()  # the next writer may need the memory; answers under way keep their views
-            self._mapping = None
-        self._calls.fail_all(_WriterLostError, "the writer went away; try again")
+        self._offers.down()
+        self._calls.fail_all(WriterLostError, "the writer went away; try again")
 
     def _on_message(self, frames: list[Any]) -> None:
         message = unpack(frames[0], messages.FromWriter)
@@ -292,14 +344,14 @@ class WriterLink:
             case messages.Answer():
                 self._answered(message, frames[1:])
             case messages.Wants():
-                self._put(message)
+                self._carry_out(self._offers.wanted(message))
             case messages.Failed():
                 self._calls.resolve(message.call, message.fault.error())
+                self._carry_out(self._offers.failed(message.call, message.fault.error()))
             case messages.Done() | messages.Renewed():
                 self._calls.resolve(message.call, message)
             case messages.Refused():
-                _log.error("the writer refuses this frontend: %s", message.fault.message)
-                self._calls.fail_all(ServiceUnavailable, "the preprocessing worker refuses this frontend")
+                self._refused(message)
             case messages.WriterWelcome():
                 self._welcomed(message)
             case messages.Card():
@@ -308,42 +360,61 @@ class WriterLink:
                 pass
 
     def _answered(self, answer: messages.Answer, frames: list[bytes]) -> None:
-        items = self._offers.get(answer.call)
         try:
-            answers: list[messages.ItemAnswer] = [unpack(frame, messages.ItemAnswer) for frame in frames]
-            if items is None:
-                self._give_back(answer, answers)
-                return
-            if len(answers) != len(items):
-                raise ProtocolError("the writer answered for another number of items")
+            items: list[messages.ItemAnswer] = [unpack(frame, messages.ItemAnswer) for frame in frames]
         except MmprepError as error:
-            self._calls.resolve(answer.call, error)
+            self._carry_out(self._offers.failed(answer.call, error))
             return
-        self._calls.resolve(answer.call, (answer, answers))
+        self._carry_out(self._offers.answered(answer, items))
 
-    def _give_back(self, answer: messages.Answer, answers: list[messages.ItemAnswer]) -> None:
-        """Let go of an answer whose call was cancelled while it was on its way."""
-        if answer.leased_to is None or any(item.inline for item in answers):
-            self._link.send([pack(messages.Unpin(answer.call))])
-        if answer.leased_to is None:
-            return
-        self.release_soon(answer.leased_to, tuple(item.lease for item in answers if item.lease is not None))
+    def _refused(self, refused: messages.Refused) -> None:
+        """The writer has ended this connection over something that it could not take: go on with another one.
 
-    def _put(self, wants: messages.Wants) -> None:
-        items = self._offers.get(wants.call)
-        if items is None:
-            return
-        for want in wants.wants:
-            item = items[want.index]
-            header = messages.Put(self._id, want.flight, self._hasher, item.digest, item.options)
-            try:
-                self._bulk.send([pack(header), item.medium])
-            except MmprepError as error:
-                self._calls.resolve(wants.call, error)
+        What is under way fails: it may be what the writer does not take.
+        """
+        _log.error("the writer has refused a message of this frontend: %s", refused.fault.message)
+        self._carry_out(self._offers.fail_all(ServiceUnavailable(_REFUSED)))
+        self._calls.fail_all(ServiceUnavailable, _REFUSED)
+        self._link.reopen()
 
     def _welcomed(self, welcome: messages.WriterWelcome) -> None:
-        if self._mapping is None:
-            self._mapping = Mapping(welcome.segment)
-        self._up.set()
+        life = Life(welcome.segment.epoch.hex(), welcome.incarnation)
+        if self.mapping is None or self.mapping.epoch != life.epoch:
+            self.mapping = Mapping(welcome.segment)  # answers under way keep theirs
+        self._calls.fail_all(WriterLostError, "the writer has begun anew; try again")
+        self._carry_out(self._offers.welcomed(life, asyncio.get_running_loop().time()))
+        self._back.set()
         if welcome.card:
             self._on_card(msgspec.msgpack.decode(welcome.card, type=ModelCard))
+
+    # --- actions --------------------------------------------------------------------------------------------------
+
+    def _carry_out(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Say():
+                    self._link.send([pack(action.message)])
+                case Put():
+                    self._put(action)
+                case Settle():
+                    self._settle(action)
+
+    def _put(self, put: Put) -> None:
+        waiting = self._waiting.get(put.token)
+        if waiting is None:
+            return
+        item = waiting[0][put.position]
+        header = messages.Put(self._id, put.flight, self._hasher, item.digest, item.options)
+        try:
+            self._bulk.send([pack(header), item.medium])
+        except MmprepError as error:
+            self._settle(Settle(put.token, error))
+
+    def _settle(self, settle: Settle) -> None:
+        waiting = self._waiting.get(settle.token)
+        if waiting is None or waiting[1].done():
+            return
+        if isinstance(settle.outcome, MmprepError):
+            waiting[1].set_exception(settle.outcome)
+        else:
+            waiting[1].set_result(settle.outcome)

@@ -53,6 +53,7 @@ class NativeDoor:
         refusal: Callable[[], str | None],
     ) -> None:
         self._service = service
+        self._max_frame = max_body_size
         self._refusal = refusal
         self._tasks: dict[tuple[bytes, int], asyncio.Task[None]] = {}
         self._pump = Pump(
@@ -95,7 +96,7 @@ class NativeDoor:
             raise ProtocolError(
                 f"this service speaks protocol {PROTOCOL}, the client {hello.protocol}; use one version"
             )
-        self._send(peer, messages.FrontendWelcome(PROTOCOL, mmprep.__version__))
+        self._send(peer, messages.FrontendWelcome(PROTOCOL, mmprep.__version__, self._max_frame))
 
     def _start(self, peer: bytes, request: messages.Request, frames: list[memoryview]) -> None:
         if not frames or (peer, request.call) in self._tasks:
@@ -136,9 +137,14 @@ class NativeDoor:
         chat = await self._service.chat(body, attachments)
         try:
             frames = self._frames(chat)
-            self._send(peer, messages.Rendered(call), *frames)
-        finally:
+            delivered = self._send(peer, messages.Rendered(call), *frames)
+        except BaseException:
+            chat.give_back()
+            raise
+        if delivered:
             chat.release()
+        else:
+            chat.give_back()
 
     def _frames(self, chat: RenderedChat) -> list[Any]:
         model = self._service.served()
@@ -150,6 +156,8 @@ class NativeDoor:
                 inline.append(self._region(chat, item))
                 frame = len(inline)
             items.append(_head_item(item, placed.offset, placed.length, frame, chat.request.lease_kind or "copy"))
+        if inline and chat.offered is not None:
+            chat.offered.check()
         room = model.max_model_len - len(chat.expanded.token_ids)
         mapping = chat.offered.mapping if chat.offered is not None else None
         head = Head(
@@ -169,7 +177,7 @@ class NativeDoor:
     def _region(chat: RenderedChat, item: RenderedItem) -> bytes | memoryview:
         """Return the tensors as a frame: it outlives the pin, so what is in a segment is copied."""
         assert chat.offered is not None
-        region = chat.offered.tensors.region(item.answer)
+        region = chat.offered.region(item.answer)
         return region if item.answer.inline else bytes(region)
 
     async def _completions(self, peer: bytes, call: int, body: bytes, _: list[memoryview]) -> None:
@@ -184,11 +192,14 @@ class NativeDoor:
     def _json(self, peer: bytes, call: int, answer: Any) -> None:
         self._send(peer, messages.Response(call), msgspec.json.encode(answer))
 
-    def _send(self, peer: bytes, message: msgspec.Struct, *frames: Any) -> None:
+    def _send(self, peer: bytes, message: msgspec.Struct, *frames: Any) -> bool:
+        """Send, and return whether there is somebody to send to."""
         try:
             self._pump.send([peer, pack(message), *frames])
         except (zmq.ZMQError, MmprepError):
             _log.debug("an answer could not be delivered: the client is gone or does not read")
+            return False
+        return True
 
     _operations: ClassVar[dict[str, Callable[..., Awaitable[None]]]] = {
         "chat": _chat,

@@ -53,6 +53,7 @@ class Frontend:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="media")
         self._metrics = Metrics()
         self._draining = False
+        self._ends_at = 0.0
         self._reason: str | None = "the model is being loaded"
         self._stop = asyncio.Event()
         self._loading: asyncio.Task[None] | None = None
@@ -84,9 +85,9 @@ class Frontend:
         )
 
     async def run(self) -> None:
-        """Serve until SIGTERM or until the supervisor is gone, then drain."""
+        """Serve until the second SIGTERM, or until the supervisor is gone, then stop; drain from the first one on."""
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self._stop.set)
+        loop.add_signal_handler(signal.SIGTERM, self._told_to_stop)
         loop.add_reader(_INPUT, self._input_ready)
         door = HttpDoor(
             self._service, not_ready=self._not_ready, refusal=self._refusal, collect=self._supervisor.metrics
@@ -103,7 +104,7 @@ class Frontend:
         try:
             await self._stop.wait()
         finally:
-            await self._drain(http, native)
+            await self._end(http, native)
 
     # --- readiness ------------------------------------------------------------------------------------------------
 
@@ -164,10 +165,23 @@ class Frontend:
             asyncio.get_running_loop().remove_reader(_INPUT)
             self._stop.set()
 
-    async def _drain(self, http: HttpServer, native: NativeDoor) -> None:
+    def _told_to_stop(self) -> None:
+        if self._draining:
+            self._stop.set()
+            return
+        self._drain()
+        asyncio.get_running_loop().call_later(self._settings.drain_timeout, self._stop.set)
+
+    def _drain(self) -> None:
+        """Refuse new work. Doors stay open: ``/ready`` says no, and leases are still renewed and released."""
         self._draining = True
+        self._ends_at = asyncio.get_running_loop().time() + self._settings.drain_timeout
         self._supervisor.say(messages.StateChange(False, "the service is stopping"))
-        grace = self._settings.drain_timeout
+
+    async def _end(self, http: HttpServer, native: NativeDoor) -> None:
+        if not self._draining:
+            self._drain()
+        grace = max(0.0, self._ends_at - asyncio.get_running_loop().time())
         await asyncio.gather(http.close(grace), native.close(grace))
         await self._fetcher.close()
         self._writer.close()

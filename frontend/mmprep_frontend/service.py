@@ -102,6 +102,11 @@ class RenderedChat:
         if self.offered is not None:
             self.offered.release()
 
+    def give_back(self) -> None:
+        """Let go, also of leases: the answer will not reach anybody."""
+        if self.offered is not None:
+            self.offered.give_back()
+
 
 class Service:
     """What a frontend does, without its doors.
@@ -198,7 +203,7 @@ class Service:
             expanded = self._expand(prompt, items)
             check_length(len(expanded.token_ids), model.max_model_len)
         except BaseException:
-            self._give_back(offered, terms.lease)
+            offered.give_back()
             raise
         return RenderedChat(request, prompt, expanded, items, offered)
 
@@ -260,7 +265,7 @@ class Service:
         )
         for answer, part in zip(offered.items, parts, strict=True):
             if answer.fault is not None:
-                self._give_back(offered, terms.lease)
+                offered.give_back()
                 raise answer.fault.error().at(part.param)
         try:
             items = [
@@ -268,7 +273,7 @@ class Service:
                 for part, item, answer in zip(parts, wanted, offered.items, strict=True)
             ]
         except ValueError:
-            self._give_back(offered, terms.lease)
+            offered.give_back()
             raise InternalError("an item's metadata cannot be read") from None
         return offered, items
 
@@ -299,13 +304,6 @@ class Service:
         for item in items:
             plans.setdefault(item.part.modality, []).append(item.meta.plan)
         return expand(prompt.token_ids, prompt.placeholders, plans)
-
-    def _give_back(self, offered: Offered, lease: LeaseTo | None) -> None:
-        """Let go of an answer that will not reach anybody."""
-        offered.release()
-        leases = tuple(answer.lease for answer in offered.items if answer.lease is not None)
-        if lease is not None and leases:
-            self.writer.release_soon(lease.backend, leases)
 
     # --- the rest -------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from mmprep.wire.calls import CallTable
 from mmprep.wire.codec import CONTROL_LIMIT, pack, unpack
 from mmprep.wire.sockets import Link
 
+_LOST = "the writer went away; try again"
 #: Fetches under way at a time: far below what makes the writer's socket drop an answer.
 _AT_ONCE = 8
 
@@ -33,14 +34,16 @@ class Tensors:
     ----------
     ring:
         The mapped ring.
-    fetched:
-        Tensor regions that travelled inline, by their number.
     """
 
-    def __init__(self, ring: Mapping, fetched: dict[int, memoryview]) -> None:
+    def __init__(self, ring: Mapping) -> None:
         self._ring = ring
-        self._fetched = fetched
+        self._fetched: dict[int, memoryview] = {}
         self._spills: dict[bytes, Mapping] = {}
+
+    def add(self, fetched: dict[int, memoryview]) -> None:
+        """Take tensor regions that travelled inline, by their number."""
+        self._fetched.update(fetched)
 
     def region(self, answer: messages.ItemAnswer) -> memoryview:
         """Return an item's tensor region as it lies there.
@@ -70,8 +73,12 @@ class Tensors:
             return self._ring
         mapping = self._spills.get(answer.spill)
         if mapping is None:
-            mapping = self._spills[answer.spill] = Mapping.of_spill(self._ring, answer.spill)
+            mapping = self._spills[answer.spill] = Mapping.of_spill(self._ring.name, answer.spill)
         return mapping
+
+
+class TensorsLostError(ServiceUnavailable):
+    """The tensors went with their writer; the items are to be offered again."""
 
 
 class TensorLink:
@@ -108,10 +115,8 @@ class TensorLink:
 
         Raises
         ------
-        ServiceUnavailable
-            The writer went away.
-        StaleAddress
-            They are not kept any more.
+        TensorsLostError
+            They are not kept any more, or the writer went away.
         """
         numbers = dict.fromkeys(answer.inline for answer in answers if answer.inline)
         return {number: await self._fetch(number) for number in numbers}
@@ -127,7 +132,7 @@ class TensorLink:
         return region
 
     def _on_down(self) -> None:
-        self._calls.fail_all(ServiceUnavailable, "the writer went away; try again")
+        self._calls.fail_all(TensorsLostError, _LOST)
 
     def _on_message(self, frames: list[zmq.Frame]) -> None:
         message = unpack(frames[0].buffer, messages.FromTensors)
@@ -136,7 +141,7 @@ class TensorLink:
             case messages.Tensors() if len(frames) == 2:
                 outcome = frames[1].buffer
             case messages.Failed():
-                outcome = message.fault.error()
+                outcome = TensorsLostError(_LOST)
             case _:
                 outcome = ProtocolError("tensors without their frame")
         self._calls.resolve(message.call, outcome)

@@ -7,7 +7,6 @@ registration turns them into items. The registration dies with its process, howe
 from __future__ import annotations
 
 import os
-import time
 import uuid
 from collections.abc import Mapping
 from typing import Any, Self
@@ -20,6 +19,7 @@ from mmprep.errors import InvalidRequest
 from mmprep.item import Item, item_from_address
 from mmprep.loop_thread import LoopThread
 from mmprep.registration import Lease, Registration
+from mmprep.registration import Mapping as SegmentMapping
 from mmprep.runtime import RuntimeDir, parse_endpoint
 from mmprep.wire.messages import LeaseKind
 
@@ -79,7 +79,9 @@ class Backend:
         self.close()
 
     def close(self) -> None:
-        """Release every lease and leave."""
+        """Release every lease and leave; again is no error."""
+        if self._thread.stopped:
+            return
         self._thread.run(self._registration.close())
         self._context.destroy(linger=0)
         self._thread.stop()
@@ -102,7 +104,8 @@ class Backend:
         parsed = parse_address(address)
         if parsed.lease is None:
             return self.acquire(parsed)
-        return self._item(parsed, self._registration.lease(bytes.fromhex(parsed.lease), time.monotonic()))
+        held = self._registration.hold_now(parsed, None)
+        return self._item(parsed, *(held or self._thread.run(self._registration.hold(parsed, None))))
 
     def acquire(self, address: Address | Mapping[str, Any], *, kind: LeaseKind = "copy") -> Item:
         """Lease the content of an address to this backend and return the item.
@@ -118,8 +121,8 @@ class Backend:
             The content is gone.
         """
         parsed = parse_address(address)
-        lease = self._thread.run(self._registration.acquire(parsed, kind))
-        return self._item(msgspec.structs.replace(parsed, lease_kind=kind), lease)
+        held = self._thread.run(self._registration.acquire(parsed, kind))
+        return self._item(msgspec.structs.replace(parsed, lease_kind=kind), *held)
 
     def renew(self, *addresses: Address | Mapping[str, Any]) -> list[bool]:
         """Prolong leases now, beside the renewal in the background; returns for each whether it still holds.
@@ -145,9 +148,9 @@ class Backend:
             if lease is not None:
                 self._registration.drop(bytes.fromhex(lease))
 
-    def _item(self, address: Address, lease: Lease) -> Item:
+    def _item(self, address: Address, mapping: SegmentMapping, lease: Lease) -> Item:
         try:
-            return item_from_address(self._registration, address, lease, run=self._thread.run)
+            return item_from_address(self._registration, mapping, address, lease, run=self._thread.run)
         except BaseException:
             lease.release()
             raise

@@ -8,10 +8,12 @@ another one when its frontend goes away.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, Literal, Self
 
 import msgspec
@@ -20,7 +22,15 @@ from numpy.typing import NDArray
 
 import mmprep
 from mmprep.address import Address, address_fields
-from mmprep.errors import DeadlineExceeded, InvalidRequest, MmprepError, ProtocolError, ServiceUnavailable
+from mmprep.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    MmprepError,
+    ProtocolError,
+    ServiceUnavailable,
+    StaleAddress,
+    TooLarge,
+)
 from mmprep.item import Inline, Item, Runner, Shared, Source
 from mmprep.items import unpack_meta
 from mmprep.loop_thread import LoopThread
@@ -30,13 +40,21 @@ from mmprep.runtime import RuntimeDir, parse_endpoint
 from mmprep.segment import sibling_name
 from mmprep.wire import messages
 from mmprep.wire.calls import CallTable
-from mmprep.wire.codec import PROTOCOL, pack, unpack
+from mmprep.wire.codec import MAX_FRAMES, PROTOCOL, pack, unpack
 from mmprep.wire.sockets import Link
 
 Payload = Literal["shm", "tensors", "none"]
 
 _FRAME_LIMIT = 1 << 32
 _CONNECT_SECONDS = 10.0
+#: How often a call is sent again because its frontend went away: one that brings them down must not take them all.
+_MOST_RESENDS = 2
+#: How often an item that was evicted on its way here is asked for again.
+_MOST_RETRIES = 2
+#: Frames of a request that are no medium: identity, header, body.
+_OTHER_FRAMES = 3
+#: Seconds between two looks for frontends that have come or gone.
+_LOOK_SECONDS = 1.0
 
 
 class Result:
@@ -83,12 +101,29 @@ class Result:
 
 
 class _FrontendLink:
-    """The connection to one frontend."""
+    """The connection to one frontend.
 
-    def __init__(self, context: zmq.Context[Any], endpoint: str, client_id: str) -> None:
+    Parameters
+    ----------
+    on_unwanted:
+        Called with the frames of an answer that nobody waits for any more.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        endpoint: str,
+        client_id: str,
+        changed: asyncio.Event,
+        on_unwanted: Callable[[list[zmq.Frame]], None],
+    ) -> None:
+        self.endpoint = endpoint
         self._client_id = client_id
+        self._changed = changed
+        self._on_unwanted = on_unwanted
         self.calls = CallTable()
-        self.up = asyncio.Event()
+        self.up = False
+        self.max_frame = 0
         self.refused: MmprepError | None = None
         self.link = Link(
             context,
@@ -101,25 +136,36 @@ class _FrontendLink:
             copy=False,
         )
 
+    def close(self) -> None:
+        """Disconnect; calls under way fail."""
+        self.link.close()
+        self.up = False
+        self.calls.fail_all(InvalidRequest, "this client is closed")
+
     def _greeting(self) -> list[bytes]:
         return [pack(messages.Hello(PROTOCOL, mmprep.__version__, "client", self._client_id, os.getpid()))]
 
     def _on_down(self) -> None:
-        self.up.clear()
+        self.up = False
         self.calls.fail_all(_FrontendLost, "the frontend went away")
 
     def _on_message(self, frames: list[zmq.Frame]) -> None:
         message = unpack(frames[0].buffer, messages.FromFrontend)
         match message:
             case messages.FrontendWelcome():
-                self.up.set()
+                self.up, self.refused, self.max_frame = True, None, message.max_frame
+                self._changed.set()
             case messages.Refused():
                 self.refused = message.fault.error()
-                self.up.set()
+                self.link.reopen()
+                self._changed.set()
             case messages.Failed():
                 self.calls.resolve(message.call, message.fault.error())
             case messages.Response() | messages.Rendered():
-                self.calls.resolve(message.call, frames[1:])
+                if message.call in self.calls:
+                    self.calls.resolve(message.call, frames[1:])
+                elif isinstance(message, messages.Rendered):
+                    self._on_unwanted(frames[1:])
 
 
 class _FrontendLost(ServiceUnavailable):
@@ -158,6 +204,8 @@ class AsyncClient:
         self._run = _run
         self._context: zmq.Context[Any] | None = None
         self._frontends: list[_FrontendLink] = []
+        self._changed = asyncio.Event()
+        self._looked_at = 0.0
         self._registration: Registration | None = None
 
     # --- life -----------------------------------------------------------------------------------------------------
@@ -171,28 +219,47 @@ class AsyncClient:
 
     async def open(self) -> None:
         """Connect to every frontend of the runtime directory; raises ServiceUnavailable where none answers."""
-        endpoints = self._runtime.frontends()
-        if not endpoints:
-            raise ServiceUnavailable("no service runs in this runtime directory; start it with: mmprep serve")
         self._context = zmq.Context()
-        self._frontends = [_FrontendLink(self._context, endpoint, self._id) for endpoint in endpoints]
+        self._look_for_frontends(self._context)
         try:
-            await self._any_up(_CONNECT_SECONDS)
-        except MmprepError:
+            if not self._frontends:
+                raise ServiceUnavailable("no service runs in this runtime directory; start it with: mmprep serve")
+            async with asyncio.timeout(_CONNECT_SECONDS):
+                await self._any_up()
+        except TimeoutError:
+            await self.close()
+            raise ServiceUnavailable(
+                "no frontend answers; is the service running? start it with: mmprep serve"
+            ) from None
+        except BaseException:
             await self.close()
             raise
 
     async def close(self) -> None:
-        """Release every lease and disconnect."""
+        """Release every lease and disconnect; calls under way fail. Again is no error."""
+        context, self._context = self._context, None
         for frontend in self._frontends:
-            frontend.link.close()
+            frontend.close()
         self._frontends = []
-        if self._registration is not None:
-            await self._registration.close()
-            self._registration = None
-        if self._context is not None:
-            self._context.destroy(linger=0)
-            self._context = None
+        self._changed.set()
+        registration, self._registration = self._registration, None
+        if registration is not None:
+            await registration.close()
+        if context is not None:
+            context.destroy(linger=0)
+
+    def _look_for_frontends(self, context: zmq.Context[Any]) -> None:
+        """Connect to frontends that have come, and forget those that have gone for good."""
+        self._looked_at = time.monotonic()
+        there = self._runtime.frontends()
+        for frontend in [one for one in self._frontends if not one.up and one.endpoint not in there]:
+            frontend.close()
+            self._frontends.remove(frontend)
+        known = {frontend.endpoint for frontend in self._frontends}
+        for endpoint in there:
+            if endpoint not in known:
+                link = _FrontendLink(context, endpoint, self._id, self._changed, self._release_unwanted)
+                self._frontends.append(link)
 
     # --- calls ----------------------------------------------------------------------------------------------------
 
@@ -234,9 +301,15 @@ class AsyncClient:
         if payload == "shm":
             registration = await self._registered()
             body["backend_id"] = registration.id
-        sent_at = time.monotonic()
-        frames = await self._request("chat", body, timeout)
-        return self._result(frames, registration, sent_at)
+        for retries_left in reversed(range(_MOST_RETRIES + 1)):
+            sent_at = time.monotonic()
+            frames = await self._request("chat", body, timeout)
+            try:
+                return await self._result(frames, registration, sent_at)
+            except StaleAddress:  # the writer was replaced while the answer was on its way
+                if not retries_left:
+                    raise
+        raise AssertionError
 
     async def completions(self, prompt: Any, *, timeout: float | None = None, **fields: Any) -> list[dict[str, Any]]:
         """Render a completion request: a text, texts, a token list or token lists; returns GenerateRequests."""
@@ -257,8 +330,9 @@ class AsyncClient:
     # --- behind the scenes ----------------------------------------------------------------------------------------
 
     async def _registered(self) -> Registration:
+        if self._context is None:
+            raise InvalidRequest("this client is closed")
         if self._registration is None:
-            assert self._context is not None, "the client is not open"
             self._registration = Registration(self._context, self._runtime, self._id)
         await self._registration.ready(_CONNECT_SECONDS)
         return self._registration
@@ -275,18 +349,29 @@ class AsyncClient:
         body = _detach(body, attachments)
         body.setdefault("deadline_ms", max(1, int(seconds * 1000)))
         encoded = msgspec.json.encode(body)
+        if len(attachments) > MAX_FRAMES - _OTHER_FRAMES:
+            raise InvalidRequest(f"a request has at most {MAX_FRAMES - _OTHER_FRAMES} media", param="messages")
         try:
             async with asyncio.timeout(seconds):
-                while True:
+                for resends_left in reversed(range(_MOST_RESENDS + 1)):
                     try:
                         return await self._request_once(operation, encoded, attachments)
                     except _FrontendLost:
-                        continue
+                        if not resends_left:
+                            raise ServiceUnavailable("the frontends went away while they had this request") from None
         except TimeoutError:
             raise DeadlineExceeded(f"no answer within {seconds:g} s") from None
+        raise AssertionError
 
     async def _request_once(self, operation: Any, encoded: bytes, attachments: list[Any]) -> list[zmq.Frame]:
-        frontend = await self._any_up(None)
+        frontend = await self._any_up()
+        for number, frame in enumerate((encoded, *attachments)):
+            if (size := memoryview(frame).nbytes) > frontend.max_frame:
+                what = f"medium {number} has" if number else "the request without its media has"
+                raise TooLarge(
+                    f"{what} {size:,} bytes, above the limit of {frontend.max_frame:,} (--max-body-size)",
+                    param="messages",
+                )
         number, future = frontend.calls.open()
         try:
             frontend.link.send([pack(messages.Request(number, operation)), encoded, *attachments])
@@ -298,33 +383,47 @@ class AsyncClient:
             frontend.calls.forget(number)
         return frames
 
-    async def _any_up(self, seconds: float | None) -> _FrontendLink:
+    async def _any_up(self) -> _FrontendLink:
+        """Wait for a frontend and return the one with the fewest calls."""
         while True:
-            up = [f for f in self._frontends if f.up.is_set()]
-            for frontend in up:
+            if self._context is None:
+                raise InvalidRequest("this client is closed")
+            if time.monotonic() - self._looked_at > _LOOK_SECONDS:
+                self._look_for_frontends(self._context)
+            up = [frontend for frontend in self._frontends if frontend.up]
+            if up:
+                return min(up, key=lambda frontend: len(frontend.calls))
+            for frontend in self._frontends:
                 if frontend.refused is not None:
                     raise frontend.refused
-            if up:
-                return min(up, key=lambda f: len(f.calls))
-            waits = [asyncio.create_task(f.up.wait()) for f in self._frontends]
-            try:
-                done, _ = await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for wait in waits:
-                    wait.cancel()
-            if not done:
-                raise ServiceUnavailable("no frontend answers; is the service running? start it with: mmprep serve")
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_SECONDS):
+                    await self._changed.wait()
 
-    def _result(self, frames: list[zmq.Frame], registration: Registration | None, sent_at: float) -> Result:
+    def _release_unwanted(self, frames: list[zmq.Frame]) -> None:
+        """Let go of what was leased for an answer that came too late."""
+        registration = self._registration
+        if registration is not None and frames:
+            for item in unpack_head(frames[0].buffer).items:
+                if item.place is not None and item.place.lease is not None:
+                    registration.drop(item.place.lease)
+
+    async def _result(self, frames: list[zmq.Frame], registration: Registration | None, sent_at: float) -> Result:
         if not frames:
             raise ProtocolError("an answer without its frames")
         head = unpack_head(frames[0].buffer)
         items: dict[str, list[Item]] = {}
-        for item in head.items:
-            items.setdefault(item.modality, []).append(self._item(item, head, frames, registration, sent_at))
+        try:
+            for item in head.items:
+                items.setdefault(item.modality, []).append(await self._item(item, head, frames, registration, sent_at))
+        except BaseException:
+            for held in chain.from_iterable(items.values()):
+                held.release()
+            raise
         return Result(head, items)
 
-    def _item(
+    async def _item(
         self, item: HeadItem, head: Head, frames: list[zmq.Frame], registration: Registration | None, sent_at: float
     ) -> Item:
         meta = unpack_meta(item.meta)
@@ -349,7 +448,8 @@ class AsyncClient:
                 lease_kind=item.place.lease_kind,
                 lease_seconds=head.lease_ms // 1000,
             )
-            source = Shared(registration, address, registration.lease(item.place.lease, sent_at))
+            held = registration.hold_now(address, sent_at) or await registration.hold(address, sent_at)
+            source = Shared(registration, held[0], address, held[1])
         return Item(
             meta,
             source,
@@ -408,7 +508,9 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Release every lease and disconnect."""
+        """Release every lease and disconnect; calls of other threads fail. Again is no error."""
+        if self._thread.stopped:
+            return
         self._thread.run(self._client.close())
         self._thread.stop()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
@@ -9,7 +11,7 @@ from numpy.typing import NDArray
 
 from mmprep import tensors
 from mmprep.address import Address
-from mmprep.errors import InvalidRequest
+from mmprep.errors import InvalidRequest, LeaseLost, ServiceUnavailable
 from mmprep.items import FieldSpec, ItemMeta, align, unpack_meta
 from mmprep.registration import Lease, Mapping, Registration
 
@@ -58,44 +60,45 @@ class Inline:
 class Shared:
     """Tensors in a segment, under a lease of this process's registration."""
 
-    def __init__(self, registration: Registration, address: Address, lease: Lease) -> None:
+    def __init__(self, registration: Registration, mapping: Mapping, address: Address, lease: Lease) -> None:
         self._registration = registration
+        self._mapping = mapping
         self._address = address
         self._lease = lease
+        self._turn = asyncio.Lock()
         # A lease that was granted as a view needs no word with the writer before and after.
         self._always_view = address.lease_kind == "view"
         self._views = 0
-        #: Keeps a spill mapped while this item is in use.
-        self._used: Mapping | None = None
 
     def _start(self) -> int:
         return align(self._address.metadata_length)
 
-    def _mapping(self) -> Mapping:
-        self._registration.check_held(self._lease.id, "view" if self._always_view else "copy")
-        if self._registration.mapping is None:
-            raise InvalidRequest("this client is closed")
-        mapping = self._used = self._registration.mapping_of(self._address)
-        return mapping
+    def _checked(self) -> Mapping:
+        if not self._mapping.frozen:
+            self._registration.check_held(self._lease.id)
+        return self._mapping
 
     def copy(self) -> memoryview:
-        return self._mapping().copy(self._address)[self._start() :]
+        return self._checked().copy(self._address)[self._start() :]
 
     def hold_now(self) -> memoryview | None:
-        return self._region(self._mapping()) if self._always_view else None
+        return self._region(self._checked()) if self._always_view or self._mapping.frozen else None
 
     async def hold(self) -> memoryview:
-        mapping = self._mapping()
-        mapping.check(self._address)
-        if self._views == 0:
-            await self._registration.upgrade(self._lease.id, "view")
-        self._views += 1
-        return self._region(mapping)
+        async with self._turn:
+            mapping = self._checked()
+            mapping.check(self._address)
+            if self._views == 0 and not mapping.frozen:
+                await self._registration.upgrade(self._lease.id, "view")
+            self._views += 1
+            return self._region(mapping)
 
     async def let_go(self) -> None:
-        self._views -= 1
-        if self._views == 0:
-            await self._registration.upgrade(self._lease.id, "copy")
+        async with self._turn:
+            self._views -= 1
+            if self._views == 0 and not self._mapping.frozen:
+                with contextlib.suppress(LeaseLost, ServiceUnavailable):  # nobody reads any more, whatever it is
+                    await self._registration.upgrade(self._lease.id, "copy")
 
     def _region(self, mapping: Mapping) -> memoryview:
         mapping.check(self._address)
@@ -103,7 +106,6 @@ class Shared:
 
     def release(self) -> None:
         self._lease.release()
-        self._used = None
 
 
 Runner = Callable[[Coroutine[Any, Any, Any]], Any]
@@ -230,6 +232,7 @@ class Item:
 
 def item_from_address(
     registration: Registration,
+    mapping: Mapping,
     address: Address,
     lease: Lease,
     *,
@@ -237,7 +240,6 @@ def item_from_address(
     hash: str = "",  # noqa: A002
 ) -> Item:
     """Return the item at ``address``; its metadata is read from the extent. Raises StaleAddress or InvalidRequest."""
-    mapping = registration.mapping_of(address)
     mapping.check(address)
     blob = bytes(mapping.extent(address)[: address.metadata_length])
     mapping.check(address)
@@ -247,7 +249,7 @@ def item_from_address(
         raise InvalidRequest("the address's metadata_length is not that of the item", param="address") from None
     return Item(
         meta,
-        Shared(registration, address, lease),
+        Shared(registration, mapping, address, lease),
         hash=hash,
         offset=0,
         length=meta.plan.length,

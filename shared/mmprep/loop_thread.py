@@ -19,6 +19,11 @@ class LoopThread:
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
+    @property
+    def stopped(self) -> bool:
+        """Whether :meth:`stop` has ended the thread."""
+        return self._loop.is_closed()
+
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Run ``work`` on the loop and return its result; an interrupt of the caller cancels it.
 

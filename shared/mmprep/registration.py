@@ -1,29 +1,34 @@
 """A reader's place with the writer: its id and process lock, its mapping of the segment, its leases.
 
 A registration is what makes a process a *backend*: the writer leases addresses to it, and knows from the process lock, and
-from nothing else, that it has died. It runs on one asyncio loop.
+from nothing else, that it has died. It runs on one asyncio loop; what other threads may call says so.
 
-Leases are renewed in the background at a third of their time for as long as someone refers to them. Deadlines count from
-the moment a request was *sent*, never from when its answer came.
+Leases are renewed in the background at a third of their time for as long as someone refers to them. They outlive the
+writer: the next one is told of them before anything else (:mod:`mmprep.holdings`). Where it starts with another segment,
+the former one stays mapped, as it was, for as long as items refer to it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
+import threading
 import time
-from collections import deque
+import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary
 
 import msgspec
 import zmq
 
 import mmprep
 from mmprep import layout
-from mmprep.address import Address, check_against, check_record
-from mmprep.errors import LeaseLost, MmprepError, ProtocolError, ServiceUnavailable, StaleAddress
+from mmprep.address import Address, check_against, check_record, is_in_spill
+from mmprep.errors import InvalidRequest, LeaseLost, MmprepError, ProtocolError, ServiceUnavailable, StaleAddress
+from mmprep.holdings import Holdings, Life
 from mmprep.process_lock import ProcessLock
 from mmprep.runtime import RuntimeDir
 from mmprep.segment import Segment, sibling_name
@@ -32,8 +37,12 @@ from mmprep.wire.calls import CallTable
 from mmprep.wire.codec import PROTOCOL, pack, unpack
 from mmprep.wire.sockets import Link
 
-_RELEASE_EVERY = 0.05
+_UPKEEP_SECONDS = 0.05
+#: Leases in one message.
 _BATCH = 512
+#: Seconds for one word with the writer, its replacement included, and for the segment that an answer speaks of.
+_CALL_SECONDS = 10.0
+_CLOSE_SECONDS = 1.0
 
 
 class Mapping:
@@ -47,23 +56,26 @@ class Mapping:
         if header.epoch != info.epoch:
             raise ProtocolError("the segment's header is not of the epoch that the writer names")
         self.geometry = header.geometry
+        #: Nobody writes to this segment any more: what is in it stays.
+        self.frozen = False
 
     @classmethod
-    def of_spill(cls, ring: Mapping, epoch: bytes) -> Mapping:
-        """Map the spill of ``epoch`` in the runtime directory of ``ring``; its name is derived, and never another one.
+    def of_spill(cls, ring: str, epoch: bytes) -> Mapping:
+        """Map the spill of ``epoch`` beside the segment ``ring``. It is written once: what is in it stays.
 
         Raises
         ------
         StaleAddress
             There is no such spill (any more).
         """
-        name = sibling_name(ring.name, epoch)
+        name = sibling_name(ring, epoch)
         try:
             mapping = cls(messages.SegmentInfo(name, epoch, 0))
         except (ProtocolError, ValueError):
             mapping = None
         if mapping is None or mapping.geometry.slots != 1 or mapping.geometry.total_size > mapping.segment.size:
             raise StaleAddress("the item's segment is gone; ask for the item again")
+        mapping.frozen = True
         return mapping
 
     def check(self, address: Address) -> None:
@@ -87,13 +99,11 @@ class Mapping:
 class Lease:
     """One lease, held for as long as this object lives or until :meth:`release`."""
 
-    __slots__ = ("_registration", "id", "sent_at")
+    __slots__ = ("_registration", "id")
 
-    def __init__(self, registration: Registration, lease_id: bytes, sent_at: float) -> None:
-        self._registration: Registration | None = registration
+    def __init__(self, registration: Registration | None, lease_id: bytes) -> None:
+        self._registration = registration
         self.id = lease_id
-        self.sent_at = sent_at
-        registration.adopt(self)
 
     def release(self) -> None:
         """End the lease; again is no error. May be called from any thread."""
@@ -103,6 +113,10 @@ class Lease:
 
     def __del__(self) -> None:
         self.release()
+
+
+class WriterLostError(ServiceUnavailable):
+    """The writer went away while a call was under way; the call is to be made again."""
 
 
 class Registration:
@@ -115,6 +129,10 @@ class Registration:
     backend_id:
         This reader's name, unique among the living.
 
+    Attributes
+    ----------
+    mapping: the ring's segment, ``None`` before the first welcome.
+
     Raises
     ------
     InvalidRequest
@@ -124,18 +142,20 @@ class Registration:
     def __init__(self, context: zmq.Context[Any], runtime: RuntimeDir, backend_id: str) -> None:
         self.id = backend_id
         self.mapping: Mapping | None = None
-        #: Spills by epoch; each stays mapped while an item of it refers to it.
-        self._spills: WeakValueDictionary[str, Mapping] = WeakValueDictionary()
-        self.lease_seconds = 0.0
+        self._closed = False
+        self._instance = os.urandom(8)
+        self._holdings = Holdings()
+        #: Guards the holdings: items are opened on other threads.
+        self._guard = threading.Lock()
+        self._former: weakref.WeakValueDictionary[str, Mapping] = weakref.WeakValueDictionary()
+        self._spills: weakref.WeakValueDictionary[str, Mapping] = weakref.WeakValueDictionary()
         self._calls = CallTable()
-        self._leases: dict[bytes, float] = {}
-        self._dropped: deque[bytes] = deque()
-        self._lost: set[bytes] = set()
-        self._up = asyncio.Event()
-        self._refused: MmprepError | None = None
+        self._up = False
+        self._refusal: MmprepError | None = None
+        self._changed = asyncio.Event()
         self._lock = ProcessLock(runtime.lock_path("backend", backend_id))
         if not self._lock.acquire():
-            raise mmprep.InvalidRequest(
+            raise InvalidRequest(
                 f"a living process is registered as {backend_id!r}; choose another backend id", param="backend_id"
             )
         self._link = Link(
@@ -151,152 +171,223 @@ class Registration:
     # --- life -----------------------------------------------------------------------------------------------------
 
     async def ready(self, seconds: float) -> Mapping:
-        """Wait until the writer has welcomed this registration, and return the mapped segment.
+        """Wait until a writer has welcomed this registration, and return the mapped segment.
 
         Raises
         ------
         ServiceUnavailable
-            It did not within ``seconds``.
+            None did within ``seconds``.
         """
-        if self._up.is_set() and self.mapping is not None and self._refused is None:
-            return self.mapping
         try:
             async with asyncio.timeout(seconds):
-                await self._up.wait()
+                await self._until(lambda: self._up)
         except TimeoutError:
             raise ServiceUnavailable(
                 "no service answers in this runtime directory; start it with: mmprep serve"
             ) from None
-        if self._refused is not None:
-            raise self._refused
         assert self.mapping is not None
         return self.mapping
 
     async def close(self) -> None:
-        """Release every lease and leave."""
+        """Release every lease and leave; again is no error."""
+        if self._closed:
+            return
+        self._closed = True
         self._upkeep.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._upkeep
-        self._dropped.extend(self._leases)
-        if self._up.is_set() and self._refused is None:
-            self._flush_released()
+        with self._guard:
+            self._holdings.drop_all()
+        if self._up:
+            self._flush_dropped()
             with contextlib.suppress(MmprepError, TimeoutError):
-                async with asyncio.timeout(1.0):
+                async with asyncio.timeout(_CLOSE_SECONDS):
                     await self._call(lambda call: messages.Release(call, ()))
         self._link.close()
+        self._calls.fail_all(InvalidRequest, "this client is closed")
+        self._note_change()
         mapping, self.mapping = self.mapping, None
         if mapping is not None:
             mapping.segment.close()
-        self._lock.release()
+        self._lock.remove()
 
     # --- leases ---------------------------------------------------------------------------------------------------
 
-    def lease(self, lease_id: bytes, sent_at: float) -> Lease:
-        """Take charge of a lease that an answer granted to this backend; ``sent_at`` by ``time.monotonic``."""
-        return Lease(self, lease_id, sent_at)
+    def hold_now(self, address: Address, sent_at: float | None) -> tuple[Mapping, Lease] | None:
+        """Take charge of a leased address; ``None`` where it takes :meth:`hold`. May be called from any thread.
 
-    def adopt(self, lease: Lease) -> None:
-        """Keep renewing ``lease``; may be called from any thread."""
-        self._leases[lease.id] = lease.sent_at + self.lease_seconds
-
-    def drop(self, lease_id: bytes) -> None:
-        """Release a lease soon; may be called from any thread."""
-        self._dropped.append(lease_id)
-
-    def check_held(self, lease_id: bytes, kind: messages.LeaseKind) -> None:
-        """Raise LeaseLost where the writer has said that the lease is gone, or where it may have ended by time.
-
-        A view does not end by time: it is this process's for as long as it lives.
+        Parameters
+        ----------
+        sent_at:
+            When the request was sent whose answer granted the lease, by ``time.monotonic``; ``None`` where nobody knows.
         """
-        deadline = self._leases.get(lease_id)
-        late = kind == "copy" and deadline is not None and deadline < time.monotonic()
-        if late or lease_id in self._lost:
-            raise LeaseLost("the lease has run out; ask for the item again")
+        assert address.lease is not None
+        frozen = self._former.get(address.epoch)
+        if frozen is not None:
+            return frozen, Lease(None, bytes.fromhex(address.lease))
+        ring, lease, kind = self.mapping, bytes.fromhex(address.lease), address.lease_kind or "copy"
+        if ring is None:
+            return None
+        spill = self._spill(ring, address)
+        if spill is None and ring.epoch != address.epoch:
+            return None
+        with self._guard:
+            good = self._holdings.adopt(
+                lease,
+                address.slot,
+                address.generation,
+                kind,
+                epoch=ring.epoch,
+                sent_at=time.monotonic() if sent_at is None else sent_at,
+                sure=sent_at is not None,
+            )
+        return (spill or ring, Lease(self, lease)) if good else None
 
-    def mapping_of(self, address: Address) -> Mapping:
-        """Return the segment that ``address`` names: the ring, or a spill, which the caller's reference keeps mapped.
-
-        May be called from any thread. No other segment is opened, whatever the address says.
+    async def hold(self, address: Address, sent_at: float | None) -> tuple[Mapping, Lease]:
+        """Take charge of a leased address. One that was leased by a writer before the present one is leased anew.
 
         Raises
         ------
         StaleAddress
-            It names neither, or a spill that is gone.
+            Its content is gone.
         """
+        found = self.hold_now(address, sent_at)
+        if found is not None:
+            return found
+        try:
+            async with asyncio.timeout(_CALL_SECONDS):  # a frontend may know a new segment before this process does
+                await self._until(lambda: self._up and self._knows(address))
+        except TimeoutError:
+            raise StaleAddress("the address belongs to an earlier life of the cache; ask for the item again") from None
+        return self.hold_now(address, sent_at) or await self.acquire(address, address.lease_kind or "copy")
+
+    def _knows(self, address: Address) -> bool:
         ring = self.mapping
-        if ring is None:
-            raise ServiceUnavailable("not connected to the writer")
-        epoch = bytes.fromhex(address.epoch)
-        if address.segment == ring.name or address.segment != sibling_name(ring.name, epoch):
-            return ring  # which refuses addresses of other segments
+        return ring is not None and (ring.epoch == address.epoch or is_in_spill(address, ring=ring.name))
+
+    def drop(self, lease_id: bytes) -> None:
+        """Release a lease soon; may be called from any thread."""
+        self._holdings.drop(lease_id)
+
+    def check_held(self, lease_id: bytes) -> None:
+        """Raise LeaseLost where the lease is over, InvalidRequest where this is closed.
+
+        While no writer is there no lease ends: the next one is told of it before it allocates anything.
+        """
+        if self._closed:
+            raise InvalidRequest("this client is closed")
+        if self._holdings.lost(lease_id, time.monotonic() if self._up else -math.inf):
+            raise LeaseLost("the lease has run out; ask for the item again")
+
+    def _spill(self, ring: Mapping, address: Address) -> Mapping | None:
+        """Return the mapped spill that ``address`` names, ``None`` where it is no address in a spill beside ``ring``.
+
+        It stays mapped while somebody refers to it. No other segment is ever opened, whatever the address says.
+
+        Raises
+        ------
+        StaleAddress
+            The spill is gone.
+        """
+        if not is_in_spill(address, ring=ring.name):
+            return None
         mapping = self._spills.get(address.epoch)
         if mapping is None:
-            mapping = self._spills[address.epoch] = Mapping.of_spill(ring, epoch)
+            mapping = self._spills[address.epoch] = Mapping.of_spill(ring.name, bytes.fromhex(address.epoch))
         return mapping
 
-    async def acquire(self, address: Address, kind: messages.LeaseKind) -> Lease:
+    async def acquire(self, address: Address, kind: messages.LeaseKind) -> tuple[Mapping, Lease]:
         """Lease the content of ``address``; raises StaleAddress where it is gone."""
-        self.mapping_of(address).check(address)
-        sent_at = time.monotonic()
         slot, generation = address.slot, address.generation
-        answer = await self._call(lambda call: messages.Acquire(call, slot, generation, kind))
-        return Lease(self, answer.lease, sent_at)
+        while True:
+            ring = await self.ready(_CALL_SECONDS)
+            mapping = self._spill(ring, address) or ring
+            mapping.check(address)
+            sent_at = time.monotonic()
+            answer = await self._call(lambda call: messages.Acquire(call, slot, generation, kind))
+            with self._guard:
+                if self._holdings.adopt(answer.lease, slot, generation, kind, epoch=ring.epoch, sent_at=sent_at):
+                    return mapping, Lease(self, answer.lease)
 
     async def upgrade(self, lease_id: bytes, kind: messages.LeaseKind) -> None:
         """Make a lease a view, which is never revoked while this process lives, or a copy again; raises LeaseLost."""
         await self._call(lambda call: messages.Upgrade(call, lease_id, kind))
+        with self._guard:
+            self._holdings.changed(lease_id, kind)
 
     async def renew(self, lease_ids: tuple[bytes, ...]) -> tuple[bytes, ...]:
         """Prolong leases from now and return those that are over."""
-        sent_at = time.monotonic()
-        answer = await self._call(lambda call: messages.Renew(call, lease_ids))
-        for lease_id in lease_ids:
-            if lease_id in answer.lost:
-                self._leases.pop(lease_id, None)
-                self._lost.add(lease_id)
-            elif lease_id in self._leases:
-                self._leases[lease_id] = sent_at + answer.lease_ms / 1000
-        return tuple(answer.lost)
+        over: tuple[bytes, ...] = ()
+        for start in range(0, len(lease_ids), _BATCH):
+            batch = lease_ids[start : start + _BATCH]
+            sent_at = time.monotonic()
+            answer = await self._call(partial(messages.Renew, leases=batch))
+            with self._guard:
+                self._holdings.renewed(batch, frozenset(answer.lost), sent_at)
+            over += tuple(answer.lost)
+        return over
 
     # --- behind the scenes ----------------------------------------------------------------------------------------
 
-    async def _call(self, make: Any) -> Any:
-        number, future = self._calls.open()
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        """Wait for ``condition``; raises the writer's refusal, and InvalidRequest where this is closed meanwhile."""
+        while not condition():
+            if self._closed:
+                raise InvalidRequest("this client is closed")
+            if self._refusal is not None:
+                raise self._refusal
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _note_change(self) -> None:
+        self._changed.set()
+
+    async def _call(self, make: Callable[[int], msgspec.Struct]) -> Any:
+        """Ask the writer, and its successor where it goes away before it answers: every call may be made twice."""
         try:
-            self._link.send([pack(make(number))])
-            async with asyncio.timeout(max(5.0, self.lease_seconds)):
-                return await future
+            async with asyncio.timeout(_CALL_SECONDS):
+                while True:
+                    if not self._closed:
+                        await self._until(lambda: self._up)
+                    number, future = self._calls.open()
+                    try:
+                        self._link.send([pack(make(number))])
+                        return await future
+                    except WriterLostError:
+                        continue
+                    finally:
+                        self._calls.forget(number)
         except TimeoutError:
-            raise ServiceUnavailable("the writer did not answer") from None
-        finally:
-            self._calls.forget(number)
+            raise ServiceUnavailable("the writer did not answer", retry_after=1.0) from None
 
     async def _keep_up(self) -> None:
         while True:
-            await asyncio.sleep(_RELEASE_EVERY)
-            if not self._up.is_set() or self._refused is not None:
+            await asyncio.sleep(_UPKEEP_SECONDS)
+            if not self._up:
                 continue
-            self._flush_released()
-            soon = time.monotonic() + self.lease_seconds * 2 / 3
-            due = tuple(lease for lease, deadline in tuple(self._leases.items()) if deadline < soon)[:_BATCH]
+            self._flush_dropped()
+            with self._guard:
+                due = self._holdings.due(time.monotonic(), _BATCH)
             if due:
                 with contextlib.suppress(MmprepError):
                     await self.renew(due)
 
-    def _flush_released(self) -> None:
-        while self._dropped:
-            batch = tuple(self._dropped.popleft() for _ in range(min(len(self._dropped), _BATCH)))
-            for lease_id in batch:
-                self._leases.pop(lease_id, None)
-                self._lost.discard(lease_id)
+    def _flush_dropped(self) -> None:
+        while True:
+            with self._guard:
+                batch = self._holdings.take_dropped(_BATCH)
+            if not batch:
+                return
             self._link.send([pack(messages.Release(0, batch))])
 
     def _greeting(self) -> list[bytes]:
-        return [pack(messages.Hello(PROTOCOL, mmprep.__version__, "backend", self.id, os.getpid()))]
+        hello = messages.Hello(PROTOCOL, mmprep.__version__, "backend", self.id, os.getpid(), self._instance)
+        return [pack(hello)]
 
     def _on_down(self) -> None:
-        self._up.clear()
-        self._calls.fail_all(ServiceUnavailable, "the writer went away; try again")
+        self._up = False
+        self._calls.fail_all(WriterLostError, "the writer went away; try again")
+        self._note_change()
 
     def _on_message(self, frames: list[Any]) -> None:
         message = unpack(frames[0], messages.FromWriter)
@@ -304,8 +395,7 @@ class Registration:
             case messages.WriterWelcome():
                 self._welcomed(message)
             case messages.Refused():
-                self._refused = message.fault.error()
-                self._up.set()
+                self._refuse(message.fault.error())
             case messages.Failed():
                 self._calls.resolve(message.call, message.fault.error())
             case messages.Done() | messages.Renewed() | messages.Acquired():
@@ -313,16 +403,43 @@ class Registration:
             case _:
                 pass
 
+    def _refuse(self, error: MmprepError) -> None:
+        """The writer does not take this connection: say so to those who wait, and try another one."""
+        self._refusal = error
+        self._calls.fail_all(ServiceUnavailable, error.message)
+        self._link.reopen()
+
     def _welcomed(self, welcome: messages.WriterWelcome) -> None:
-        self.lease_seconds = welcome.lease_ms / 1000
-        if self.mapping is None or self.mapping.epoch != welcome.segment.epoch.hex():
-            previous, self.mapping = self.mapping, None
+        self._calls.fail_all(WriterLostError, "the writer has begun anew; try again")
+        life = Life(welcome.segment.epoch.hex(), welcome.incarnation)
+        if self.mapping is None or self.mapping.epoch != life.epoch:
             try:
-                self.mapping = Mapping(welcome.segment)
+                mapping = Mapping(welcome.segment)
             except (MmprepError, ValueError, msgspec.MsgspecError) as error:
-                self._refused = ServiceUnavailable(f"the segment cannot be mapped: {error}")
-            if previous is not None:
-                self._lost.update(self._leases)
-                self._leases.clear()
-                previous.segment.close()
-        self._up.set()
+                self._refuse(ServiceUnavailable(f"the segment cannot be mapped: {error}"))
+                return
+            former, self.mapping = self.mapping, mapping
+            if former is not None:
+                former.frozen = True
+                self._former[former.epoch] = former
+        with self._guard:
+            held = self._holdings.welcomed(life, welcome.lease_ms / 1000)
+        self._reassert(held)
+        self._refusal, self._up = None, True
+        self._note_change()
+
+    def _reassert(self, held: tuple[messages.Held, ...]) -> None:
+        """Tell a new writer of everything, in order and before any other message; its answers come by themselves."""
+        sent_at = time.monotonic()
+        for start in range(0, max(1, len(held)), _BATCH):
+            batch = held[start : start + _BATCH]
+            number, future = self._calls.open()
+            ids = tuple(one.lease for one in batch)
+            future.add_done_callback(partial(self._reasserted, ids, sent_at))
+            self._link.send([pack(messages.Reassert(number, batch, start + _BATCH >= len(held)))])
+
+    def _reasserted(self, ids: tuple[bytes, ...], sent_at: float, done: asyncio.Future[Any]) -> None:
+        if done.cancelled() or done.exception() is not None:
+            return  # the connection was lost: the next welcome begins anew
+        with self._guard:
+            self._holdings.renewed(ids, frozenset(done.result().lost), sent_at)

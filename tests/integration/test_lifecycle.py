@@ -28,7 +28,7 @@ from tests.integration.service import (
 )
 from tests.models import write_qwen2_vl
 
-from mmprep import Client
+from mmprep import Backend, Client
 
 SMALL = ("--cache-size", "16MiB", "--frontends", 2, "--lanes", 2)
 
@@ -93,7 +93,7 @@ def test_a_second_sigterm_ends_at_once_and_leaves_nothing(runtime_dir):
     hanging.start()
     eventually(lambda: service.metrics()["mmprep_inflight"] >= 1, "a request under way")
     service.signal(signal.SIGTERM)
-    eventually(lambda: service.get_or_none("/ready") is None, "the first signal is seen")
+    eventually(lambda: service.get("/ready").status == 503, "the first signal is seen")
     assert service.process.poll() is None
     service.signal(signal.SIGTERM)
     service.wait()
@@ -101,6 +101,39 @@ def test_a_second_sigterm_ends_at_once_and_leaves_nothing(runtime_dir):
     eventually(lambda: not [pid for pid in pids if is_alive(pid)], "the end of every process")
     eventually(lambda: not segment.exists(), "the end of the segment")
     assert contents(runtime_dir) == []
+
+
+def test_while_it_drains_the_service_says_so_refuses_work_and_gives_leases_their_time(runtime_dir):
+    service = Service(runtime_dir, *SMALL, "--drain-timeout", "600s").ready()
+    with Backend(service.endpoint, id="engine") as backend:
+        answer = service.render(user(image(drawn(5), "png")), mm_payload="shm", backend_id="engine")
+        item = backend.open(answer["features"]["mm_addresses"]["image"][0])
+        second = service.render(user(image(drawn(6), "png")), mm_payload="shm", backend_id="engine")
+        lease = second["features"]["mm_addresses"]["image"][0]["lease"]
+        service.signal(signal.SIGTERM)
+        eventually(lambda: service.get("/ready").status == 503, "the signal is seen")
+        refused = service.chat(user(image(drawn(7), "png")))
+        assert (refused.status, refused.error["type"]) == (503, "ServiceUnavailableError")
+        assert refused.headers["Retry-After"]
+        assert service.get("/health").status == 200
+        held = {"backend_id": "engine", "leases": [lease]}
+        assert service.post("/leases/renew", held).json["lost"] == []
+        assert service.post("/leases/release", held).status == 200
+        assert item.materialize()["pixel_values"].any()
+        assert service.process.poll() is None
+        item.release()
+        assert service.wait() == 0, service.stderr
+    assert contents(runtime_dir) in ([], ["locks"])
+
+
+def test_leases_that_nobody_releases_end_with_the_drain_timeout(runtime_dir):
+    service = Service(runtime_dir, *SMALL, "--drain-timeout", "1s").ready()
+    with Client(service.endpoint) as client:
+        item = client.chat(user({"type": "image_url", "image_url": {"url": drawn(5)}}), payload="shm").items["image"][0]
+        with item.view() as arrays:
+            expected = arrays["pixel_values"].copy()
+            assert service.stop() == 0, service.stderr
+            assert np.array_equal(arrays["pixel_values"], expected), "who has it mapped reads on"
 
 
 def _ignoring(service):

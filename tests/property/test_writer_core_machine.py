@@ -173,7 +173,7 @@ class WriterCoreMachine(RuleBasedStateMachine):
             lease_seconds=LEASE_SECONDS,
             task_seconds=TASK_SECONDS,
             read=lambda offset, length: bytes(self.memory[offset : offset + length]),
-            new_id=lambda: next(self.numbers).to_bytes(16, "little"),
+            new_id=lambda: next(self.numbers).to_bytes(12, "little"),
             inline_bytes=inline,
         )
 
@@ -215,7 +215,7 @@ class WriterCoreMachine(RuleBasedStateMachine):
     def connect(self, role, peer_id, pid):
         identity = b"%s:%s:\xff%d" % (role.encode(), peer_id.encode(), next(self.numbers))
         connection = self.connections[identity] = Connection(identity, role, peer_id, pid)
-        self.say(connection, messages.Hello(PROTOCOL, "1", role, peer_id, pid))
+        self.say(connection, messages.Hello(PROTOCOL, "1", role, peer_id, pid, pid.to_bytes(4, "big")))
 
     @precondition(lambda self: self.living())
     @rule(
@@ -265,7 +265,9 @@ class WriterCoreMachine(RuleBasedStateMachine):
         elif what == "number" and any(call.state != "over" for call in connection.calls.values()):
             message = next(call.offer for call in connection.calls.values() if call.state != "over")
         else:
-            message = messages.Hello(PROTOCOL, "1", connection.role, connection.id, connection.pid)
+            message = messages.Hello(
+                PROTOCOL, "1", connection.role, connection.id, connection.pid, connection.pid.to_bytes(4, "big")
+            )
         self.say(connection, message)
         assert connection.open == (what == "role")
 

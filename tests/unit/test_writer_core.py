@@ -51,7 +51,7 @@ class World:
             lease_seconds=LEASE_SECONDS,
             task_seconds=TASK_SECONDS,
             read=lambda offset, length: bytes(self.memory[offset : offset + length]),
-            new_id=lambda: next(self.ids).to_bytes(16, "little"),
+            new_id=lambda: next(self.ids).to_bytes(12, "little"),
             inline_bytes=inline,
         )
         self.segments: set[str] = set()
@@ -70,7 +70,7 @@ class World:
                 self.ready(number)
 
     def hello(self, name, role, *, identity=None, pid=1):
-        self.say(identity or name, messages.Hello(PROTOCOL, "1", role, name, pid))
+        self.say(identity or name, messages.Hello(PROTOCOL, "1", role, name, pid, pid.to_bytes(4, "big")))
 
     def say(self, name, message):
         self.core.message(name.encode(), message, self.now)
@@ -1043,7 +1043,7 @@ def test_when_every_slot_of_the_directory_is_leased_the_next_item_goes_to_a_spil
 
 def test_a_segment_that_would_have_the_rings_name_is_not_made():
     world = full(spill=SPILL, inline=1000)
-    world.core._tasks._new_id = lambda: bytes(4) + b"another one!"
+    world.core._tasks._new_id = lambda: bytes(4) + b"another!"
     assert ask(world, 10, A, 100) == "inline"
 
 

@@ -38,6 +38,8 @@ def _features(chat: RenderedChat) -> dict[str, Any] | None:
     # Where addresses were asked for, tensors are only those that found no shared memory.
     if payload == "tensors" or any(item.answer.inline for item in chat.items):
         tensors = {m: [_tensors(chat, i, len(items)) for i in items] for m, items in by_modality.items()}
+    if payload == "tensors" and chat.offered is not None:
+        chat.offered.check()
     if payload == "shm":
         addresses = {m: [_address(chat, i) for i in items] for m, items in by_modality.items()}
     return features(
@@ -61,7 +63,7 @@ def _tensors(chat: RenderedChat, item: RenderedItem, batch_size: int) -> bytes |
     assert chat.offered is not None
     if chat.request.payload == "shm" and not item.answer.inline:
         return None
-    return kwargs_data(item.meta, chat.offered.tensors.region(item.answer), batch_size=batch_size)
+    return kwargs_data(item.meta, chat.offered.region(item.answer), batch_size=batch_size)
 
 
 def _address(chat: RenderedChat, item: RenderedItem) -> Address | None:

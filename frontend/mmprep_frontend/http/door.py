@@ -115,8 +115,10 @@ class HttpDoor:
             else:
                 answer = encode_chat_answer(chat, model, request_id)
             self._service.metrics.observe("mmprep_stage_seconds", time.monotonic() - started, stage="serialize")
-        finally:
-            chat.release()
+        except BaseException:
+            chat.give_back()
+            raise
+        chat.release()
         return answer
 
     @staticmethod
@@ -149,7 +151,7 @@ def _encodes(chat: RenderedChat) -> int:
         return 0
     everything = chat.request.payload == "tensors"
     answers = [item.answer for item in chat.items if everything or item.answer.inline]
-    return sum(map(chat.offered.tensors.nbytes, answers))
+    return sum(map(chat.offered.nbytes, answers))
 
 
 async def _through(work: asyncio.Future[T]) -> T:

@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from mmprep.errors import InvalidRequest
+from mmprep.wire.messages import Name
 
 Payload: TypeAlias = Literal["tensors", "shm", "none"]
 Kind: TypeAlias = Literal["chat", "completion", "tokenize", "detokenize"]
@@ -177,7 +178,7 @@ class _Generating(_Request, kw_only=True):
     ec_transfer_params: dict[str, Any] | None = None
     mm_payload: Payload | None = None
     return_mm_kwargs: bool | None = None
-    backend_id: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    backend_id: Name | None = None
     lease_kind: Literal["copy", "view"] | None = None
     deadline_ms: _Positive | None = None
     mm_dtype: Literal["auto", "uint8", "float32", "bfloat16", "float16"] | None = None

@@ -83,6 +83,15 @@ class Desk:
         status["metrics"] = _totals(merge([*self._gone, *(r.last for r in self._reporters.values())]))
         return status
 
+    async def quiet(self) -> bool:
+        """Whether no request is under way in any frontend and no backend has a lease."""
+        for reporter, report in await self._collect():
+            if reporter.role == "frontend" and report.status["inflight"]:
+                return False
+            if reporter.role == "writer" and any(backend["leases"] for backend in report.status["backends"]):
+                return False
+        return True
+
     # --- messages -------------------------------------------------------------------------------------------------
 
     async def _collect(self) -> list[tuple[Reporter, ProcessReport]]:

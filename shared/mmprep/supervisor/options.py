@@ -39,6 +39,11 @@ class ServeOptions(msgspec.Struct, frozen=True):
     chat_template: str | None
     log_level: str
 
+    @property
+    def grace(self) -> float:
+        """Seconds for what is under way and for leases when the service stops; the rest is for the processes to end."""
+        return self.drain_timeout - min(1.0, self.drain_timeout / 10)
+
     def writer(self, runtime_dir: Path) -> WriterSettings:
         """Return the writer's part."""
         return WriterSettings(
@@ -78,7 +83,7 @@ class ServeOptions(msgspec.Struct, frozen=True):
             inline_size=self.inline_size,
             request_timeout=self.request_timeout,
             fetch_timeout=min(30.0, self.request_timeout),
-            drain_timeout=self.drain_timeout,
+            drain_timeout=self.grace,
             allowed_media_domains=self.allowed_media_domains,
             allow_private_networks=self.allow_private_networks,
             chat_template=self.chat_template,

@@ -1,5 +1,8 @@
 """Starts the writer and the frontends, replaces those that die, drains on SIGTERM.
 
+While it drains the frontends say so at ``/ready``, refuse new work, end what is under way and still renew and release
+leases; when nothing is under way and no lease is left, or the time is over, everything stops.
+
 The runtime directory's service lock is taken first and let go last: whoever holds it owns everything in the directory.
 """
 
@@ -32,6 +35,8 @@ CANNOT_START = 78
 _ORPHANS_SECONDS = 5.0
 _LONGEST_DELAY = 5.0
 _AFTER_DRAIN = 5.0
+#: Seconds between two looks for what is still under way while the service drains.
+_LOOK_AGAIN = 0.05
 
 
 class Supervisor:
@@ -52,6 +57,7 @@ class Supervisor:
         self._children: dict[str, Child] = {}
         self._failures: dict[str, int] = {}
         self._stopping = asyncio.Event()
+        self._hurry = False
         self._failed: str | None = None
         self._announced = False
         self._port = 0
@@ -156,19 +162,32 @@ class Supervisor:
 
     def _told_to_stop(self) -> None:
         if self._stopping.is_set():
+            self._hurry = True
             for child in self._children.values():
                 child.signal(signal.SIGKILL)
         self._stopping.set()
 
     async def _stop_all(self) -> None:
-        """Drain the frontends, then stop the writer, whose lanes end with it."""
-        grace = self._options.drain_timeout
+        """Drain the frontends, give leases their time, then stop everything; the writer last, whose lanes end with it."""
+        deadline = time.monotonic() + self._options.grace
         frontends = [child for name, child in self._children.items() if name != "writer"]
+        for child in frontends:
+            child.signal(signal.SIGTERM)
         if frontends:
-            await asyncio.gather(*(child.stop(grace + _AFTER_DRAIN) for child in frontends))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._options.grace):
+                    await self._until_quiet()
+        left = max(0.0, deadline - time.monotonic())
+        await asyncio.gather(*(child.stop(left + _AFTER_DRAIN) for child in frontends))
         writer = self._children.get("writer")
         if writer is not None:
             await writer.stop(_AFTER_DRAIN)
+
+    async def _until_quiet(self) -> None:
+        while True:
+            if self._hurry or await self._desk.quiet():
+                return
+            await asyncio.sleep(_LOOK_AGAIN)
 
 
 def supervise(options: ServeOptions, on_ready: Callable[[int, RuntimeDir], None]) -> int:

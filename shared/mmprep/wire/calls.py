@@ -13,12 +13,15 @@ _MOST_CALLS = 65_536
 class CallTable:
     """Futures by call number, on one event loop."""
 
-    def __init__(self) -> None:
-        self._next = 1
+    def __init__(self, first: int = 1) -> None:
+        self._next = first
         self._waiting: dict[int, asyncio.Future[Any]] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._waiting
 
     def open(self) -> tuple[int, asyncio.Future[Any]]:
         """Return a new call's number and the future of its outcome.

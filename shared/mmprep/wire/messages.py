@@ -438,10 +438,11 @@ ToLane: TypeAlias = Granted | GrantedSpill | GrantedInline | Denied
 
 
 class FrontendWelcome(Wire, frozen=True):
-    """The frontend's answer to a client's :class:`Hello`."""
+    """The frontend's answer to a client's :class:`Hello`. ``max_frame``: bytes of the largest frame that it takes."""
 
     protocol: int
     version: ShortText
+    max_frame: Natural
 
 
 class Request(Wire, frozen=True):

@@ -30,6 +30,8 @@ _log = logging.getLogger("mmprep.wire")
 
 _BATCH = 64
 _RECONNECT_MS = 20
+#: Seconds until a peer that has refused a connection is asked for another one.
+_REOPEN_SECONDS = 0.5
 _HIGH_WATER = 1000
 #: Messages that may wait for one peer.
 _MOST_WAITING = 65_536
@@ -218,6 +220,12 @@ class Link:
         """Send one message to the present incarnation of the other side; see :meth:`Pump.send`."""
         if self._pump is not None:
             self._pump.send(frames)
+
+    def reopen(self) -> None:
+        """Give this connection up, and open another one soon: the other side has refused it."""
+        self.close()
+        self._on_down()
+        self._retry = asyncio.get_running_loop().call_later(_REOPEN_SECONDS, self._open)
 
     def close(self) -> None:
         """Close for good."""

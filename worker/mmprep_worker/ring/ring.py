@@ -325,6 +325,18 @@ class Ring:
         """Return what is to be written into the directory since the last call: ``(slot, 128 bytes)``, in this order."""
         return self._space.take_writes()
 
+    @property
+    def settled(self) -> bool:
+        """Whether extents are granted: not between :meth:`restore` and :meth:`settle`."""
+        return self._settled
+
+    def at(self, slot: int, generation: int) -> Entry | None:
+        """Return the published entry in ``slot``, if it is of that generation; a spill's own slot is 0."""
+        entry = self._directory.at(slot)
+        if (entry is None or entry.generation != generation) and slot == SPILL_SLOT:
+            entry = self._spills.of_generation(generation)
+        return None if entry is None or entry.generation != generation or entry.state is _GRANTED else entry
+
     # Holds
 
     @property
@@ -372,9 +384,18 @@ class Ring:
         return tuple(self._pins.get(holder, ()))
 
     def deliver(
-        self, lease_id: bytes, owner: str, slot: int, generation: int, kind: Kind, *, now: float, seconds: float
+        self,
+        lease_id: bytes,
+        owner: str,
+        slot: int,
+        generation: int,
+        kind: Kind,
+        *,
+        now: float,
+        seconds: float,
+        again: bool = False,
     ) -> Entry:
-        """Lease a published entry to a backend; repeated with the same id, it renews. Also how a backend re-asserts.
+        """Lease a published entry to a backend; repeated with the same id, it renews.
 
         Parameters
         ----------
@@ -386,6 +407,8 @@ class Ring:
             Slot and generation of the entry, as an address names them: a spill's own slot is 0.
         kind:
             ``"copy"``: may be revoked when overdue. ``"view"``: never, while the owner lives.
+        again:
+            The backend has had this lease from an earlier writer: no quota refuses it.
 
         Raises
         ------
@@ -396,12 +419,10 @@ class Ring:
         ValueError
             As in :meth:`Leases.deliver`.
         """
-        entry = self._directory.at(slot)
-        if entry is None or entry.generation != generation:
-            entry = self._spills.of_generation(generation) if slot == SPILL_SLOT else None
-        if entry is None or entry.state is _GRANTED:
+        entry = self.at(slot, generation)
+        if entry is None:
             raise StaleAddress("the leased entry is gone; ask for it again")
-        if self.leases.get(lease_id) is None and self.leases.quarantined(owner, self.overdue_quota):
+        if not again and self.leases.get(lease_id) is None and self.leases.quarantined(owner, self.overdue_quota):
             raise self._quarantine()
         if self.leases.deliver(lease_id, owner, entry.slot, entry.extent, kind, now=now, seconds=seconds):
             in_ring = entry.slot < self.geometry.slots
@@ -422,8 +443,8 @@ class Ring:
         self._unlease(slots)
         return unknown
 
-    def upgrade(self, owner: str, lease_id: bytes, kind: Kind) -> bool:
-        """Change a lease's kind; see :meth:`Leases.upgrade`.
+    def upgrade(self, owner: str, lease_id: bytes, kind: Kind, *, again: bool = False) -> bool:
+        """Change a lease's kind; see :meth:`Leases.upgrade`. ``again`` as for :meth:`deliver`.
 
         Raises
         ------
@@ -432,7 +453,7 @@ class Ring:
         """
         lease = self.leases.get(lease_id)
         gains = lease is not None and lease.owner == owner and lease.kind == "copy" and kind == "view"
-        if gains and self.leases.quarantined(owner, self.overdue_quota):
+        if gains and not again and self.leases.quarantined(owner, self.overdue_quota):
             raise self._quarantine()
         return self.leases.upgrade(owner, lease_id, kind)
 

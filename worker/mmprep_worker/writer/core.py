@@ -15,14 +15,14 @@ WARNING: the shell must write ``ring.take_writes()`` into the directory before i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mmprep import errors
 from mmprep.metrics import Metrics
 from mmprep.segment import sibling_name
 from mmprep.wire import messages
-from mmprep.wire.codec import pack
+from mmprep.wire.codec import PROTOCOL, pack
 from mmprep_worker.ring.ring import Ring
 from mmprep_worker.scheduling import flight as flight_events
 from mmprep_worker.scheduling.admission import Admission, Quarantine
@@ -32,7 +32,17 @@ from mmprep_worker.scheduling.queue import FairQueue
 from mmprep_worker.writer.holds import Holds
 from mmprep_worker.writer.leasing import Leasing
 from mmprep_worker.writer.plans import PlanStore
-from mmprep_worker.writer.state import Action, Ended, Peer, PendingCall, RemoveSegment, Result, Send, failed
+from mmprep_worker.writer.state import (
+    Action,
+    Ended,
+    Peer,
+    PendingCall,
+    ReadersSilent,
+    RemoveSegment,
+    Result,
+    Send,
+    failed,
+)
 from mmprep_worker.writer.tasks import LaneState, Step, Tasks
 from mmprep_worker.writer.transfers import Transfer, Transfers
 
@@ -42,16 +52,24 @@ _MAY_SEND: dict[str, tuple[type, ...]] = {
         messages.Offer,
         messages.Cancel,
         messages.Unpin,
+        messages.Repin,
+        messages.Reassert,
         messages.Renew,
         messages.Release,
         messages.Clear,
     ),
-    "backend": (messages.Acquire, messages.Renew, messages.Release, messages.Upgrade),
+    "backend": (messages.Acquire, messages.Reassert, messages.Renew, messages.Release, messages.Upgrade),
     "control": (messages.Clear,),
 }
 
 #: Control processes that are remembered. They hold no process lock, so nothing tells when they are gone.
 _MOST_CONTROLS = 16
+
+#: Roles of those who read the segment, each under a process lock.
+READERS = frozenset({"frontend", "backend"})
+
+#: Seconds until silent readers are reported again.
+_SILENT_AGAIN = 1.0
 
 #: Calls of one frontend that are under way or not let go of.
 _MOST_CALLS = 65_536
@@ -73,7 +91,12 @@ class WriterCore:
     read:
         Returns bytes of the segment: ``read(offset, length)``.
     new_id:
-        Returns 16 fresh random bytes.
+        Returns 12 fresh random bytes.
+    awaited:
+        Readers, as roles and ids, that may hold something of a restored ring: nothing is granted until each has said
+        what, or is gone.
+    silent_at:
+        When those that have not are reported as :class:`~.state.ReadersSilent`, in seconds of ``now``.
     """
 
     def __init__(
@@ -93,6 +116,8 @@ class WriterCore:
         read: Callable[[int, int], bytes],
         new_id: Callable[[], bytes],
         inline_bytes: int = 0,
+        awaited: Iterable[tuple[str, str]] = (),
+        silent_at: float = math.inf,
     ) -> None:
         self.ring = ring
         self.flights = flights
@@ -107,6 +132,8 @@ class WriterCore:
         #: Calls without an answer yet.
         self._calls: dict[Call, PendingCall] = {}
         self._out: list[Action] = []
+        self._awaited = set(awaited)
+        self._silent_at = silent_at if self._awaited else math.inf
         self.transfers = Transfers(inline_bytes)
         self._holds = Holds(ring, flights, self.transfers, plans, read)
         self._leasing = Leasing(ring, lease_seconds, new_id)
@@ -126,6 +153,10 @@ class WriterCore:
             spill_name=self._spill_name,
             out=self._out,
         )
+        if self._awaited:
+            self._tasks.paused = True
+        else:
+            ring.settle()
 
     # --- what the shell calls -------------------------------------------------------------------------------------
 
@@ -148,7 +179,21 @@ class WriterCore:
     def wake_at(self) -> float:
         """When :meth:`tick` has something to do, in seconds of ``now``."""
         lease = self.ring.leases.next_deadline()
-        return min(self.flights.wake_at, math.inf if lease is None else lease, self._tasks.wake_at)
+        return min(self.flights.wake_at, math.inf if lease is None else lease, self._tasks.wake_at, self._silent_at)
+
+    def succeed(self, former: WriterCore) -> None:
+        """Go on for the peers of a core with another ring; each is welcomed anew, and asks again for what it waits for."""
+        self.card = former.card
+        self.metrics = former.metrics
+        for peer in former.peers.values():
+            if peer.connected:
+                hello = messages.Hello(PROTOCOL, "", peer.role, peer.id, peer.pid, peer.instance)
+                self._welcome(peer.identity, hello)
+
+    @property
+    def awaited(self) -> frozenset[tuple[str, str]]:
+        """The readers that have not said yet what they hold of an earlier writer's segment."""
+        return frozenset(self._awaited)
 
     def message(self, identity: bytes, message: Any, now: float) -> None:
         """Take a control message of a peer."""
@@ -203,6 +248,7 @@ class WriterCore:
             self._end_calls(peer, now)
         if role == "backend":
             self.ring.owner_gone(peer_id)
+        self._heard_of(role, peer_id)
         self._tasks.dispatch(now)
 
     def unreachable(self, identity: bytes, now: float) -> None:
@@ -225,6 +271,9 @@ class WriterCore:
         self._carry_out(self.flights.tick(now), now)
         self.ring.tick(now)
         self._tasks.tick(now)
+        if self._silent_at <= now:
+            self._silent_at = now + _SILENT_AGAIN
+            self._out.append(ReadersSilent(tuple(sorted(self._awaited))))
         self._tasks.dispatch(now)
 
     def tensors(self, number: int) -> Any | None:
@@ -242,8 +291,8 @@ class WriterCore:
             self._refuse(identity, "a connection has one hello, its first message", now)
             return
         for peer in [peer for peer in self.peers.values() if (peer.role, peer.id) == process]:
-            # The process lock lets only one process have an id: another pid means that the former one is gone.
-            if peer.pid != hello.pid:
+            # The process lock lets only one process have an id: another instance means that the former one is gone.
+            if peer.instance != hello.instance:
                 self.peer_gone(*process, now)
             else:
                 del self.peers[peer.identity]
@@ -251,7 +300,10 @@ class WriterCore:
         controls = [peer for peer in self.peers.values() if peer.role == "control"]
         if hello.role == "control" and len(controls) >= _MOST_CONTROLS:
             del self.peers[controls[0].identity]
-        peer = self.peers[identity] = Peer(identity, hello.role, hello.id, hello.pid)
+        self._welcome(identity, hello)
+
+    def _welcome(self, identity: bytes, hello: messages.Hello) -> None:
+        peer = self.peers[identity] = Peer(identity, hello)
         welcome = messages.WriterWelcome(
             hello.protocol, self.ring.incarnation, self.segment, self._leasing.milliseconds, self.card
         )
@@ -274,10 +326,9 @@ class WriterCore:
     def _send(self, peer: Peer, message: Any, frames: tuple[bytes, ...] = ()) -> None:
         self._out.append(Send(peer.identity, message, frames))
 
-    def _from_peer(self, peer: Peer, message: Any, now: float) -> None:  # noqa: C901 -- one line a message
+    def _from_peer(self, peer: Peer, message: Any, now: float) -> None:
         if not isinstance(message, _MAY_SEND[peer.role]):
             raise errors.InvalidRequest(f"a {peer.role} does not send a {type(message).__name__}")
-        answer: Any = None
         match message:
             case messages.Offer():
                 self._offer(peer, message, now)
@@ -285,22 +336,38 @@ class WriterCore:
                 self._unpin(peer, message.call)
             case messages.Cancel():
                 self._cancel(peer, message.call, now)
-            case messages.Release():
-                answer = self._leasing.release(peer, message)
-            case messages.Renew():
-                answer = self._leasing.renew(peer, message, now)
-            case messages.Acquire():
-                answer = self._leasing.acquire(peer, message, now)
-            case messages.Upgrade():
-                answer = self._leasing.upgrade(peer, message)
+            case messages.Repin():
+                self._repin(peer, message)
             case messages.Clear():
                 self.ring.clear()
                 self.plans.clear()
-                answer = messages.Done(message.call)
-        if answer is not None:
-            self._send(peer, answer)
+                self._send(peer, messages.Done(message.call))
+            case _:
+                answer = self._leasing.answer(peer, message, now)
+                if answer is not None:
+                    self._send(peer, answer)
+        if isinstance(message, messages.Reassert) and message.last:
+            self._heard_of(peer.role, peer.id)
+
+    def _heard_of(self, role: str, peer_id: str) -> None:
+        """The reader has said what it holds, or is gone. After the last one the ring is this writer's alone."""
+        self._awaited.discard((role, peer_id))
+        if not self._awaited and self._silent_at < math.inf:
+            self._silent_at = math.inf
+            self.ring.settle()
+            self._tasks.paused = False
 
     # --- calls ----------------------------------------------------------------------------------------------------
+
+    def _repin(self, peer: Peer, message: messages.Repin) -> None:
+        """Pin again what an answer of an earlier writer pinned; what is not there any more is passed over."""
+        if message.call in peer.calls:
+            raise errors.ProtocolError("the call's number is in use")
+        pending = PendingCall(peer, messages.Offer(message.call, "tensors", 1, 0, ()))
+        self._holds.repin(pending, message.places)
+        if pending.pinned:
+            pending.answered = True
+            peer.calls[pending.number] = pending
 
     def _offer(self, peer: Peer, offer: messages.Offer, now: float) -> None:
         if len(peer.calls) >= _MOST_CALLS:
@@ -495,6 +562,8 @@ class WriterCore:
         for flight in self.flights:
             for waiter in flight.waiters:
                 assert flight.id in self._calls[waiter].by_flight, f"flight {flight.id} would answer what is not asked"
+        assert bool(self._awaited) == (self._silent_at < math.inf), "readers are awaited without end, or none is"
+        assert bool(self._awaited) == (not self.ring.settled), "the ring is settled before all readers were heard"
         holders = {call.holder for call in calls}
         assert self.ring.holders <= holders, "something is pinned for a call that is over"
         assert all(transfer.holders <= holders for transfer in self.transfers), (

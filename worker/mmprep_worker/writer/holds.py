@@ -9,7 +9,7 @@ A part of the writer's state machine. An entry is pinned once for a call, howeve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from mmprep import errors
@@ -121,6 +121,15 @@ class Holds:
         """Return the bytes of the spills that the call pins, and of the transfers that it holds."""
         spills = [entry for entry in self._ring.pinned_by(pending.holder) if isinstance(entry, Spill)]
         return sum(spill.extent for spill in spills), self._transfers.bytes_of(pending.transfers)
+
+    def repin(self, pending: PendingCall, places: Sequence[tuple[int, int]]) -> None:
+        """Pin entries by slot and generation; those that are not there any more are passed over."""
+        for slot, generation in places:
+            entry = self._ring.at(slot, generation)
+            if entry is not None and generation not in pending.pinned:
+                self._ring.pin(pending.holder, entry.slot)
+                pending.pinned[generation] = 0 if isinstance(entry, Spill) else entry.extent
+                pending.answers.append(ItemAnswer("hit", slot, entry.offset, entry.length, generation))
 
     def let_go(self, pending: PendingCall) -> None:
         """End all that the call holds."""

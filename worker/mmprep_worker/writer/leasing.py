@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
 from mmprep import errors
+from mmprep.address import lease_id
 from mmprep.wire import messages
 from mmprep_worker.ring.ring import Ring
 from mmprep_worker.writer.state import Peer, PendingCall
@@ -20,20 +22,72 @@ class Leasing:
     seconds:
         How long a lease holds without renewal.
     new_id:
-        Returns 16 fresh random bytes.
+        Returns 12 fresh random bytes.
     """
 
     def __init__(self, ring: Ring, seconds: float, new_id: Callable[[], bytes]) -> None:
         self._ring = ring
         self._seconds = seconds
-        self._new_id = new_id
+        self._random = new_id
 
     @property
     def milliseconds(self) -> int:
         """How long a lease holds without renewal."""
         return int(self._seconds * 1000)
 
-    def acquire(self, peer: Peer, message: messages.Acquire, now: float) -> messages.Acquired:
+    def answer(self, peer: Peer, message: Any, now: float) -> Any:
+        """Do what a message about leases asks for and return its answer, ``None`` where none is wanted.
+
+        Raises
+        ------
+        MmprepError
+            What the call is to be answered with.
+        """
+        match message:
+            case messages.Reassert():
+                return self._reassert(peer, message, now)
+            case messages.Acquire():
+                return self._acquire(peer, message, now)
+            case messages.Renew():
+                return self._renew(peer, message, now)
+            case messages.Release():
+                return self._release(peer, message)
+            case messages.Upgrade():
+                return self._upgrade(peer, message)
+        raise errors.InvalidRequest(f"a {type(message).__name__} is not about leases")
+
+    def _new_id(self) -> bytes:
+        return lease_id(self._ring.incarnation, self._random())
+
+    def _reassert(self, peer: Peer, message: messages.Reassert, now: float) -> messages.Renewed:
+        """Take over leases of an earlier writer; the answer names those whose content is gone.
+
+        They are promises that were given already: no quota refuses them.
+        """
+        lost = []
+        for held in message.leases:
+            known = self._ring.leases.get(held.lease)
+            entry = self._ring.at(held.slot, held.generation)
+            if known and entry and (known.owner, known.slot) == (peer.id, entry.slot):  # it is not the first time
+                self._ring.renew(peer.id, (held.lease,), now, self._seconds)
+                self._ring.upgrade(peer.id, held.lease, held.kind, again=True)
+                continue
+            try:
+                self._ring.deliver(
+                    held.lease,
+                    peer.id,
+                    held.slot,
+                    held.generation,
+                    held.kind,
+                    now=now,
+                    seconds=self._seconds,
+                    again=True,
+                )
+            except (errors.StaleAddress, ValueError):
+                lost.append(held.lease)
+        return messages.Renewed(message.call, tuple(lost), self.milliseconds)
+
+    def _acquire(self, peer: Peer, message: messages.Acquire, now: float) -> messages.Acquired:
         """Lease the content of an address; raises StaleAddress or Busy."""
         lease = self._new_id()
         self._ring.deliver(
@@ -41,18 +95,18 @@ class Leasing:
         )
         return messages.Acquired(message.call, lease, self.milliseconds)
 
-    def renew(self, peer: Peer, message: messages.Renew, now: float) -> messages.Renewed:
+    def _renew(self, peer: Peer, message: messages.Renew, now: float) -> messages.Renewed:
         """Prolong leases; the answer names those that are over."""
         held = self._ring.renew(_owner(peer, message.owner), message.leases, now, self._seconds)
         lost = tuple(lease for lease, alive in held.items() if not alive)
         return messages.Renewed(message.call, lost, self.milliseconds)
 
-    def release(self, peer: Peer, message: messages.Release) -> messages.Done | None:
+    def _release(self, peer: Peer, message: messages.Release) -> messages.Done | None:
         """End leases; ``None`` where no answer is wanted."""
         self._ring.release(_owner(peer, message.owner), message.leases)
         return messages.Done(message.call) if message.call else None
 
-    def upgrade(self, peer: Peer, message: messages.Upgrade) -> messages.Done:
+    def _upgrade(self, peer: Peer, message: messages.Upgrade) -> messages.Done:
         """Change a lease's kind; raises LeaseLost or Busy."""
         if not self._ring.upgrade(peer.id, message.lease, message.kind):
             raise errors.LeaseLost("the lease is over, or another backend's; ask for the item again")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from mmprep.errors import MmprepError
+from mmprep.errors import MmprepError, ServiceUnavailable
 from mmprep.settings import WriterSettings, read_settings
 from mmprep_worker.writer.shell import WriterShell
 
@@ -19,6 +19,8 @@ def main() -> None:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         shell = WriterShell(settings)
+    except ServiceUnavailable as error:  # processes of the writer before are on their way out
+        sys.exit(f"mmprep: {error}")
     except MmprepError as error:
         print(f"mmprep: {error}", file=sys.stderr, flush=True)  # noqa: T201 -- for the person who starts the service
         sys.exit(CANNOT_START)

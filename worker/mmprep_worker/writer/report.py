@@ -31,7 +31,7 @@ def report(core: WriterCore, segment: str) -> ProcessReport:
         os.getpid(),
         metrics.snapshot(),
         {
-            "worker": {"pid": os.getpid(), "incarnation": core.ring.incarnation},
+            "worker": {"pid": os.getpid(), "incarnation": core.ring.incarnation, "awaited": len(core.awaited)},
             "lanes": [{"pid": lane.pid, "state": lane.name} for lane in core.lanes],
             "backends": [
                 {"id": peer.id, "pid": peer.pid, "leases": core.ring.leases.count(peer.id)} for peer in backends

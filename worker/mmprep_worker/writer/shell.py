@@ -22,11 +22,11 @@ import zmq
 
 import mmprep
 from mmprep import layout
-from mmprep.errors import Busy, MmprepError, ProtocolError, StaleAddress
+from mmprep.errors import Busy, MmprepError, ProtocolError, ServiceUnavailable, StaleAddress, StartupError
 from mmprep.metrics import Metrics
 from mmprep.process_lock import ProcessLock, holder
 from mmprep.runtime import RuntimeDir
-from mmprep.segment import Segment, segment_name, segments_of, sibling_name, unlink
+from mmprep.segment import sibling_name, unlink
 from mmprep.settings import WriterSettings
 from mmprep.wire import messages
 from mmprep.wire.codec import CONTROL_LIMIT, MAX_FRAMES, PROTOCOL, pack, unpack
@@ -35,15 +35,14 @@ from mmprep.wire.outbox import Outbox
 from mmprep.wire.sockets import configure, router
 from mmprep_worker.lanes.config import LaneConfig
 from mmprep_worker.lanes.pool import LanePool
-from mmprep_worker.ring.policy import Clock
-from mmprep_worker.ring.ring import Ring
 from mmprep_worker.scheduling.admission import Admission, Quarantine
 from mmprep_worker.scheduling.flights import Flights
 from mmprep_worker.scheduling.queue import FairQueue
-from mmprep_worker.writer.core import WriterCore
+from mmprep_worker.writer.core import READERS, WriterCore
+from mmprep_worker.writer.opening import Opened, new_ring, open_ring
 from mmprep_worker.writer.plans import PlanStore
 from mmprep_worker.writer.report import report
-from mmprep_worker.writer.state import KillLane, RemoveSegment, Send, ToLane
+from mmprep_worker.writer.state import KillLane, ReadersSilent, RemoveSegment, Send, ToLane
 
 _log = logging.getLogger("mmprep.writer")
 
@@ -52,6 +51,12 @@ _BATCH = 128
 #: Milliseconds after which a supervisor that takes no message is gone.
 _SUPERVISOR_MS = 5000
 _CHECK_LOCKS_EVERY = 0.25
+#: Seconds in which the readers of an earlier writer's ring have to say what they hold. Lanes take about as long to start.
+_SILENT_SECONDS = 2.0
+#: Seconds beyond what a turn may take, after which this process has been stopped or starved; and how long what has
+#: arrived meanwhile is then taken in before time is allowed to end anything.
+_STARVED_SECONDS = 0.5
+_CATCH_UP_SECONDS = 5.0
 _SLOT_BYTES = 64 * 1024
 _PLAN_BYTES = 32 << 20
 _QUARANTINED = 1024
@@ -68,7 +73,7 @@ class WriterShell:
         self._runtime = RuntimeDir(settings.runtime_dir)
         self._lock = ProcessLock(self._runtime.lock_path("writer", "0"))
         if not self._lock.acquire():
-            raise ProtocolError("another writer holds this runtime directory")
+            raise ServiceUnavailable("another writer holds this runtime directory")
         self._context: zmq.Context[Any] = zmq.Context()
         self._supervisor: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         configure(self._supervisor)
@@ -76,8 +81,12 @@ class WriterShell:
         self._supervisor.connect(self._runtime.supervisor)
         self._tell(messages.Hello(PROTOCOL, mmprep.__version__, "writer", "0", os.getpid()))
         self._tell(messages.StateChange(False, "the ring is being made"))
-        self._segment = self._make_segment()
-        self._core = self._make_core()
+        slots = max(1024, min(1 << 18, settings.cache_size // _SLOT_BYTES))
+        self._geometry = layout.Geometry.plan(settings.cache_size, slots)
+        self._largest = min(settings.max_object_size, self._geometry.arena_capacity // 4)
+        opened = open_ring(self._runtime, self._geometry, self._largest, settings.spill_size)
+        self._segment = opened.segment
+        self._core = self._make_core(opened, time.monotonic())
         self._control = router(self._context, self._runtime.writer)
         self._lanes = router(self._context, self._runtime.lanes)
         self._bulk: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
@@ -94,31 +103,16 @@ class WriterShell:
         self._lane_identities: dict[int, bytes] = {}
         self._said: tuple[bool, str] | None = None
         self._locks_checked = 0.0
+        self._turned = time.monotonic()
+        self._behind_since: float | None = None
 
     # --- setting up -----------------------------------------------------------------------------------------------
 
-    def _make_segment(self) -> Segment:
-        slots = max(1024, min(1 << 18, self._settings.cache_size // _SLOT_BYTES))
-        geometry = layout.Geometry.plan(self._settings.cache_size, slots)
-        epoch = os.urandom(layout.EPOCH_SIZE)
-        for left in segments_of(
-            self._runtime.runtime_id
-        ):  # of a writer that was killed: its ring is not taken over yet
-            unlink(left)
-        segment = Segment.create(segment_name(self._runtime.runtime_id, epoch), geometry.total_size)
-        for slot in range(slots):
-            start = geometry.record_offset(slot)
-            segment.buffer[start : start + layout.RECORD_SIZE] = layout.pack_free(slot)
-        segment.buffer[: layout.PAGE] = layout.pack_header(layout.Header(epoch, 1, geometry))
-        self._geometry, self._epoch = geometry, epoch
-        return segment
-
-    def _make_core(self) -> WriterCore:
+    def _make_core(self, opened: Opened, now: float) -> WriterCore:
         settings = self._settings
-        largest = min(settings.max_object_size, self._geometry.arena_capacity // 4)
         quarantine = Quarantine(max_keys=_QUARANTINED, seconds=_QUARANTINE_SECONDS)
         return WriterCore(
-            ring=Ring(self._geometry, 1, Clock(self._geometry.slots), largest, spill_bytes=settings.spill_size),
+            ring=opened.ring,
             flights=Flights(
                 max_waiting=settings.queue_limit * _WAITERS,
                 upload_seconds=settings.upload_seconds,
@@ -134,13 +128,15 @@ class WriterShell:
             ),
             plans=PlanStore(_PLAN_BYTES),
             metrics=Metrics(),
-            segment=messages.SegmentInfo(self._segment.name, self._epoch, self._geometry.total_size),
+            segment=messages.SegmentInfo(opened.segment.name, opened.epoch, self._geometry.total_size),
             lanes=settings.lanes,
             lease_seconds=settings.lease_seconds,
             task_seconds=settings.task_seconds,
             read=self._read,
-            new_id=lambda: os.urandom(16),
+            new_id=lambda: os.urandom(12),
             inline_bytes=settings.inline_size,
+            awaited=opened.awaited,
+            silent_at=now + _SILENT_SECONDS,
         )
 
     def _read(self, offset: int, length: int) -> bytes:
@@ -188,12 +184,24 @@ class WriterShell:
             ready = dict(poller.poll(self._timeout(now)))
             if _INPUT in ready or wake_r.fileno() in ready:
                 return
+            self._notice_gap(bool(ready))
             self._turn(ready, watched)
 
     def _sockets(self) -> tuple[zmq.Socket[bytes], ...]:
         return self._control, self._bulk, self._tensors, self._lanes, self._lane_tensors, self._supervisor
 
+    def _notice_gap(self, input_ready: bool) -> None:
+        """Notice that this process was stopped: renewals and results have arrived that must count before time does."""
+        now = time.monotonic()
+        if now - self._turned > _CHECK_LOCKS_EVERY + _STARVED_SECONDS:
+            self._behind_since = now
+        elif self._behind_since is not None and (not input_ready or now - self._behind_since > _CATCH_UP_SECONDS):
+            self._behind_since = None
+        self._turned = now
+
     def _timeout(self, now: float) -> int:
+        if self._behind_since is not None:
+            return 0
         wake = min(self._core.wake_at, self._pool.wake_at, self._locks_checked + _CHECK_LOCKS_EVERY)
         if self._outbox:
             wake = min(wake, now + 0.005)
@@ -213,7 +221,7 @@ class WriterShell:
         for fd, number in watched.items():
             if fd in ready:
                 self._lane_exited(number, now)
-        if self._core.wake_at <= now:
+        if self._core.wake_at <= now and self._behind_since is None:
             self._core.tick(now)
             self._carry_out()
         if self._locks_checked + _CHECK_LOCKS_EVERY <= now:
@@ -335,9 +343,10 @@ class WriterShell:
     def _check_locks(self, now: float) -> None:
         """Death is proved by a process lock that has fallen, and by nothing else."""
         self._locks_checked = now
-        for peer in list(self._core.peers.values()):
-            if peer.role in {"frontend", "backend"} and holder(self._runtime.lock_path(peer.role, peer.id)) is None:
-                self._core.peer_gone(peer.role, peer.id, now)
+        readers = {(peer.role, peer.id) for peer in self._core.peers.values() if peer.role in READERS}
+        for role, reader in readers | self._core.awaited:
+            if holder(self._runtime.lock_path(role, reader)) is None:
+                self._core.peer_gone(role, reader, now)
         self._carry_out()
 
     def _supervisor_message(self, frames: list[bytes]) -> None:
@@ -365,6 +374,41 @@ class WriterShell:
                     self._pool.kill(action.lane)
                 case RemoveSegment():
                     unlink(action.name)
+                case ReadersSilent():
+                    self._start_cold(action)
+                    return
+
+    def _start_cold(self, silent: ReadersSilent) -> None:
+        """Go on in a new segment: somebody holds, or held, what cannot be known, and says nothing.
+
+        The old segment stays as it is for those who have mapped it. Where there is no memory for two, everything stays
+        as well: hits are served, and nothing is granted until the silent ones speak or end.
+        """
+        names = ", ".join(f"{role} {reader}" for role, reader in silent.readers)
+        incarnation = self._core.ring.incarnation + 1
+        try:
+            opened = new_ring(self._runtime, self._geometry, self._largest, incarnation, self._settings.spill_size)
+        except StartupError:
+            _log.warning("nothing can be cached until these processes go on or end, and memory is short: %s", names)
+            return
+        _log.warning("the cache starts anew, because these processes do not say what they hold: %s", names)
+        self._pool.stop()
+        self._lane_peers.clear()
+        self._lane_identities.clear()
+        self._remove_spills()
+        previous, core = self._segment, self._core
+        self._segment = opened.segment
+        self._core = self._make_core(opened, time.monotonic())
+        self._core.succeed(core)
+        previous.unlink()
+        previous.close()
+        self._pool = LanePool(self._settings.lanes, self._lane_config, time.monotonic())
+        self._carry_out()
+
+    def _remove_spills(self) -> None:
+        """Remove the names of all spills; no lane may be at work. Who has mapped one reads on."""
+        for spill in self._core.ring.spills:
+            unlink(sibling_name(self._segment.name, spill.epoch))
 
     def _send_frames(self, peer: bytes, frames: list[bytes]) -> None:
         if self._outbox.holds(peer) or not self._try_send(peer, frames):
@@ -425,8 +469,7 @@ class WriterShell:
         for socket in self._sockets():
             socket.close(0)
         self._context.destroy(linger=0)
-        for spill in self._core.ring.spills:
-            unlink(sibling_name(self._segment.name, spill.epoch))
+        self._remove_spills()
         self._segment.unlink()
         self._segment.close()
         for number in range(self._settings.lanes):

@@ -42,7 +42,13 @@ class RemoveSegment(NamedTuple):
     name: str
 
 
-Action: TypeAlias = Send | ToLane | KillLane | RemoveSegment
+class ReadersSilent(NamedTuple):
+    """These readers, as roles and ids, live and have not said what they hold of an earlier writer's segment."""
+
+    readers: tuple[tuple[str, str], ...]
+
+
+Action: TypeAlias = Send | ToLane | KillLane | RemoveSegment | ReadersSilent
 
 #: What a flight ends with: a published entry, tensors that travel inline, a packed plan, or an error.
 Result: TypeAlias = Entry | Transfer | bytes | MmprepError
@@ -62,18 +68,20 @@ class Peer:
     Attributes
     ----------
     name: its connection's identity as text, one to one.
+    instance: the same for all connections of one process under its id.
     connected: false once its connection is gone. Only backends are remembered then, for their leases.
     calls: its offers that have no answer yet, or whose entries are still pinned or transfers still held.
     """
 
-    __slots__ = ("calls", "connected", "id", "identity", "name", "pid", "role")
+    __slots__ = ("calls", "connected", "id", "identity", "instance", "name", "pid", "role")
 
-    def __init__(self, identity: bytes, role: str, peer_id: str, pid: int) -> None:
+    def __init__(self, identity: bytes, hello: messages.Hello) -> None:
         self.identity = identity
         self.name = identity.decode("latin-1")
-        self.role = role
-        self.id = peer_id
-        self.pid = pid
+        self.role = hello.role
+        self.id = hello.id
+        self.pid = hello.pid
+        self.instance = hello.instance
         self.connected = True
         self.calls: dict[int, PendingCall] = {}
 

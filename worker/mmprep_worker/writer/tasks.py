@@ -131,6 +131,8 @@ class Tasks:
         self._new_id = new_id
         self._spill_name = spill_name
         self._out = out
+        #: Nothing may be granted yet, so no lane gets work.
+        self.paused = False
         #: ``{flight_id: (medium, its header, since when it waits for a lane)}``
         self._media: dict[int, tuple[Any, messages.Put, float]] = {}
 
@@ -165,7 +167,7 @@ class Tasks:
 
     def dispatch(self, now: float) -> None:
         """Give idle lanes work."""
-        if not len(self._queue):
+        if self.paused or not len(self._queue):
             return
         for number, lane in enumerate(self.lanes):
             if not lane.idle:
@@ -276,7 +278,7 @@ class Tasks:
     def _in_spill(self, number: int, lane: LaneState, flight: Flight, meta: bytes, tensor_len: int) -> bool:
         if not self._ring.could_spill(len(meta), tensor_len):
             return False
-        epoch = self._new_id()
+        epoch = self._new_id() + self._ring.incarnation.to_bytes(4, "big")
         name = self._spill_name(epoch)
         spill = None if name is None else self._ring.grant_spill(flight.key, meta, tensor_len, epoch)
         if name is None or spill is None:
@@ -421,6 +423,6 @@ class Tasks:
             assert need == "tensors" or not isinstance(lane.grant, Grant), (
                 f"{name} fills the ring for what must be apart"
             )
-        if lane.idle:
+        if lane.idle and not self.paused:
             waiting = [flight for flight in self._flights if flight.state == "queued"]
             assert all(f.cost >= HEAVY_COST and not lane.heavy_allowed for f in waiting), f"{name} is idle beside work"

@@ -1,0 +1,162 @@
+"""What a reader holds, as far as it knows: a pure core of :mod:`mmprep.registration`.
+
+A *life* is one writer's time with one segment: an epoch and an incarnation. A lease is good in the life that granted it.
+When the next writer takes the segment over, it has to be told of every lease, and a lease of an earlier life that it was not
+told of is worth nothing: the content may be there, but nobody keeps it. In another epoch nothing needs to be held: the
+former segment is never written again.
+
+Deadlines count from the moment a request was *sent*, never from when its answer came.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import msgspec
+
+from mmprep.address import lease_incarnation
+from mmprep.wire.messages import Held, LeaseKind
+
+
+class Life(NamedTuple):
+    """One writer's time with one segment."""
+
+    epoch: str
+    incarnation: int
+
+
+class Holding(msgspec.Struct):
+    """One lease; ``deadline`` in the caller's monotonic seconds, ``sure`` where it counts from a moment that is known."""
+
+    slot: int
+    generation: int
+    kind: LeaseKind
+    deadline: float
+    sure: bool
+
+
+class Holdings:
+    """The leases of one reader; ``now`` and ``sent_at`` are monotonic seconds.
+
+    Attributes
+    ----------
+    life: the present one, ``None`` before the first welcome.
+    seconds: how long a lease holds without renewal.
+    """
+
+    def __init__(self) -> None:
+        self.life: Life | None = None
+        self.seconds = 0.0
+        self._held: dict[bytes, Holding] = {}
+        self._lost: set[bytes] = set()
+        self._dropped: deque[bytes] = deque()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def welcomed(self, life: Life, seconds: float) -> tuple[Held, ...]:
+        """A writer has welcomed this reader; return what it has to be told of."""
+        former, self.life, self.seconds = self.life, life, seconds
+        if former is None or former.epoch != life.epoch:
+            self._held.clear()
+            self._lost.clear()
+            self._dropped.clear()
+            return ()
+        gone = set(self._dropped)
+        return tuple(
+            Held(lease, holding.slot, holding.generation, holding.kind)
+            for lease, holding in self._held.items()
+            if lease not in gone
+        )
+
+    def adopt(
+        self,
+        lease: bytes,
+        slot: int,
+        generation: int,
+        kind: LeaseKind,
+        *,
+        epoch: str,
+        sent_at: float,
+        sure: bool = True,
+    ) -> bool:
+        """Keep a lease that an answer granted; return whether it is good.
+
+        Parameters
+        ----------
+        sent_at:
+            When the request was sent that led to it; where that is not known, a guess, and ``sure`` false: the lease is
+            renewed at once.
+
+        One of a later life than the present is: its writer knows it, and will be told again. One of an earlier life that
+        comes only now is not: acquire the content anew.
+        """
+        if self.life is None or self.life.epoch != epoch or lease_incarnation(lease) < self.life.incarnation:
+            return False
+        self._held[lease] = Holding(slot, generation, kind, sent_at + self.seconds, sure)
+        return True
+
+    def drop(self, lease: bytes) -> None:
+        """Release a lease; :meth:`take_dropped` hands it out. May be called at any moment, from any thread."""
+        self._dropped.append(lease)
+
+    def drop_all(self) -> None:
+        """Release every lease."""
+        self._dropped.extend(self._held)
+
+    def take_dropped(self, most: int) -> tuple[bytes, ...]:
+        """Return up to ``most`` leases that the writer is to be told of as released."""
+        taken: list[bytes] = []
+        while self._dropped and len(taken) < most:
+            lease = self._dropped.popleft()
+            self._held.pop(lease, None)
+            self._lost.discard(lease)
+            taken.append(lease)
+        return tuple(taken)
+
+    def due(self, now: float, most: int) -> tuple[bytes, ...]:
+        """Return up to ``most`` leases of which a third of the time has gone."""
+        soon = now + self.seconds * 2 / 3
+        due = []
+        for lease, holding in self._held.items():
+            if holding.deadline < soon or not holding.sure:
+                due.append(lease)
+                if len(due) == most:
+                    break
+        return tuple(due)
+
+    def renewed(self, asked: tuple[bytes, ...], lost: frozenset[bytes], sent_at: float) -> None:
+        """The writer has answered about these leases."""
+        for lease in asked:
+            holding = self._held.get(lease)
+            if lease in lost:
+                self._held.pop(lease, None)
+                if holding is not None:
+                    self._lost.add(lease)
+            elif holding is not None:
+                holding.deadline = max(holding.deadline, sent_at + self.seconds)
+                holding.sure = True
+
+    def changed(self, lease: bytes, kind: LeaseKind) -> None:
+        """The writer has changed a lease's kind."""
+        holding = self._held.get(lease)
+        if holding is not None:
+            holding.kind = kind
+
+    def lost(self, lease: bytes, now: float) -> bool:
+        """Whether the writer has said that the lease is over, or it may have ended by time, which no view does."""
+        holding = self._held.get(lease)
+        late = holding is not None and holding.kind == "copy" and holding.deadline < now
+        return late or lease in self._lost
+
+    def validate(self) -> None:
+        """Check the invariants.
+
+        Raises
+        ------
+        AssertionError
+            One does not hold; the message says which.
+        """
+        assert not self._held.keys() & self._lost, "a lease is held and lost"
+        assert self.life is not None or not self._held, "something is held before the first welcome"
