@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from tests.integration.service import SHM, Service, decode_item, eventually, image, serving, text, user
 
-from mmprep import AsyncClient, Backend, Busy, Client, StaleAddress, TooLarge, embedded
+from mmprep import AsyncClient, Backend, Busy, Client, LeaseLost, StaleAddress, TooLarge, embedded
 from mmprep.items import field_array, region_size
 from mmprep.runtime import RuntimeDir
 from mmprep.segment import segments_of
@@ -142,15 +142,16 @@ def test_an_address_names_no_segment_but_the_ring_and_spills_of_its_runtime_dire
         Client(other.endpoint) as client,
         Backend(service.endpoint) as backend,
     ):
-        (spilled,) = chat(client, picture(1, LARGE))
-        (in_ring,) = chat(client, picture(1))
-        for item in (spilled, in_ring):
+        items = chat(client, picture(1, LARGE), picture(1))
+        addresses = [item.address for item in items]
+        assert addresses[0].segment in spills_of(other)
+        for item in items:
+            item.release()
+        assert addresses[0].segment not in mapped()
+        for address in addresses:
             with pytest.raises(StaleAddress):
-                backend.acquire(item.address)
-        ours = mapped()
-        assert other.status()["segment"] in ours, "the client's"
-        assert spilled.address.segment not in ours
-        del spilled, in_ring
+                backend.acquire(address)
+        assert addresses[0].segment not in mapped()
 
 
 def test_a_ring_full_of_views_goes_on_with_spills_then_inline_then_says_when_to_come_back(is_right):
@@ -217,6 +218,30 @@ def test_spills_of_killed_services_and_writers_are_gone_when_the_next_one_is_rea
             service.kill()
 
 
+def test_what_a_reader_has_of_a_spill_outlives_the_writer_and_the_next_one_makes_another(is_right):
+    large, small = picture(1, LARGE), picture(2)
+    with serving("--cache-size", "1MiB", "--spill-size", "4MiB") as service, Client(service.endpoint) as client:
+        items = chat(client, large, small)
+        before = {item.address.segment for item in items}
+        writer = service.pids()["writer"][0]
+        os.kill(writer, signal.SIGKILL)
+        service.status_when(lambda s: s.get("worker") and s["worker"]["pid"] != writer, "another writer")
+        again = chat(client, large, small)
+        assert [item.cached for item in again] == [False, True]
+        assert items[0].address.segment not in spills_of(service)
+        for held in (items, again):
+            for item, data in zip(held, (large, small), strict=True):
+                assert is_right(item.materialize(), data)
+                with item.view() as arrays:
+                    assert is_right(arrays, data)
+                del arrays
+                item.release()
+        with pytest.raises(LeaseLost):
+            items[0].materialize()
+        assert not (mapped() & before) - {service.status()["segment"]}
+        service.quiet()
+
+
 # --- inline -----------------------------------------------------------------------------------------------------------
 
 
@@ -254,7 +279,7 @@ def test_what_has_no_segment_travels_inline_where_addresses_were_asked_for_and_i
         assert service.metrics()["mmprep_inline_total"] == 4
 
 
-def test_everyone_who_waits_for_the_same_large_picture_gets_it_inline_while_the_budget_holds_one(is_right):
+def test_many_who_ask_for_the_same_large_picture_at_once_all_get_it_inline(is_right):
     large = picture(1, LARGE)
 
     async def ask(endpoint):
@@ -262,10 +287,11 @@ def test_everyone_who_waits_for_the_same_large_picture_gets_it_inline_while_the_
             calls = [client.chat(user(raw(large)), payload=payload) for payload in ("shm", "tensors") * 6]
             return [result.items["image"][0] for result in await asyncio.gather(*calls)]
 
-    with serving("--cache-size", "1MiB", "--spill-size", "0", "--inline-size", "3MiB") as service:
+    with serving("--cache-size", "1MiB", "--spill-size", "0", "--inline-size", "32MiB") as service:
         items = asyncio.run(ask(service.endpoint))
         assert all(is_right(item.materialize(), large) for item in items)
-        assert service.quiet()["inline"]["sent"] < len(items), "it was computed for each of them"
+        assert [item.address for item in items] == [None] * 12
+        assert 1 <= service.quiet()["inline"]["sent"] <= 12
 
 
 def test_where_the_machine_has_no_memory_for_a_spill_the_picture_travels(is_right):
