@@ -65,10 +65,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--slow"):
+    # `-m slow` asks for them, too.
+    if not config.getoption("--slow") and "slow" not in config.option.markexpr:
         for item in items:
             if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="takes long; give --slow"))
+                item.add_marker(pytest.mark.skip(reason="takes long; give --slow, or -m slow for nothing else"))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -17,11 +17,11 @@ import msgspec
 import zmq
 
 import mmprep
-from mmprep import layout
+from mmprep import failpoints, layout
 from mmprep.card import ModelCard
-from mmprep.errors import DeadlineExceeded, MmprepError, ServiceUnavailable, StaleAddress
+from mmprep.errors import DeadlineExceeded, MmprepError, NotFound, ServiceUnavailable, StaleAddress
 from mmprep.holdings import Life
-from mmprep.process_lock import ProcessLock
+from mmprep.process_lock import ProcessLock, holder
 from mmprep.registration import Mapping, WriterLostError
 from mmprep.runtime import RuntimeDir
 from mmprep.wire import messages
@@ -40,6 +40,8 @@ _CALL_SECONDS = 10.0
 _FIRST_CALL = 1 << 47
 _REPLACED = "the worker was replaced while the answer was written; try again"
 _REFUSED = "the preprocessing worker has refused a message of this frontend"
+#: Seconds until a writer that does not know a living backend is asked again.
+_REGISTERS_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,9 @@ class Offered:
     def release(self) -> None:
         """Let go; again is no error."""
         self._tensors.close()
+        failpoints.reach("frontend.unpin.before")
         self._link.unpin(self._token)
+        failpoints.reach("frontend.unpin.after")
 
     def give_back(self) -> None:
         """Let go, also of leases: the answer will not reach anybody."""
@@ -186,6 +190,7 @@ class WriterLink:
         self.mapping: Mapping | None = None
         self._id = str(index)
         self._instance = os.urandom(8)
+        self._runtime = runtime
         self._hasher = hasher
         self._on_card = on_card
         self._offers = Offers()
@@ -250,7 +255,8 @@ class WriterLink:
         priority:
             Lower is more urgent.
         lease:
-            Where the places are to be leased to a backend; else they are pinned until the answer is released.
+            Where the places are to be leased to a backend; else they are pinned until the answer is released. A new
+            writer may hear of the offer before it hears of the backend: one whose process lives is waited for.
 
         Raises
         ------
@@ -260,29 +266,41 @@ class WriterLink:
         loop = asyncio.get_running_loop()
         offered = tuple(messages.Offered(i.key, i.modality, i.cost, len(i.medium)) for i in items)
         terms = Terms(offered, need, priority, lease, deadline)
-        for resends_left in reversed(range(MOST_RESENDS + 1)):
-            token, actions = self._offers.offer(terms, loop.time())
+        resends_left = MOST_RESENDS
+        while True:
             try:
-                async with asyncio.timeout_at(deadline):
-                    answer = await self._answer(token, items, actions)
-                    try:
-                        await answer.fetch(self._tensors)
-                    except BaseException:
-                        answer.give_back()
-                        raise
-                    return answer
-            except TimeoutError:
-                raise DeadlineExceeded("the request's time was over before its media were processed") from None
+                return await self._offer_once(items, terms)
             except TensorsLostError:
                 if not resends_left:
                     raise
-        raise AssertionError
+                resends_left -= 1
+            except NotFound:
+                if lease is None or holder(self._runtime.lock_path("backend", lease.backend)) is None:
+                    raise
+                # It lives, and this writer is too young to know it.
+                await asyncio.sleep(min(_REGISTERS_SECONDS, max(0.0, deadline - loop.time())))
 
-    async def _answer(self, token: int, items: Sequence[OfferItem], actions: list[Action]) -> Offered:
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    async def _offer_once(self, items: Sequence[OfferItem], terms: Terms) -> Offered:
+        try:
+            async with asyncio.timeout_at(terms.deadline):
+                offered = await self._answer(items, terms)
+                try:
+                    await offered.fetch(self._tensors)
+                except BaseException:
+                    offered.give_back()
+                    raise
+                return offered
+        except TimeoutError:
+            raise DeadlineExceeded("the request's time was over before its media were processed") from None
+
+    async def _answer(self, items: Sequence[OfferItem], terms: Terms) -> Offered:
+        loop = asyncio.get_running_loop()
+        token, actions = self._offers.offer(terms, loop.time())
+        future: asyncio.Future[Any] = loop.create_future()
         self._waiting[token] = items, future
         try:
             self._carry_out(actions)
+            failpoints.reach("frontend.offer.sent")
             answer, answers = await future
         except BaseException:
             self._carry_out(self._offers.cancel(token))
@@ -344,6 +362,7 @@ class WriterLink:
             case messages.Answer():
                 self._answered(message, frames[1:])
             case messages.Wants():
+                failpoints.reach("frontend.wants.received")
                 self._carry_out(self._offers.wanted(message))
             case messages.Failed():
                 self._calls.resolve(message.call, message.fault.error())
@@ -360,6 +379,7 @@ class WriterLink:
                 pass
 
     def _answered(self, answer: messages.Answer, frames: list[bytes]) -> None:
+        failpoints.reach("frontend.answer.received")
         try:
             items: list[messages.ItemAnswer] = [unpack(frame, messages.ItemAnswer) for frame in frames]
         except MmprepError as error:
@@ -407,6 +427,7 @@ class WriterLink:
         header = messages.Put(self._id, put.flight, self._hasher, item.digest, item.options)
         try:
             self._bulk.send([pack(header), item.medium])
+            failpoints.reach("frontend.put.sent")
         except MmprepError as error:
             self._settle(Settle(put.token, error))
 

@@ -28,10 +28,15 @@ from mmprep_frontend.service import RenderedChat, RenderedItem, Service
 _log = logging.getLogger("mmprep.native")
 
 _OUTBOX_BYTES = 1 << 30
+#: Clients that may wait for their welcome; more have to come again.
+_MOST_WAITING = 4096
 
 
 class NativeDoor:
     """Serves clients of one socket.
+
+    A client is welcomed once requests are taken, and turns to other frontends until then: one that has just been started
+    again would else be the one with the fewest calls, and refuse them all.
 
     Parameters
     ----------
@@ -56,12 +61,21 @@ class NativeDoor:
         self._max_frame = max_body_size
         self._refusal = refusal
         self._tasks: dict[tuple[bytes, int], asyncio.Task[None]] = {}
+        self._open = False
+        self._waiting: list[bytes] = []
         self._pump = Pump(
             router(context, endpoint, frame_limit=max_body_size),
             self._on_message,
             outbox_bytes=_OUTBOX_BYTES,
             copy=False,
         )
+
+    def open(self) -> None:
+        """Requests are taken from now on."""
+        self._open = True
+        for peer in self._waiting:
+            self._welcome(peer)
+        self._waiting.clear()
 
     async def close(self, seconds: float) -> None:
         """Let what is under way end, for at most ``seconds``, then close."""
@@ -96,6 +110,14 @@ class NativeDoor:
             raise ProtocolError(
                 f"this service speaks protocol {PROTOCOL}, the client {hello.protocol}; use one version"
             )
+        if self._open:
+            self._welcome(peer)
+        elif len(self._waiting) < _MOST_WAITING:
+            self._waiting.append(peer)
+        else:
+            raise ProtocolError("too many clients wait for this service to start; connect again later")
+
+    def _welcome(self, peer: bytes) -> None:
         self._send(peer, messages.FrontendWelcome(PROTOCOL, mmprep.__version__, self._max_frame))
 
     def _start(self, peer: bytes, request: messages.Request, frames: list[memoryview]) -> None:

@@ -57,6 +57,7 @@ class Frontend:
         self._reason: str | None = "the model is being loaded"
         self._stop = asyncio.Event()
         self._loading: asyncio.Task[None] | None = None
+        self._native: NativeDoor | None = None
         hasher = Hasher(settings.hash)  # type: ignore[arg-type]
         policy = UrlPolicy(settings.allowed_media_domains, settings.allow_private_networks)
         self._fetcher = Fetcher(policy, max_bytes=settings.max_media_size, timeout=settings.fetch_timeout)
@@ -94,13 +95,15 @@ class Frontend:
         )
         app = make_app(door, version=mmprep.__version__, max_body=self._settings.max_body_size)
         http = await serve_http(app, self._settings.host, self._settings.port)
-        native = NativeDoor(
+        native = self._native = NativeDoor(
             self._context,
             self._runtime.frontend(self._settings.index),
             self._service,
             max_body_size=self._settings.max_body_size,
             refusal=self._refusal,
         )
+        if self._reason is None:
+            native.open()
         try:
             await self._stop.wait()
         finally:
@@ -150,6 +153,8 @@ class Frontend:
             return
         self._service.model = model
         self._reason = None
+        if self._native is not None:
+            self._native.open()
         self._supervisor.say(messages.StateChange(True, ""))
 
     def _report(self) -> ProcessReport:

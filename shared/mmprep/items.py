@@ -174,11 +174,12 @@ def unpack_meta(blob: bytes) -> ItemMeta:
         The bytes are no valid metadata.
     """
     try:
+        msgspec.msgpack.decode(blob, type=msgspec.Raw)  # for the reason in mmprep.wire.codec
         plain = msgpack.unpackb(blob, use_list=True, strict_map_key=True)
         meta = msgspec.convert(plain, ItemMeta, builtin_types=(bytes,))
         for spec in meta.fields:
             storage_dtype(spec.dtype)
-    except (msgspec.ValidationError, msgpack.UnpackException, ValueError) as error:
+    except (msgspec.DecodeError, msgpack.UnpackException, ValueError, RecursionError) as error:
         raise ValueError(f"not an item's metadata: {error}") from None
     return meta
 

@@ -25,7 +25,7 @@ import msgspec
 import zmq
 
 import mmprep
-from mmprep import layout
+from mmprep import failpoints, layout
 from mmprep.address import Address, check_against, check_record, is_in_spill
 from mmprep.errors import InvalidRequest, LeaseLost, MmprepError, ProtocolError, ServiceUnavailable, StaleAddress
 from mmprep.holdings import Holdings, Life
@@ -83,6 +83,7 @@ class Mapping:
         check_against(address, segment=self.name, epoch=self.epoch, geometry=self.geometry)
         start = self.geometry.record_offset(address.slot)
         check_record(address, bytes(self.segment.buffer[start : start + layout.RECORD_SIZE]), self.geometry)
+        failpoints.reach("backend.mapped")
 
     def extent(self, address: Address) -> memoryview:
         """Return the extent's bytes as they lie there; read-only, not copied."""
@@ -221,6 +222,7 @@ class Registration:
         sent_at:
             When the request was sent whose answer granted the lease, by ``time.monotonic``; ``None`` where nobody knows.
         """
+        failpoints.reach("backend.lease.received")
         assert address.lease is not None
         frozen = self._former.get(address.epoch)
         if frozen is not None:
@@ -330,11 +332,12 @@ class Registration:
     # --- behind the scenes ----------------------------------------------------------------------------------------
 
     async def _until(self, condition: Callable[[], bool]) -> None:
-        """Wait for ``condition``; raises the writer's refusal, and InvalidRequest where this is closed meanwhile."""
+        """Wait for ``condition``; raises a refusal that comes meanwhile, and InvalidRequest where this is closed."""
+        former = self._refusal
         while not condition():
             if self._closed:
                 raise InvalidRequest("this client is closed")
-            if self._refusal is not None:
+            if self._refusal is not former and self._refusal is not None:
                 raise self._refusal
             self._changed.clear()
             await self._changed.wait()
@@ -378,7 +381,9 @@ class Registration:
                 batch = self._holdings.take_dropped(_BATCH)
             if not batch:
                 return
+            failpoints.reach("backend.release.before")
             self._link.send([pack(messages.Release(0, batch))])
+            failpoints.reach("backend.release.after")
 
     def _greeting(self) -> list[bytes]:
         hello = messages.Hello(PROTOCOL, mmprep.__version__, "backend", self.id, os.getpid(), self._instance)

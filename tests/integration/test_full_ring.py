@@ -218,6 +218,18 @@ def test_spills_of_killed_services_and_writers_are_gone_when_the_next_one_is_rea
             service.kill()
 
 
+def test_a_lane_that_dies_over_a_spill_leaves_no_segment_and_its_picture_is_made_again(is_right, tmp_path):
+    env = {"MMPREP_FAILPOINTS": f"lane.fill.middle=once:{tmp_path / 'died'},kill"}
+    options = ("--cache-size", "1MiB", "--spill-size", "4MiB")
+    with serving(*options, env=env) as service, Client(service.endpoint) as client:
+        (item,) = chat(client, picture(1, LARGE))
+        assert (tmp_path / "died").exists()
+        assert is_right(item.materialize(), picture(1, LARGE))
+        assert spills_of(service) == {item.address.segment}
+        item.release()
+        service.quiet()
+
+
 def test_what_a_reader_has_of_a_spill_outlives_the_writer_and_the_next_one_makes_another(is_right):
     large, small = picture(1, LARGE), picture(2)
     with serving("--cache-size", "1MiB", "--spill-size", "4MiB") as service, Client(service.endpoint) as client:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from tests.machines import at_length
 
 from mmprep import errors
 from mmprep_worker.scheduling.admission import (
@@ -125,7 +126,9 @@ class QuarantineMachine(RuleBasedStateMachine):
 AdmissionMachine.TestCase.settings = SETTINGS
 QuarantineMachine.TestCase.settings = SETTINGS
 TestAdmissionMachine = AdmissionMachine.TestCase
+TestAdmissionMachineAtLength = at_length(AdmissionMachine)
 TestQuarantineMachine = QuarantineMachine.TestCase
+TestQuarantineMachineAtLength = at_length(QuarantineMachine)
 
 
 def test_a_refused_caller_is_told_to_wait_about_as_long_as_the_work_in_excess_takes():

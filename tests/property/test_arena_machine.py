@@ -3,6 +3,7 @@
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from tests.machines import at_length
 
 from mmprep.arena import Arena, Verdict
 
@@ -131,3 +132,4 @@ TestArenaMachine.settings = settings(
     suppress_health_check=[HealthCheck.too_slow],
     print_blob=True,
 )
+TestArenaMachineAtLength = at_length(ArenaMachine)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from tests.machines import at_length
 
 from mmprep import errors
 from mmprep_worker.scheduling.queue import Entry, FairQueue
@@ -108,6 +109,7 @@ class FairQueueMachine(RuleBasedStateMachine):
 
 FairQueueMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None, database=None)
 TestFairQueueMachine = FairQueueMachine.TestCase
+TestFairQueueMachineAtLength = at_length(FairQueueMachine)
 
 
 @settings(max_examples=50, deadline=None, database=None)

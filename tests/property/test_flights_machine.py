@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from tests.machines import at_length
 
 from mmprep import errors
 from mmprep_worker.scheduling.admission import STRIKES, Quarantine
@@ -309,3 +310,4 @@ class FlightsMachine(RuleBasedStateMachine):
 
 FlightsMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None, database=None)
 TestFlightsMachine = FlightsMachine.TestCase
+TestFlightsMachineAtLength = at_length(FlightsMachine)

@@ -3,6 +3,7 @@
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from tests.machines import at_length
 
 from mmprep_worker.ring.leases import Leases, Overdue
 
@@ -131,3 +132,4 @@ TestLeasesMachine.settings = settings(
     suppress_health_check=[HealthCheck.too_slow],
     print_blob=True,
 )
+TestLeasesMachineAtLength = at_length(LeasesMachine)

@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from tests.machines import at_length
 
 from mmprep.errors import Busy
 from mmprep.wire.outbox import Outbox
@@ -72,3 +73,4 @@ class OutboxMachine(RuleBasedStateMachine):
 
 OutboxMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestOutboxMachine = OutboxMachine.TestCase
+TestOutboxMachineAtLength = at_length(OutboxMachine)

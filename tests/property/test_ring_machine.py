@@ -11,6 +11,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from tests.machines import at_length
 
 from mmprep.errors import Busy, StaleAddress, TooLarge
 from mmprep.layout import RECORD_SIZE, Geometry, State, pack_free, unpack_record
@@ -439,3 +440,4 @@ TestRingMachine.settings = settings(
     suppress_health_check=[HealthCheck.too_slow],
     print_blob=True,
 )
+TestRingMachineAtLength = at_length(RingMachine)

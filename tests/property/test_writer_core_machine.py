@@ -446,7 +446,7 @@ class WriterCoreMachine(RuleBasedStateMachine):
     @rule()
     def there_is_no_memory_for_another_segment(self):
         for number, lane in enumerate(self.lanes):
-            if isinstance(lane.granted, messages.GrantedSpill):
+            if isinstance(lane.granted, messages.GrantedSpill) and not lane.killed:  # nothing counts that those say
                 lane.granted = None
                 self.from_lane(number, messages.NoSpill(lane.task.task))
 

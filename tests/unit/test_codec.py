@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from typing import get_args
 
 import msgpack
@@ -234,3 +235,14 @@ def test_an_error_says_where_the_fault_is_and_shows_no_content():
 
 def test_a_frame_may_be_a_view_of_memory():
     assert unpack(memoryview(pack(messages.Cancel(7))), messages.ToWriter) == messages.Cancel(7)
+
+
+@pytest.mark.parametrize("depth", [10, 500, 1000, 5000])
+def test_a_frame_that_claims_more_than_it_has_takes_no_memory_for_it(depth):
+    frame = b"\xdc\x40\x00" * depth  # lists of 16384, each the first element of the one around it
+    tracemalloc.start()
+    try:
+        refused(frame)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

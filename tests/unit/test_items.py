@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import msgpack
 import msgspec
 import numpy as np
@@ -192,3 +194,15 @@ def test_a_field_of_unknown_dtype_has_no_size():
     spec = FieldSpec("x", "float64", (1,), "flat", False, 0)
     with pytest.raises(ValueError, match="float64"):
         _ = spec.nbytes
+
+
+def test_metadata_that_claim_more_than_they_have_take_no_memory_for_it():
+    blob = b"\xdd\x00\x00\xf0\x00" * 1000
+    blob += bytes(0xF000 - len(blob))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="metadata"):
+            unpack_meta(blob)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

@@ -13,6 +13,8 @@ WRONG = {
     "frontends": ["0", "257", "two"],
     "lanes": ["-1", "257", "all"],
     "cache-size": ["lots", "1kB", "1023KiB", "65TiB", "-1GiB", "1K", "nan", ""],
+    "lane-memory": ["63MiB", "2TiB", "much", ""],
+    "task-timeout": ["99ms", "2d", "soon"],
     "max-object-size": ["lots", "4095", "257MiB", "-1"],
     "spill-size": ["half", "-1", "65TiB"],
     "inline-size": ["lots", "-1MiB", "65TiB", ""],
@@ -64,6 +66,7 @@ def test_without_anything_the_defaults_are_those_of_the_interface():
     assert (options.tensor_dtype, options.hash, options.log_level) == ("auto", "blake3", "warning")
     assert (options.lease_seconds, options.request_timeout, options.drain_timeout) == (30.0, 60.0, 10.0)
     assert options.max_media_size == 256 << 20
+    assert (options.lane_memory, options.task_timeout) == (4 << 30, 25.0)
     assert options.served_model_name == "mmprep-demo"
     assert options.lanes >= 2
     assert options.allowed_media_domains == ()

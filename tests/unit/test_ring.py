@@ -471,6 +471,22 @@ def test_a_restart_drops_damaged_overlapping_and_future_records():
     ring.validate()
 
 
+@pytest.mark.parametrize("keys", [(7, 7), (7, 8)])
+@pytest.mark.parametrize("other", [State.GRANTED, State.READY, State.RETIRED])
+def test_a_restart_drops_records_of_one_generation(keys, other):
+    ring = new_ring(incarnation=2)
+    base = ring.geometry.arena_offset
+    records = [
+        pack_record(Record(State.READY, 0, generation(1, 5), base, 0, 64, key(keys[0]))),
+        pack_record(Record(other, 1, generation(1, 5), base + 64, 0, 64, key(keys[1]))),
+        pack_record(Record(State.READY, 2, generation(1, 4), base + 128, 0, 64, key(9))),
+    ]
+    records += [pack_free(slot) for slot in range(len(records), 16)]
+    assert ring.restore(b"".join(records)) == 1, "a generation is never used twice, so both are damaged"
+    ring.validate()
+    assert found(ring, 7, 8, 9) == [9]
+
+
 def test_a_directory_of_another_size_is_refused():
     with pytest.raises(ValueError, match="16 slots has 2048 bytes"):
         new_ring().restore(bytes(100))

@@ -7,7 +7,7 @@ from itertools import count
 import msgspec
 import pytest
 
-from mmprep.layout import Geometry
+from mmprep.layout import RECORD_SIZE, Geometry
 from mmprep.metrics import Metrics
 from mmprep.wire import messages
 from mmprep.wire.codec import CONTROL_LIMIT, PROTOCOL, unpack
@@ -18,12 +18,12 @@ from mmprep_worker.scheduling.flights import Flights
 from mmprep_worker.scheduling.queue import FairQueue
 from mmprep_worker.writer.core import WriterCore
 from mmprep_worker.writer.plans import PlanStore
-from mmprep_worker.writer.state import KillLane, RemoveSegment, Send, ToLane
+from mmprep_worker.writer.state import KillLane, ReadersSilent, RemoveSegment, Send, ToLane
 from mmprep_worker.writer.tasks import HEAVY_COST, MAX_METADATA
 
 GEOMETRY = Geometry.plan(16 * 4096, 64)
 QUARTER = GEOMETRY.arena_capacity // 4
-LEASE_SECONDS, TASK_SECONDS, UPLOAD_SECONDS, QUARANTINE_SECONDS = 30.0, 60.0, 5.0, 60.0
+LEASE_SECONDS, TASK_SECONDS, UPLOAD_SECONDS, QUARANTINE_SECONDS = 30.0, 60.0, 5.0, 180.0
 A, B, C = (bytes([n]) * 32 for n in range(3))
 META = b"metadata"
 
@@ -32,14 +32,21 @@ class World:
     """A core with lanes, frontends ``f0`` and ``f1`` and backend ``engine``; it keeps what was sent to each."""
 
     def __init__(
-        self, *, lanes: int = 2, max_items: int = 8, warm: bool = True, spill: int = 0, inline: int = 0
+        self,
+        *,
+        lanes: int = 2,
+        max_items: int = 8,
+        warm: bool = True,
+        spill: int = 0,
+        inline: int = 0,
+        **taken_over,
     ) -> None:
         self.memory = bytearray(GEOMETRY.total_size)
         self.now = 0.0
         self.ids = count(1)
         quarantine = Quarantine(max_keys=8, seconds=QUARANTINE_SECONDS)
         self.core = WriterCore(
-            ring=Ring(GEOMETRY, 1, Clock(GEOMETRY.slots), QUARTER, spill_bytes=spill),
+            ring=taken_over.pop("ring", None) or Ring(GEOMETRY, 1, Clock(GEOMETRY.slots), QUARTER, spill_bytes=spill),
             flights=Flights(max_waiting=64, upload_seconds=UPLOAD_SECONDS, quarantine=quarantine),
             queue=FairQueue(max_items=max_items, max_bytes=10_000),
             admission=Admission(max_items=max_items, max_bytes=10_000, max_items_per_client=max_items),
@@ -53,6 +60,7 @@ class World:
             read=lambda offset, length: bytes(self.memory[offset : offset + length]),
             new_id=lambda: next(self.ids).to_bytes(12, "little"),
             inline_bytes=inline,
+            **taken_over,
         )
         self.segments: set[str] = set()
         self.granted_spills: dict[int, messages.GrantedSpill] = {}
@@ -62,6 +70,7 @@ class World:
         self.granted: dict[int, messages.Granted] = {}
         self.killed: list[int] = []
         self.denied: set[int] = set()
+        self.silent: list[tuple[tuple[str, str], ...]] = []
         for name in ("f0", "f1"):
             self.hello(name, "frontend")
         self.hello("engine", "backend")
@@ -157,30 +166,39 @@ class World:
         self.carry_out()
 
     def carry_out(self):
-        self.core.ring.take_writes()
+        for slot, record in self.core.ring.take_writes():
+            start = GEOMETRY.record_offset(slot)
+            self.memory[start : start + RECORD_SIZE] = record
         for action in self.core.take_actions():
             match action:
                 case Send():
                     self.inbox.setdefault(action.peer.decode("latin-1"), []).append(action)
-                case ToLane(number, messages.Task() as task, medium):
-                    self.denied.discard(number)
-                    assert medium == f"medium of {task.task}"
-                    self.tasks[number] = task
-                case ToLane(number, messages.Granted() as granted):
-                    self.granted[number] = granted
-                case ToLane(number, messages.GrantedSpill() as granted):
-                    self.granted_spills[number] = granted
-                    self.segments.add(granted.name)
-                case ToLane(number, messages.GrantedInline()):
-                    self.granted_inline.add(number)
-                case ToLane(number, messages.Denied()):
-                    self.tasks.pop(number)
-                    self.denied.add(number)
+                case ToLane():
+                    self.lane_hears(*action)
                 case RemoveSegment(name):
                     self.segments.remove(name)
                 case KillLane(number):
                     self.killed.append(number)
+                case ReadersSilent(readers):
+                    self.silent.append(readers)
         self.core.validate()
+
+    def lane_hears(self, number, message, medium):
+        match message:
+            case messages.Task():
+                self.denied.discard(number)
+                assert medium == f"medium of {message.task}"
+                self.tasks[number] = message
+            case messages.Granted():
+                self.granted[number] = message
+            case messages.GrantedSpill():
+                self.granted_spills[number] = message
+                self.segments.add(message.name)
+            case messages.GrantedInline():
+                self.granted_inline.add(number)
+            case messages.Denied():
+                self.tasks.pop(number)
+                self.denied.add(number)
 
     def got(self, name, kind, call=None):
         sent = [send for send in self.inbox.get(name, []) if isinstance(send.message, kind)]
@@ -614,6 +632,87 @@ def test_an_item_whose_lane_died_is_tried_once_more_and_then_quarantined(world):
     assert world.wants("f1", 2)
 
 
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        ("crash", "the process that decoded it crashed"),
+        ("hang", "it took longer than 60 seconds"),
+        ("garbage", "the process that decoded it gave a wrong answer"),
+        ("nonsense", "the process that decoded it gave a wrong answer"),
+    ],
+)
+def test_the_error_of_an_item_in_quarantine_says_what_happened_to_its_lane(world, end, words):
+    world.offer("f0", 1, A, seconds=1000)
+    world.put("f0", 1)
+    for _ in range(2):
+        number = world.lane_of(1)
+        if end == "hang":
+            world.tick(TASK_SECONDS)
+        elif end == "garbage":
+            world.lane(number, messages.Filled(1, 1, 1))
+        elif end == "nonsense":
+            world.core.lane_broke_protocol(number)
+            world.carry_out()
+        assert world.killed.count(number) == (end != "crash")
+        world.killed.clear()
+        world.die(number)
+    (answer,) = world.answer("f0", 1)
+    assert answer.fault.error().code == 422
+    assert "2 times" in answer.fault.message
+    assert words in answer.fault.message
+    world.offer("f1", 1, A)
+    assert words in world.answer("f1", 1)[0].fault.message
+
+
+def test_clearing_the_cache_ends_quarantine(world):
+    world.offer("f0", 1, A)
+    world.put("f0", 1)
+    world.die(world.lane_of(1))
+    world.die(world.lane_of(1))
+    world.offer("f0", 2, A)
+    assert world.outcomes("f0", 2) == ["failed"]
+    world.say("f0", messages.Clear(3))
+    assert world.compute("f0", 4, A)[0].outcome == "computed"
+
+
+@pytest.mark.parametrize("why", ["its time is over", "it broke the protocol"])
+@pytest.mark.parametrize("last_words", ["filled", "failed"])
+def test_what_a_lane_was_granted_stays_its_until_its_exit_whatever_it_says_after_it_was_given_up(
+    world, why, last_words
+):
+    world.offer("f0", 1, A, seconds=1000)
+    world.put("f0", 1)
+    number = world.lane_of(1)
+    world.lane(number, messages.AskExtent(1, 100), META)
+    held = world.granted[number]
+    if why == "its time is over":
+        world.tick(TASK_SECONDS)
+    else:
+        world.lane(number, messages.AskExtent(1, 100), META)
+    assert world.killed == [number]
+    if last_words == "filled":
+        world.lane(number, messages.Filled(1, 1, 1))
+    else:
+        world.lane(number, messages.TaskFailed(1, messages.Fault.of(error("DecodeError"))))
+    filling = world.core.ring.stats().filling
+    assert filling > 0
+    assert world.answer("f0", 1) is None
+    for call in range(2, 40):  # the whole ring goes by
+        world.offer("f1", call, bytes([call]) * 32)
+        (want,) = world.wants("f1", call)
+        world.put("f1", want.flight)
+        world.fill(want.flight, length=4000)
+        (answer,) = world.answer("f1", call)
+        assert answer.offset + answer.length <= held.offset or held.offset + held.length <= answer.offset
+        world.say("f1", messages.Unpin(call))
+    assert world.core.ring.stats().evictions
+    assert world.core.ring.stats().filling == filling
+    world.die(number)
+    assert not world.core.ring.stats().filling
+    world.fill(1)
+    assert world.outcomes("f0", 1) == ["computed"]
+
+
 def test_items_in_quarantine_do_not_count_against_the_room_for_the_others():
     world = World(max_items=1)
     world.offer("f0", 1, A)
@@ -818,6 +917,23 @@ def test_a_backends_death_frees_its_spills():
     world.carry_out()
     assert not world.segments
     assert world.core.ring.stats().free == GEOMETRY.arena_capacity
+
+
+def test_a_backend_that_asserts_the_lease_of_a_spill_again_keeps_it():
+    world = full(spill=SPILL)
+    ask(world, 10, A, 100, lease="engine")
+    (answer,) = world.answer("f0", 10)
+    held = messages.Held(answer.lease, answer.slot, answer.generation, "copy")
+    other = messages.Held(bytes(16), answer.slot, answer.generation + 1, "copy")
+    world.say("engine", messages.Reassert(1, (held, other), True))
+    assert world.got("engine", messages.Renewed, 1)[0].message.lost == (bytes(16),)
+    assert world.core.ring.leases.get(answer.lease).kind == "copy"
+
+
+def test_an_absurd_length_is_too_large_and_nothing_worse():
+    world = World(spill=SPILL, inline=1000)
+    assert ask(world, 1, A, 1 << 48) == "nowhere"
+    assert world.answer("f0", 1)[0].fault.kind == "TooLarge"
 
 
 @pytest.mark.parametrize("end", ["dies", "fails", "has no memory"])

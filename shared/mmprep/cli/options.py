@@ -135,6 +135,8 @@ OPTIONS = (
     Option("port", _whole(0, 65535), "8790", "port to listen on; 0: a free one"),
     Option("frontends", _whole(1, 256), "2", "frontend processes, which share the port"),
     Option("lanes", _whole(0, 256), "0", "processes that decode; 0: one a core, at least 2"),
+    Option("lane-memory", _size("64MiB", "1TiB"), "4GiB", "memory that one lane may use, without the cache"),
+    Option("task-timeout", _duration("100ms", "1d"), "25s", "longest time for one medium in a lane"),
     Option("cache-size", _size("1MiB", "64TiB"), "1GiB", "shared memory for processed items"),
     Option("max-object-size", _text, "", "largest item in the ring; default, and most: a quarter of it"),
     Option("spill-size", _optional_size("0", "64TiB"), "", "more of it for what finds no room; default: half as much"),

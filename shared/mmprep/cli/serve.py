@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 
-from mmprep import __version__
+from mmprep import __version__, failpoints
 from mmprep.cli.options import parser, resolve
 from mmprep.runtime import RuntimeDir
 from mmprep.sizes import format_size
@@ -20,6 +20,12 @@ def run(arguments: list[str]) -> int:
     parsed = made.parse_args(arguments)
     options = resolve(parsed, parsed.model)
     logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if failpoints.check():
+        print(
+            f"mmprep: {failpoints.VARIABLE} is set: this service breaks on purpose, where it says so",
+            file=sys.stderr,
+            flush=True,
+        )
     started = time.monotonic()
     print(
         f"mmprep {__version__}: starting {options.frontends} frontends, {options.lanes} lanes and a ring of "

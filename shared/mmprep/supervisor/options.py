@@ -19,6 +19,8 @@ class ServeOptions(msgspec.Struct, frozen=True):
     port: int
     frontends: int
     lanes: int
+    lane_memory: int
+    task_timeout: float
     cache_size: int
     max_object_size: int
     spill_size: int
@@ -60,8 +62,8 @@ class ServeOptions(msgspec.Struct, frozen=True):
             queue_bytes=max(self.max_media_size, 1 << 30),
             lease_seconds=self.lease_seconds,
             upload_seconds=5.0,
-            task_seconds=60.0,
-            lane_memory=4 << 30,
+            task_seconds=self.task_timeout,
+            lane_memory=self.lane_memory,
             log_level=self.log_level,
         )
 

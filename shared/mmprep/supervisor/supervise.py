@@ -33,7 +33,7 @@ _log = logging.getLogger("mmprep.supervisor")
 CANNOT_START = 78
 
 _ORPHANS_SECONDS = 5.0
-_LONGEST_DELAY = 5.0
+_LONGEST_DELAY = 2.0
 _AFTER_DRAIN = 5.0
 #: Seconds between two looks for what is still under way while the service drains.
 _LOOK_AGAIN = 0.05
@@ -115,7 +115,8 @@ class Supervisor:
         self._desk.gone(role, number or "0")
         if self._stopping.is_set():
             return
-        if child.status == CANNOT_START:
+        # What once could start is tried again: whatever it lacks now, as room in /dev/shm, may come back.
+        if child.status == CANNOT_START and not self._announced:
             self._fail(f"the {role} could not start; its message stands above")
             return
         _log.warning("%s (pid %d) ended with status %s and is replaced", child.name, child.pid, child.status)

@@ -91,6 +91,8 @@ def unpack(frame: bytes | memoryview, kind: Any, *, limit: int = CONTROL_LIMIT) 
     if len(frame) > limit:
         raise ProtocolError(f"a frame of {len(frame)} bytes is above the limit of {limit}")
     try:
+        # msgpack makes room for as many elements as a header claims, at every level; this makes sure that they are there.
+        msgspec.msgpack.decode(frame, type=msgspec.Raw)
         plain = msgpack.unpackb(
             frame,
             use_list=True,
@@ -104,5 +106,5 @@ def unpack(frame: bytes | memoryview, kind: Any, *, limit: int = CONTROL_LIMIT) 
         return msgspec.convert(plain, _member(kind, plain), builtin_types=(bytes,))
     except msgspec.ValidationError as error:
         raise ProtocolError(f"a message does not fit its schema: {error}") from None
-    except (msgpack.UnpackException, ValueError, RecursionError, TypeError) as error:
+    except (msgspec.DecodeError, msgpack.UnpackException, ValueError, RecursionError, TypeError) as error:
         raise ProtocolError(f"a frame is not valid MessagePack: {error}") from None

@@ -11,6 +11,7 @@ import ctypes
 import logging
 import os
 import resource
+import select
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from mmprep import failpoints
 from mmprep.digest import Hasher
 from mmprep.errors import DecodeError, InternalError, MmprepError, ProtocolError, StartupError, TooLarge
 from mmprep.items import DTYPE_SIZES, ItemMeta, align, field_array, region_size
@@ -32,6 +34,7 @@ from mmprep.wire.codec import pack, unpack
 from mmprep.wire.frames import send_frames
 from mmprep.wire.sockets import configure
 from mmprep_worker.lanes.config import LaneConfig
+from mmprep_worker.lanes.garbage import garbage
 from mmprep_worker.lanes.warmup import warm_up
 from mmprep_worker.models.family import Family, ItemOptions, Prepared
 from mmprep_worker.models.registry import load_family
@@ -81,6 +84,7 @@ class Lane:
         while True:
             frames = self._receive()
             task: messages.Task = unpack(frames[0].buffer, messages.Task)
+            failpoints.reach("lane.task.received")
             self._work(family, task, frames[1])
 
     # --- one task -------------------------------------------------------------------------------------------------
@@ -103,6 +107,7 @@ class Lane:
 
     def _process(self, family: Family, task: messages.Task, medium: memoryview) -> None:
         _check_digest(task, medium)
+        failpoints.reach("lane.digest.checked")
         options = unpack(task.options, ItemOptions)
         started = time.monotonic_ns()
         if task.need == "plan":
@@ -118,6 +123,7 @@ class Lane:
         region: memoryview | None = None
         match self._ask_room(task.task, prepared, blob):
             case messages.Granted() as granted:
+                failpoints.reach("lane.granted")
                 _fill(self._segment.buffer[granted.offset : granted.offset + granted.length], prepared, blob)
             case messages.GrantedInline():
                 region = memoryview(bytearray(region_size(prepared.meta.fields)))
@@ -125,10 +131,12 @@ class Lane:
             case messages.Denied():
                 return
         times = (opened - started) // 1000, (time.monotonic_ns() - opened) // 1000
+        failpoints.reach("lane.filled.before")
         if region is None:
             self._send(messages.Filled(task.task, *times))
         else:
             self._send(messages.Inlined(task.task, *times), region, socket=self._tensors)
+        failpoints.reach("lane.filled.after")
 
     def _ask_room(self, task: int, prepared: Prepared, blob: bytes) -> messages.ToLane:
         """Ask where the item goes; a spill that is granted is made and filled here, if it can be."""
@@ -156,8 +164,10 @@ class Lane:
         self, message: msgspec.Struct, *frames: bytes | memoryview, socket: zmq.Socket[bytes] | None = None
     ) -> None:
         socket = socket or self._socket
-        _wait(socket, zmq.POLLOUT)  # a blocking send would wait for ever for a writer that is gone
-        send_frames(socket, [pack(message), *frames])
+        kind = failpoints.reach("lane.send", message)
+        for sent in [[pack(message), *frames]] if kind is None else garbage(kind, message, frames):
+            _wait(socket, zmq.POLLOUT)  # a blocking send would wait for ever for a writer that is gone
+            send_frames(socket, sent)
 
     def _receive(self) -> list[zmq.Frame]:
         _wait(self._socket, zmq.POLLIN)
@@ -180,6 +190,7 @@ def _wait(socket: zmq.Socket[bytes], event: int) -> None:
 def _fill(extent: memoryview, prepared: Prepared, blob: bytes) -> None:
     """Write an item: metadata, then tensors."""
     extent[: len(blob)] = blob
+    failpoints.reach("lane.fill.middle")
     _fill_region(extent[align(len(blob)) :], prepared)
 
 
@@ -220,6 +231,12 @@ def _keep_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
+def _writer_is_gone() -> bool:
+    poller = select.poll()
+    poller.register(_INPUT, 0)
+    return bool(poller.poll(0))
+
+
 def main() -> None:
     """Run one lane; the orders come on standard input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -228,6 +245,8 @@ def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     _keep_memory()
     config: LaneConfig = read_settings(LaneConfig)
+    if _writer_is_gone():  # before the signal was asked for: its successor waits for this lane's lock
+        return
     lock = ProcessLock(Path(config.lock))
     if not lock.acquire():
         sys.exit(f"lane {config.lane}: its lock is held by another process")

@@ -6,6 +6,7 @@ for, never because it is silent.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -18,14 +19,17 @@ from mmprep_worker.lanes.config import LaneConfig
 
 _FIRST_DELAY = 0.0
 _LONGEST_DELAY = 5.0
+#: What a lane gets to be warm. Compiling kernels takes seconds of CPU time, beside many others on a busy machine.
+_START_SECONDS = 180.0
 
 
 class _Child:
-    __slots__ = ("pidfd", "process", "token")
+    __slots__ = ("due", "pidfd", "process", "token")
 
-    def __init__(self, process: subprocess.Popen[bytes], token: bytes) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], token: bytes, due: float) -> None:
         self.process = process
         self.token = token
+        self.due = due
         self.pidfd = os.pidfd_open(process.pid)
 
 
@@ -51,7 +55,8 @@ class LanePool:
     @property
     def wake_at(self) -> float:
         """When :meth:`start_due` has something to do."""
-        return min(self._start_at.values(), default=float("inf"))
+        starting = (child.due for child in self._children.values())
+        return min([*self._start_at.values(), *starting], default=math.inf)
 
     def pidfds(self) -> dict[int, int]:
         """Return the pidfd of each living lane to its number; readable means exited."""
@@ -63,11 +68,15 @@ class LanePool:
         return 0 if child is None else child.process.pid
 
     def start_due(self, now: float) -> list[int]:
-        """Start the lanes whose time has come and return their numbers."""
+        """Start the lanes whose time has come and return their numbers; kill those that do not get warm."""
+        for number, child in self._children.items():
+            if child.due <= now:
+                child.due = math.inf
+                self.kill(number)
         due = [number for number, when in self._start_at.items() if when <= now]
         for number in due:
             del self._start_at[number]
-            self._children[number] = self._start(number)
+            self._children[number] = self._start(number, now + _START_SECONDS)
         return due
 
     def is_child(self, number: int, token: bytes) -> bool:
@@ -78,6 +87,11 @@ class LanePool:
     def settled(self, number: int) -> None:
         """The lane is warm: its next restart is immediate."""
         self._failures[number] = 0
+        self._children[number].due = math.inf
+
+    def failures(self, number: int) -> int:
+        """Return how many times in a row the lane has ended before it was warm."""
+        return self._failures[number]
 
     def exited(self, number: int, now: float) -> int:
         """Reap an exited lane, plan its replacement, and return its exit status (negative: the signal)."""
@@ -105,7 +119,7 @@ class LanePool:
             _close(child)
         self._children.clear()
 
-    def _start(self, number: int) -> _Child:
+    def _start(self, number: int, due: float) -> _Child:
         token = os.urandom(32)
         process = subprocess.Popen(
             [sys.executable, "-m", "mmprep_worker.lanes"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
@@ -116,7 +130,7 @@ class LanePool:
             process.stdin.flush()
         except BrokenPipeError:
             pass
-        return _Child(process, token)
+        return _Child(process, token, due)
 
 
 def _close(child: _Child) -> None:

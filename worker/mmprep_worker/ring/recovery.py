@@ -1,10 +1,13 @@
 """What a new writer believes of the directory that it finds.
 
 Dropped are: what was not published, what fails its self-check or is not of an earlier incarnation, every extent that
-overlaps another (a granted one included: a lane may have written into both), and of equal keys all but the newest.
+overlaps another (a granted one included: a lane may have written into both), what has the generation of another, and of
+equal keys all but the newest.
 """
 
 from __future__ import annotations
+
+from collections import Counter
 
 from mmprep.layout import RECORD_SIZE, Buffer, Geometry, Record, State, unpack_record
 
@@ -28,6 +31,7 @@ def survivors(image: Buffer, geometry: Geometry, before: int) -> tuple[list[Reco
     """
     records, broken = _read(image, geometry, before)
     bad = _overlapping(records)
+    generations = Counter(record.generation for record in records)
     newest: dict[bytes, int] = {}
     for record in records:
         if record.state is State.READY:
@@ -35,7 +39,8 @@ def survivors(image: Buffer, geometry: Geometry, before: int) -> tuple[list[Reco
     kept = []
     for record in records:
         current = record.state is State.RETIRED or newest.get(record.key) == record.generation
-        if record.readable and current and record.slot not in bad:
+        unique = generations[record.generation] == 1
+        if record.readable and current and unique and record.slot not in bad:
             kept.append(record)
         else:
             broken.append(record.slot)

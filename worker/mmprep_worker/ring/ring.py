@@ -475,8 +475,8 @@ class Ring:
         """Take over the directory of an earlier writer; the ring must be new.
 
         Dropped are: what was not published, what fails its self-check or is not of an earlier incarnation, every
-        extent that overlaps another (a granted one included), and of equal keys all but the newest. Hits are served
-        at once. Nothing is granted until :meth:`settle`.
+        extent that overlaps another (a granted one included), what has the generation of another, and of equal keys all
+        but the newest. Hits are served at once. Nothing is granted until :meth:`settle`.
 
         Parameters
         ----------

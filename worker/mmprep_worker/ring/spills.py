@@ -83,6 +83,8 @@ class Spills:
 
     def fits(self, meta_len: int, tensor_len: int, beside: int) -> bool:
         """Whether there would be room for an item if there were nothing but ``beside`` bytes."""
+        if beside + align(meta_len) + tensor_len > self._max_bytes:  # however absurd, no geometry has to be made of it
+            return False
         return beside + _plan(meta_len, tensor_len).total_size <= self._max_bytes
 
     def find(self, key: bytes) -> Spill | None:
@@ -106,6 +108,8 @@ class Spills:
 
         Also ``None`` where the key has a spill already, or where the name of its segment would be taken.
         """
+        if not self.fits(len(meta), tensor_len, 0):
+            return None
         geometry = _plan(len(meta), tensor_len)
         if key in self._by_key or any(spill.epoch[:4] == epoch[:4] for spill in self):
             return None

@@ -15,7 +15,9 @@ from mmprep import errors
 
 #: Lanes lost over one key within the quarantine time after which its offers are refused.
 STRIKES = 2
-_NONE = (0, 0.0)
+#: What happened to a lane of which nothing else is known than that it is gone.
+CRASHED = "the process that decoded it crashed"
+_NONE = (0, 0.0, "")
 #: Bounds of the seconds that a refused caller is told to wait.
 MIN_RETRY_AFTER = 0.5
 MAX_RETRY_AFTER = 60.0
@@ -163,18 +165,21 @@ class Quarantine:
     def __init__(self, *, max_keys: int, seconds: float) -> None:
         self._max_keys = max_keys
         self._seconds = seconds
-        #: ``{key: (strikes, until)}`` in the order of expiry.
-        self._keys: OrderedDict[bytes, tuple[int, float]] = OrderedDict()
+        #: ``{key: (strikes, until, what happened last)}`` in the order of expiry.
+        self._keys: OrderedDict[bytes, tuple[int, float, str]] = OrderedDict()
 
     def __len__(self) -> int:
         """Keys whose offers are refused, including those that are over and not pruned yet."""
-        return sum(strikes >= STRIKES for strikes, _ in self._keys.values())
+        return sum(strikes >= STRIKES for strikes, _, _ in self._keys.values())
 
-    def strike(self, key: bytes, now: float) -> errors.MediaError | None:
-        """A lane was lost over this key; returns the error for those who wait for it if that was once too often."""
+    def strike(self, key: bytes, now: float, why: str = CRASHED) -> errors.MediaError | None:
+        """A lane was lost over this key; returns the error for those who wait for it if that was once too often.
+
+        ``why``: what happened, as a clause for those who sent the medium.
+        """
         self.prune(now)
-        strikes = self._keys.pop(key, (0, 0.0))[0] + 1
-        self._keys[key] = (strikes, now + self._seconds)
+        strikes = self._keys.pop(key, _NONE)[0] + 1
+        self._keys[key] = (strikes, now + self._seconds, why)
         if len(self._keys) > self._max_keys:
             self._keys.popitem(last=False)
         return self.refusal(key, now)
@@ -183,13 +188,17 @@ class Quarantine:
         """The key's item was computed after all."""
         self._keys.pop(key, None)
 
+    def clear(self) -> None:
+        """Forget every key: whoever clears the cache wants what is in it to be tried again."""
+        self._keys.clear()
+
     def refusal(self, key: bytes, now: float) -> errors.MediaError | None:
         """Return the error with which the key's offers are refused, if they are."""
-        strikes, until = self._keys.get(key, _NONE)
+        strikes, until, why = self._keys.get(key, _NONE)
         if strikes < STRIKES or until <= now:
             return None
         return errors.MediaError(
-            f"Processing this medium broke off {strikes} times; it is refused for another "
+            f"Processing this medium broke off {strikes} times, the last time because {why}; it is refused for another "
             f"{math.ceil(until - now)} seconds. Send a smaller or newly encoded one."
         )
 
@@ -207,5 +216,5 @@ class Quarantine:
             One does not hold; the message says which.
         """
         assert len(self._keys) <= self._max_keys, "more keys than allowed"
-        untils = [until for _, until in self._keys.values()]
+        untils = [until for _, until, _ in self._keys.values()]
         assert untils == sorted(untils), "the keys are not in the order of expiry"

@@ -24,7 +24,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from mmprep import errors
-from mmprep_worker.scheduling.admission import Quarantine
+from mmprep_worker.scheduling.admission import CRASHED, Quarantine
 from mmprep_worker.scheduling.flight import (
     Abandon,
     Action,
@@ -239,15 +239,16 @@ class Flights:
                 actions.append(Abandon(flight_id, None))
         return actions
 
-    def lane_lost(self, flight_id: int, lane: int, now: float) -> Retry | Fail | Abandon | None:
+    def lane_lost(self, flight_id: int, lane: int, now: float, why: str = CRASHED) -> Retry | Fail | Abandon | None:
         """The lane died over the flight, or was killed: try again, or fail and put the key into quarantine.
 
+        ``why`` is for those who wait, as in :meth:`Quarantine.strike <.admission.Quarantine.strike>`.
         A flight without waiters is not tried again: the answer is ``Abandon`` then.
         """
         flight = self._at(flight_id, lane)
         if flight is None:
             return None
-        refusal = self._quarantine.strike(flight.key, now)
+        refusal = self._quarantine.strike(flight.key, now, why)
         if refusal is not None:
             return Fail(flight_id, tuple(waiter.call for waiter in self._end(flight)), refusal, True)
         if not flight.waiters:

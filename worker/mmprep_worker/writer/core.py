@@ -236,6 +236,10 @@ class WriterCore:
         self._carry_out(self._tasks.message(number, message, frames, now), now)
         self._tasks.dispatch(now)
 
+    def lane_broke_protocol(self, number: int) -> None:
+        """What a lane sent is no message: it is killed, and its task is another's."""
+        self._tasks.broke_the_protocol(number)
+
     def lane_exited(self, number: int, now: float) -> None:
         """A lane's exit is confirmed: its extent is free again, its item is tried once more or quarantined."""
         self._carry_out(self._tasks.exited(number, now), now)
@@ -341,6 +345,7 @@ class WriterCore:
             case messages.Clear():
                 self.ring.clear()
                 self.plans.clear()
+                self.quarantine.clear()
                 self._send(peer, messages.Done(message.call))
             case _:
                 answer = self._leasing.answer(peer, message, now)

@@ -21,7 +21,7 @@ import msgspec
 import zmq
 
 import mmprep
-from mmprep import layout
+from mmprep import failpoints, layout
 from mmprep.errors import Busy, MmprepError, ProtocolError, ServiceUnavailable, StaleAddress, StartupError
 from mmprep.metrics import Metrics
 from mmprep.process_lock import ProcessLock, holder
@@ -60,7 +60,12 @@ _CATCH_UP_SECONDS = 5.0
 _SLOT_BYTES = 64 * 1024
 _PLAN_BYTES = 32 << 20
 _QUARANTINED = 1024
+#: A medium in quarantine is refused for at least this long, and for so many times of a lane's time for one medium: the
+#: strike of a first try that took all of it must still count when the second one has.
 _QUARANTINE_SECONDS = 60.0
+_QUARANTINE_TASKS = 3
+#: Starts of a lane that end before it was ever warm, after which the service gives up; later ones wait longer each time.
+_START_TRIES = 4
 #: Calls that may wait, for each medium that may be in work.
 _WAITERS = 16
 
@@ -110,7 +115,8 @@ class WriterShell:
 
     def _make_core(self, opened: Opened, now: float) -> WriterCore:
         settings = self._settings
-        quarantine = Quarantine(max_keys=_QUARANTINED, seconds=_QUARANTINE_SECONDS)
+        quarantined = max(_QUARANTINE_SECONDS, _QUARANTINE_TASKS * settings.task_seconds)
+        quarantine = Quarantine(max_keys=_QUARANTINED, seconds=quarantined)
         return WriterCore(
             ring=opened.ring,
             flights=Flights(
@@ -257,7 +263,9 @@ class WriterShell:
             self._core.unreachable(identity, time.monotonic())
             self._send_frames(identity, [pack(messages.Refused(messages.Fault.of(error)))])
             return
+        failpoints.reach("writer.message.before", message)
         self._core.message(identity, message, time.monotonic())
+        failpoints.reach("writer.message.after", message)
 
     def _bulk_message(self, frames: list[zmq.Frame]) -> None:
         try:
@@ -265,6 +273,7 @@ class WriterShell:
         except MmprepError as error:
             _log.warning("a bulk message was refused: %s", error)
             return
+        failpoints.reach("writer.put.received")
         if len(frames) == 2:
             self._core.put(put, frames[1], len(frames[1]), time.monotonic())
 
@@ -277,9 +286,11 @@ class WriterShell:
             if len(frames) != 2 + has_blob:
                 raise ProtocolError("a lane's message has a wrong number of frames")
         except MmprepError as error:
-            _log.error("lane %s broke the protocol and is replaced: %s", number, error)
-            if number is not None:
-                self._pool.kill(number)
+            if number is None:
+                _log.warning("a message of a process that is no lane was refused: %s", error)
+            else:
+                _log.error("lane %d broke the protocol and is replaced: %s", number, error)
+                self._core.lane_broke_protocol(number)
             return
         if isinstance(message, messages.LaneReady | messages.LaneBroken):
             if self._pool.is_child(message.lane, message.token):
@@ -303,7 +314,7 @@ class WriterShell:
             message = unpack(frames[1].buffer if len(frames) == 3 else b"", messages.Inlined)
         except MmprepError as error:
             _log.error("lane %d broke the protocol and is replaced: %s", number, error)
-            self._pool.kill(number)
+            self._core.lane_broke_protocol(number)
             return
         self._core.from_lane(number, message, frames[2:], time.monotonic())
 
@@ -324,16 +335,27 @@ class WriterShell:
 
     def _lane_announced(self, identity: bytes, message: messages.LaneReady | messages.LaneBroken, now: float) -> None:
         if isinstance(message, messages.LaneBroken):
-            self._tell(messages.StateChange(False, message.fault.message, True))
+            self._lane_cannot_start(message.lane, message.fault.message)
             return
         self._lane_peers[identity] = message.lane
         self._lane_identities[message.lane] = identity
         self._pool.settled(message.lane)
         self._core.lane_ready(message.lane, self._pool.pid(message.lane), message.card, now)
 
+    def _lane_cannot_start(self, number: int, why: str) -> None:
+        """A service whose lanes were never warm ends; in one that works, the lane is tried again, ever more rarely."""
+        if not self._core.card:
+            self._tell(messages.StateChange(False, why, True))
+        else:
+            _log.error("lane %d cannot start, and is tried again: %s", number, why)
+            self._pool.kill(number)
+
     def _lane_exited(self, number: int, now: float) -> None:
         status = self._pool.exited(number, now)
         _log.warning("lane %d ended with status %d and is replaced", number, status)
+        if not self._core.card and self._pool.failures(number) >= _START_TRIES:
+            why = f"the lanes end with status {status} before they are warm; raise --lane-memory if they need more"
+            self._lane_cannot_start(number, why)
         identity = self._lane_identities.pop(number, None)
         if identity is not None:
             self._lane_peers.pop(identity, None)
@@ -362,13 +384,19 @@ class WriterShell:
         core = self._core
         for slot, record in core.ring.take_writes():
             start = self._geometry.record_offset(slot)
+            failpoints.reach("writer.record.before")
             self._segment.buffer[start : start + layout.RECORD_SIZE] = record
+            failpoints.reach("writer.record.after")
         for action in core.take_actions():
             match action:
                 case Send():
+                    failpoints.reach("writer.send.before", action.message)
                     self._send_frames(action.peer, [pack(action.message), *action.frames])
+                    failpoints.reach("writer.send.after", action.message)
                 case ToLane():
+                    failpoints.reach("writer.lane.before", action.message)
                     self._to_lane(action)
+                    failpoints.reach("writer.lane.after", action.message)
                 case KillLane():
                     _log.warning("lane %d is beyond its time and is killed", action.lane)
                     self._pool.kill(action.lane)

@@ -5,8 +5,8 @@ A lane has one task at a time and speaks about it: it asks for an extent, fills 
 - The bytes of a medium are kept from their upload until the flight ends, so that a lost lane's task can run again.
 - An item goes into the ring; where that has no room for it, into a segment of its own (a spill); where that cannot be, it
   travels inline; and where the budget for that is used up, those who wait are told to try again. Nobody waits for room.
-- A lane that breaks the protocol is killed like one that is beyond its time, and gets no further task. What it was
-  granted is free again when its exit is confirmed, and not before.
+- A lane that breaks the protocol is killed like one that is beyond its time: it gets no further task, and nothing that
+  it still says counts. What it was granted is free again when its exit is confirmed, and not before.
 - An upload has exactly the size that was offered: admission has reserved for that much and no more.
 """
 
@@ -25,7 +25,7 @@ from mmprep_worker.ring.directory import Entry
 from mmprep_worker.ring.ring import Grant, Ring
 from mmprep_worker.ring.spills import Spill
 from mmprep_worker.scheduling import flight as flight_events
-from mmprep_worker.scheduling.admission import Admission
+from mmprep_worker.scheduling.admission import CRASHED, Admission
 from mmprep_worker.scheduling.flight import Call, Flight
 from mmprep_worker.scheduling.flights import Flights
 from mmprep_worker.scheduling.queue import Entry as Queued
@@ -55,9 +55,10 @@ class LaneState:
     killed: it was told to die; its exit will be reported.
     deadline: when it is killed, in seconds.
     grant: where its item goes: an extent of the ring, a spill, or inline; ``None`` while it has not asked.
+    why: what its item's clients are told if it ends now.
     """
 
-    __slots__ = ("deadline", "flight", "grant", "heavy_allowed", "killed", "pid", "ready")
+    __slots__ = ("deadline", "flight", "grant", "heavy_allowed", "killed", "pid", "ready", "why")
 
     def __init__(self, *, heavy_allowed: bool) -> None:
         self.heavy_allowed = heavy_allowed
@@ -67,6 +68,7 @@ class LaneState:
         self.flight: int | None = None
         self.grant: Grant | Spill | Transfer | None = None
         self.deadline = math.inf
+        self.why = CRASHED
 
     @property
     def name(self) -> str:
@@ -194,9 +196,9 @@ class Tasks:
         return all(other.ready for other in self.lanes)
 
     def message(self, number: int, message: Any, frames: Sequence[Any], now: float) -> list[Step]:
-        """Take a lane's message about its task; one about another task is passed over."""
+        """Take a lane's message about its task; one about another task, or of a lane given up, is passed over."""
         lane = self.lanes[number]
-        if lane.flight is None or message.task != lane.flight:
+        if lane.killed or lane.flight is None or message.task != lane.flight:
             return []
         flight = self._flights[lane.flight]
         match message:
@@ -206,7 +208,7 @@ class Tasks:
                 return self._no_spill(number, lane, flight, lane.grant)
             case messages.Filled() if isinstance(lane.grant, Grant | Spill):
                 return self._filled(number, lane, flight, lane.grant, message)
-            case messages.Inlined() if isinstance(lane.grant, Transfer) and lane.grant.nbytes == sum(map(len, frames)):
+            case messages.Inlined() if isinstance(lane.grant, Transfer) and [lane.grant.nbytes] == [*map(len, frames)]:
                 self._transfers.fill(lane.grant, frames[0])
                 self._observe(message)
                 return self._published(number, lane, flight, lane.grant)
@@ -215,8 +217,12 @@ class Tasks:
                 return self._published(number, lane, flight, frames[0])
             case messages.TaskFailed():
                 return self._task_failed(number, lane, message.fault.error(), now)
-        self._kill(number)
+        self.broke_the_protocol(number)
         return []
+
+    def broke_the_protocol(self, number: int) -> None:
+        """A lane said what no lane may say."""
+        self._kill(number, "the process that decoded it gave a wrong answer")
 
     def exited(self, number: int, now: float) -> list[Step]:
         """A lane's exit is confirmed, whatever it was doing: its extent is free, its task is tried again or over."""
@@ -226,7 +232,7 @@ class Tasks:
         self._give_back(lane.grant)
         if lane.flight is None:
             return []
-        outcome = self._flights.lane_lost(lane.flight, number, now)
+        outcome = self._flights.lane_lost(lane.flight, number, now, lane.why)
         if isinstance(outcome, flight_events.Retry):
             medium, put, _ = self._media[lane.flight]
             self._media[lane.flight] = (medium, put, now)
@@ -238,13 +244,13 @@ class Tasks:
         """Kill the lanes that are beyond their time."""
         for number, lane in enumerate(self.lanes):
             if lane.deadline <= now:
-                self._kill(number)
+                self._kill(number, f"it took longer than {self._task_seconds:g} seconds")
 
-    def _kill(self, number: int) -> None:
+    def _kill(self, number: int, why: str) -> None:
         lane = self.lanes[number]
         lane.deadline = math.inf
         if not lane.killed:
-            lane.killed = True
+            lane.killed, lane.why = True, why
             self._out.append(KillLane(number))
 
     # --- room -----------------------------------------------------------------------------------------------------

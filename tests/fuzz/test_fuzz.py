@@ -1,0 +1,106 @@
+"""A short fuzzing run of each target in every test run, a longer one with ``--slow``, and whether faults would be found."""
+
+from __future__ import annotations
+
+import msgpack
+import pytest
+from tests.fuzz.__main__ import main
+from tests.fuzz.fuzzing import MEMORY, Finding, execute, fuzz, time_limit
+from tests.fuzz.targets import TARGETS
+
+from mmprep import layout
+from mmprep.wire import codec
+from mmprep_worker.ring import recovery
+
+#: How often each target is executed, and how many different outcomes that has at least.
+NORMAL = {"wire": (20_000, 200), "directory": (1000, 25), "address": (20_000, 20)}
+SECONDS_AT_LENGTH = 120.0
+
+
+@pytest.fixture(autouse=True)
+def limited():
+    with time_limit():
+        yield
+
+
+class Echo:
+    """A target that does what its input says."""
+
+    name = "echo"
+
+    def corpus(self):
+        return [b"fine"]
+
+    def mutate(self, rng, _data, _corpus):
+        return bytes([rng.randrange(4)])
+
+    def run(self, data):
+        if data == b"\3":
+            raise ZeroDivisionError("three")
+        if data == b"much":
+            bytearray(MEMORY)
+        return "accepted"
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_no_bytes_get_more_out_of_it_than_its_errors(name):
+    executions, outcomes = NORMAL[name]
+    done = fuzz(TARGETS[name], seed=1, executions=executions)
+    print(f"{name}: {done}")  # noqa: T201 -- shown with -rP
+    assert done.executions == executions
+    assert len(done.outcomes) >= outcomes, "the inputs are no longer different enough"
+    assert done.accepted >= executions // 100, "too few inputs came past the checks"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_no_bytes_get_more_out_of_it_than_its_errors_for_minutes(name):
+    print(f"{name}: {fuzz(TARGETS[name], seed=2, seconds=SECONDS_AT_LENGTH)}")  # noqa: T201 -- shown with -rP
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_seed_makes_the_same_inputs_again(name):
+    executions = len(TARGETS[name].corpus()) + 60
+    first, again, other = (fuzz(TARGETS[name], seed=seed, executions=executions) for seed in (3, 3, 4))
+    assert (first.digest, first.outcomes) == (again.digest, again.outcomes)
+    assert first.digest != other.digest
+
+
+def test_a_finding_is_a_line_that_can_be_replayed():
+    with pytest.raises(Finding, match="ZeroDivisionError: three") as caught:
+        fuzz(Echo(), seed=0, executions=100)
+    assert str(caught.value).endswith("\nreplay: ./scripts/fuzz echo --replay 03")
+    with pytest.raises(Finding):
+        execute(Echo(), caught.value.data)
+
+
+def test_an_execution_that_takes_too_much_memory_is_a_finding():
+    with pytest.raises(Finding, match="bytes"):
+        execute(Echo(), b"much")
+
+
+@pytest.mark.parametrize(
+    ("name", "owner", "attribute", "fault"),
+    [
+        ("wire", codec, "_refuse_extension", lambda _code, data: data),
+        ("directory", recovery, "_overlapping", lambda _records: set()),
+        ("address", layout.Record, "readable", property(lambda _record: True)),
+    ],
+)
+def test_a_planted_fault_is_found(name, owner, attribute, fault, monkeypatch):
+    monkeypatch.setattr(owner, attribute, fault)
+    with pytest.raises(Finding):
+        fuzz(TARGETS[name], seed=1, executions=NORMAL[name][0])
+
+
+def test_a_frame_that_claims_lists_within_lists_would_be_found(monkeypatch):
+    monkeypatch.setattr(codec.msgspec.msgpack, "decode", lambda *_, **__: None)
+    with pytest.raises(Finding, match="bytes"):
+        execute(TARGETS["wire"], b"\0" + b"\xdc\x40\x00" * 600)
+
+
+def test_the_command_replays_one_input(monkeypatch, capsys):
+    frame = b"\0" + msgpack.packb(["Cancel", 7])
+    monkeypatch.setattr("sys.argv", ["fuzz", "wire", "--replay", frame.hex()])
+    assert main() == 0
+    assert capsys.readouterr().out == "accepted Cancel\n"
