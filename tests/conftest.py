@@ -217,9 +217,10 @@ def _segments() -> set[str]:
 
 
 def _remove_new_segments(known: set[str]) -> list[str]:
-    """Remove the segments that are new since ``known`` and that no other process maps, and return their names.
+    """Remove the segments that are new since ``known`` and of no living service, and return their names.
 
-    One that another process maps belongs to a service that outlives the test, or to another test run on this machine.
+    Where another process maps a segment, it and the others of its runtime directory, which nobody may be reading, belong
+    to a service that outlives the test, or to another test run on this machine.
     """
     if _segments() <= known:
         return []
@@ -237,5 +238,5 @@ def _mapped_elsewhere(names: Iterable[str]) -> set[str]:
         if process.name.isdigit() and int(process.name) != os.getpid():
             with contextlib.suppress(OSError):  # ended, or another user's
                 maps = (process / "maps").read_text()
-                found.update(name for name in names if f"/dev/shm/{name}\n" in maps)
+                found.update(name for name in names if f"/dev/shm/{name.rpartition('-')[0]}-" in maps)
     return found

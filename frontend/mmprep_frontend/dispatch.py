@@ -19,9 +19,8 @@ import zmq
 import mmprep
 from mmprep import failpoints, layout
 from mmprep.card import ModelCard
-from mmprep.errors import DeadlineExceeded, MmprepError, NotFound, ServiceUnavailable
+from mmprep.errors import DeadlineExceeded, MmprepError, NotFound, ServiceUnavailable, StaleAddress
 from mmprep.holdings import Life
-from mmprep.items import align
 from mmprep.process_lock import ProcessLock, holder
 from mmprep.registration import Mapping, WriterLostError
 from mmprep.runtime import RuntimeDir
@@ -29,7 +28,8 @@ from mmprep.wire import messages
 from mmprep.wire.calls import CallTable
 from mmprep.wire.codec import PROTOCOL, pack, unpack
 from mmprep.wire.sockets import Link, Pump, configure
-from mmprep_frontend.offers import Action, Offers, Put, Say, Settle, Terms
+from mmprep_frontend.offers import MOST_RESENDS, Action, Offers, Put, Say, Settle, Terms
+from mmprep_frontend.tensors import TensorLink, Tensors, TensorsLostError
 
 _log = logging.getLogger("mmprep.dispatch")
 
@@ -38,6 +38,7 @@ _BULK_OUTBOX = 256 << 20
 _CALL_SECONDS = 10.0
 #: Numbers of these calls are above those of offers, which have the same connection.
 _FIRST_CALL = 1 << 47
+_REPLACED = "the worker was replaced while the answer was written; try again"
 _REFUSED = "the preprocessing worker has refused a message of this frontend"
 #: Seconds until a writer that does not know a living backend is asked again.
 _REGISTERS_SECONDS = 0.02
@@ -70,7 +71,7 @@ class Offered:
     Attributes
     ----------
     items: one answer an item, in the offer's order.
-    mapping: the segment in which the places of this answer lie.
+    mapping: the ring, in which the places of this answer lie that are not in a spill.
     lease_ms: how long granted leases hold.
     leased_to: the backend that has leases on the items, or ``None``: they are pinned.
     """
@@ -84,11 +85,33 @@ class Offered:
         self.leased_to = answer.leased_to
         self._link = link
         self._token = token
+        self._tensors = Tensors(mapping)
+
+    async def fetch(self, link: TensorLink) -> None:
+        """Get the tensors that found no shared memory, and let the writer forget them where nothing else is held."""
+        if any(item.fault is not None for item in self.items):
+            return  # the writer keeps nothing for a call that has failed
+        fetched = await link.fetch(self.items)
+        self._tensors.add(fetched)
+        if fetched and self.leased_to is not None:
+            self._link.unpin(self._token)
 
     def region(self, item: messages.ItemAnswer) -> memoryview:
-        """Return an item's tensors as they lie in the ring, pinned until :meth:`release`; may be read on any thread."""
-        buffer = self.mapping.segment.buffer
-        return buffer[item.offset + align(len(item.meta)) : item.offset + item.length]
+        """Return an item's tensors as they lie there, kept until :meth:`release`; may be read on any thread.
+
+        Raises
+        ------
+        ServiceUnavailable
+            The writer was replaced before they were read.
+        """
+        try:
+            return self._tensors.region(item)
+        except StaleAddress:
+            raise ServiceUnavailable(_REPLACED, retry_after=1.0) from None
+
+    def nbytes(self, item: messages.ItemAnswer) -> int:
+        """Return about how many bytes :meth:`region` has; nothing is mapped for it."""
+        return self._tensors.nbytes(item)
 
     def check(self) -> None:
         """Check, after the regions were read, that they were what they should be.
@@ -102,16 +125,19 @@ class Offered:
         """
         buffer, geometry = self.mapping.segment.buffer, self.mapping.geometry
         for item in self.items:
+            if item.spill is not None:  # written once; mapped, it stays as it is
+                continue
             start = geometry.record_offset(item.slot)
             try:
                 record = layout.unpack_record(buffer[start : start + layout.RECORD_SIZE], item.slot, geometry)
             except ValueError:
                 record = None
             if item.length and (record is None or record.generation != item.generation):
-                raise ServiceUnavailable("the worker was replaced while the answer was written; try again")
+                raise ServiceUnavailable(_REPLACED)
 
     def release(self) -> None:
         """Let go; again is no error."""
+        self._tensors.close()
         failpoints.reach("frontend.unpin.before")
         self._link.unpin(self._token)
         failpoints.reach("frontend.unpin.after")
@@ -141,6 +167,8 @@ class WriterLink:
         The frontend's number; its process lock proves to the writer that it lives.
     hasher:
         Name of the content hash.
+    inline_size:
+        Bytes of tensors that may travel inline.
     on_card:
         Called with the model card when the lanes are warm, after every (re)connection.
 
@@ -157,6 +185,7 @@ class WriterLink:
         index: int,
         *,
         hasher: Any,
+        inline_size: int,
         on_card: Callable[[ModelCard], None],
     ) -> None:
         self.mapping: Mapping | None = None
@@ -178,6 +207,7 @@ class WriterLink:
         bulk.sndhwm = 16
         bulk.connect(runtime.writer_bulk)
         self._bulk = Pump(bulk, lambda _: None, outbox_bytes=_BULK_OUTBOX, copy=False)
+        self._tensors = TensorLink(context, runtime, self._id, largest=inline_size)
         self._link = Link(
             context,
             runtime.writer,
@@ -191,6 +221,7 @@ class WriterLink:
         """Disconnect; calls under way fail."""
         self._link.close()
         self._bulk.close()
+        self._tensors.close()
         self._carry_out(self._offers.fail_all(ServiceUnavailable("the service is stopping")))
         self._calls.fail_all(ServiceUnavailable, "the service is stopping")
         if self.mapping is not None:
@@ -232,9 +263,14 @@ class WriterLink:
         loop = asyncio.get_running_loop()
         offered = tuple(messages.Offered(i.key, i.modality, i.cost, len(i.medium)) for i in items)
         terms = Terms(offered, need, priority, lease, deadline)
+        resends_left = MOST_RESENDS
         while True:
             try:
                 return await self._offer_once(items, terms)
+            except TensorsLostError:
+                if not resends_left:
+                    raise
+                resends_left -= 1
             except NotFound:
                 if lease is None or holder(self._runtime.lock_path("backend", lease.backend)) is None:
                     raise
@@ -242,6 +278,19 @@ class WriterLink:
                 await asyncio.sleep(min(_REGISTERS_SECONDS, max(0.0, deadline - loop.time())))
 
     async def _offer_once(self, items: Sequence[OfferItem], terms: Terms) -> Offered:
+        try:
+            async with asyncio.timeout_at(terms.deadline):
+                offered = await self._answer(items, terms)
+                try:
+                    await offered.fetch(self._tensors)
+                except BaseException:
+                    offered.give_back()
+                    raise
+                return offered
+        except TimeoutError:
+            raise DeadlineExceeded("the request's time was over before its media were processed") from None
+
+    async def _answer(self, items: Sequence[OfferItem], terms: Terms) -> Offered:
         loop = asyncio.get_running_loop()
         token, actions = self._offers.offer(terms, loop.time())
         future: asyncio.Future[Any] = loop.create_future()
@@ -249,11 +298,7 @@ class WriterLink:
         try:
             self._carry_out(actions)
             failpoints.reach("frontend.offer.sent")
-            async with asyncio.timeout_at(terms.deadline):
-                answer, answers = await future
-        except TimeoutError:
-            self._carry_out(self._offers.cancel(token))
-            raise DeadlineExceeded("the request's time was over before its media were processed") from None
+            answer, answers = await future
         except BaseException:
             self._carry_out(self._offers.cancel(token))
             raise

@@ -206,12 +206,14 @@ class NativeDoor:
 
     def _head(self, chat: RenderedChat) -> bytes:
         model = self._service.served()
-        inline = chat.request.payload == "tensors"
+        frames = 0
         items = []
-        for number, (item, placed) in enumerate(zip(chat.in_order(), chat.expanded.ranges, strict=True), start=1):
-            frame = number if inline else -1
+        for item, placed in zip(chat.in_order(), chat.expanded.ranges, strict=True):
+            travels = chat.travels(item)
+            frames += travels
+            frame = frames if travels else -1
             items.append(_head_item(item, placed.offset, placed.length, frame, chat.request.lease_kind or "copy"))
-        if inline and chat.offered is not None:
+        if chat.request.payload == "tensors" and chat.offered is not None:
             chat.offered.check()
         room = model.max_model_len - len(chat.expanded.token_ids)
         mapping = chat.offered.mapping if chat.offered is not None else None
@@ -264,8 +266,12 @@ class NativeDoor:
 
 
 def _copy_regions(chat: RenderedChat) -> list[NDArray[np.uint8]]:
-    """Return copies of the items' tensors, which outlive the pins."""
-    return [np.frombuffer(chat.region(item), np.uint8).copy() for item in chat.in_order()]
+    """Return the tensors that travel, in order; those in a segment as copies, which outlive the pins."""
+    regions = []
+    for item in filter(chat.travels, chat.in_order()):
+        region = np.frombuffer(chat.region(item), np.uint8)
+        regions.append(region if item.answer.inline else region.copy())
+    return regions
 
 
 def _tracked(held: Held, arrays: list[NDArray[np.uint8]]) -> list[zmq.Frame]:
@@ -288,7 +294,9 @@ def _head_item(item: RenderedItem, offset: int, length: int, frame: int, lease_k
     answer = item.answer
     place = None
     if answer.lease is not None:
-        place = Place(answer.slot, answer.offset, answer.length, answer.generation, answer.lease, lease_kind)
+        place = Place(
+            answer.slot, answer.offset, answer.length, answer.generation, answer.lease, lease_kind, answer.spill
+        )
     return HeadItem(
         modality=item.part.modality,
         hash=item.key,

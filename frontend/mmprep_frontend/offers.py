@@ -145,7 +145,9 @@ class Offers:
             return self._give_back(answer, items)
         if len(items) != len(offer.terms.items):
             return [*self._give_back(answer, items), *self._fail(offer, ProtocolError("an answer to other items"))]
-        if answer.leased_to is None and offer.terms.need == "tensors":
+        if answer.leased_to is not None and any(item.inline for item in items):
+            offer.pinned = ()  # the writer keeps the tensors until they were fetched
+        elif answer.leased_to is None and offer.terms.need == "tensors":
             offer.pinned = tuple({(item.slot, item.generation) for item in items if item.length})
         else:
             self.cancel_silently(offer.token)
@@ -191,10 +193,12 @@ class Offers:
 
     @staticmethod
     def _give_back(answer: messages.Answer, items: Sequence[messages.ItemAnswer]) -> list[Action]:
+        unpin = Say(messages.Unpin(answer.call))
         if answer.leased_to is None:
-            return [Say(messages.Unpin(answer.call))]
+            return [unpin]
         leases = tuple(item.lease for item in items if item.lease is not None)
-        return [Say(messages.Release(0, leases, answer.leased_to))]
+        release = Say(messages.Release(0, leases, answer.leased_to))
+        return [release, unpin] if any(item.inline for item in items) else [release]
 
     def validate(self) -> None:
         """Check the invariants.

@@ -69,7 +69,12 @@ class Frontend:
             self._render_thread, _load_tokenizer, Path(settings.model)
         )
         self._writer = WriterLink(
-            self._context, self._runtime, settings.index, hasher=settings.hash, on_card=self._on_card
+            self._context,
+            self._runtime,
+            settings.index,
+            hasher=settings.hash,
+            inline_size=settings.inline_size,
+            on_card=self._on_card,
         )
         self._service = Service(
             writer=self._writer,

@@ -119,11 +119,15 @@ class RenderedChat:
         assert self.offered is not None
         return self.offered.region(item.answer)
 
+    def travels(self, item: RenderedItem) -> bool:
+        """Whether an item's tensors travel in the answer itself: as asked for, or since no shared memory was free."""
+        return self.request.payload == "tensors" or bool(item.answer.inline)
+
     def inline_bytes(self) -> int:
-        """Return the bytes of the tensors that travel in the answer itself."""
-        if self.request.payload != "tensors":
+        """Return about how many bytes of tensors travel in the answer itself."""
+        if self.offered is None:
             return 0
-        return sum(len(self.region(item)) for item in self.items)
+        return sum(self.offered.nbytes(item.answer) for item in self.items if self.travels(item))
 
     def release(self) -> None:
         """Let go of what is pinned."""

@@ -14,6 +14,10 @@ import msgspec
 from mmprep import layout
 from mmprep.errors import InvalidRequest, StaleAddress
 from mmprep.items import DTYPE_SIZES, ItemMeta, Natural, align
+from mmprep.segment import sibling_name
+
+#: Where the extent of a segment with one slot starts.
+_SPILL_OFFSET = layout.Geometry.plan(1, 1).arena_offset
 
 Generation = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
@@ -114,6 +118,15 @@ def check_against(address: Address, *, segment: str, epoch: str, geometry: layou
             size *= dimension
         if field.offset + size > address.length:
             raise InvalidRequest(f"the address's field {field.name!r} ends behind its extent", param="address")
+
+
+def is_in_spill(address: Address, *, ring: str) -> bool:
+    """Whether an address lies in a segment of one item beside the segment ``ring``, by its form.
+
+    The name has to be the one that such a segment of the address's epoch has; a ring's extents are never that far in front.
+    """
+    name = sibling_name(ring, bytes.fromhex(address.epoch))
+    return address.segment == name != ring and (address.slot, address.offset) == (0, _SPILL_OFFSET)
 
 
 def check_record(address: Address, record: bytes, geometry: layout.Geometry) -> None:

@@ -37,6 +37,7 @@ from mmprep.loop_thread import LoopThread
 from mmprep.registration import Registration
 from mmprep.result import Head, HeadItem, ids_from_bytes, unpack_head
 from mmprep.runtime import RuntimeDir, parse_endpoint
+from mmprep.segment import sibling_name
 from mmprep.wire import messages
 from mmprep.wire.calls import CallTable
 from mmprep.wire.codec import MAX_FRAMES, PROTOCOL, pack, unpack
@@ -278,8 +279,9 @@ class AsyncClient:
         messages:
             As in OpenAI's chat completions. In place of a URL a part may hold the encoded bytes of the medium.
         payload:
-            ``"shm"``: tensors stay in shared memory, leased to this client; ``"tensors"``: they come with the answer;
-            ``"none"``: hashes and ranges only.
+            ``"shm"``: tensors stay in shared memory, leased to this client; one for which none is free comes with the
+            answer, and its item has no address. ``"tensors"``: they come with the answer. ``"none"``: hashes and ranges
+            only.
         model:
             By default the one that is served.
         timeout:
@@ -434,8 +436,8 @@ class AsyncClient:
         elif item.place is not None and item.place.lease is not None and registration is not None:
             place = item.place
             address = Address(
-                segment=head.segment,
-                epoch=head.epoch.hex(),
+                segment=head.segment if place.spill is None else sibling_name(head.segment, place.spill),
+                epoch=(place.spill or head.epoch).hex(),
                 slot=place.slot,
                 offset=place.offset,
                 length=place.length,

@@ -58,11 +58,11 @@ class Inline:
 
 
 class Shared:
-    """Tensors in the segment, under a lease of this process's registration."""
+    """Tensors in a segment, under a lease of this process's registration."""
 
     def __init__(self, registration: Registration, mapping: Mapping, address: Address, lease: Lease) -> None:
         self._registration = registration
-        self._mapping = mapping
+        self._mapping: Mapping | None = mapping
         self._address = address
         self._lease = lease
         self._turn = asyncio.Lock()
@@ -74,6 +74,8 @@ class Shared:
         return align(self._address.metadata_length)
 
     def _checked(self) -> Mapping:
+        if self._mapping is None:
+            raise LeaseLost("the item was released; ask for it again")
         if not self._mapping.frozen:
             self._registration.check_held(self._lease.id)
         return self._mapping
@@ -82,7 +84,8 @@ class Shared:
         return self._checked().copy(self._address)[self._start() :]
 
     def hold_now(self) -> memoryview | None:
-        return self._region(self._checked()) if self._always_view or self._mapping.frozen else None
+        mapping = self._checked()
+        return self._region(mapping) if self._always_view or mapping.frozen else None
 
     async def hold(self) -> memoryview:
         async with self._turn:
@@ -96,7 +99,7 @@ class Shared:
     async def let_go(self) -> None:
         async with self._turn:
             self._views -= 1
-            if self._views == 0 and not self._mapping.frozen:
+            if self._views == 0 and self._mapping is not None and not self._mapping.frozen:
                 with contextlib.suppress(LeaseLost, ServiceUnavailable):  # nobody reads any more, whatever it is
                     await self._registration.upgrade(self._lease.id, "copy")
 
@@ -106,6 +109,8 @@ class Shared:
 
     def release(self) -> None:
         self._lease.release()
+        if self._mapping is not None and self._mapping.frozen:
+            self._mapping = None  # the last reference returns the segment's memory
 
 
 Runner = Callable[[Coroutine[Any, Any, Any]], Any]
@@ -158,7 +163,7 @@ class Item:
     offset, length: the range of token ids that stands for it.
     is_embed: which of those positions take an embedding, or ``None``: all.
     fields: the tensors' names, dtypes, shapes and field kinds.
-    address: where the tensors lie, or ``None`` where they came inline.
+    address: where the tensors lie, or ``None`` where they came inline: asked for, or no shared memory was free.
     cached: whether they were there before this request.
     """
 

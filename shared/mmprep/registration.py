@@ -26,12 +26,12 @@ import zmq
 
 import mmprep
 from mmprep import failpoints, layout
-from mmprep.address import Address, check_against, check_record
+from mmprep.address import Address, check_against, check_record, is_in_spill
 from mmprep.errors import InvalidRequest, LeaseLost, MmprepError, ProtocolError, ServiceUnavailable, StaleAddress
 from mmprep.holdings import Holdings, Life
 from mmprep.process_lock import ProcessLock
 from mmprep.runtime import RuntimeDir
-from mmprep.segment import Segment
+from mmprep.segment import Segment, sibling_name
 from mmprep.wire import messages
 from mmprep.wire.calls import CallTable
 from mmprep.wire.codec import PROTOCOL, pack, unpack
@@ -58,6 +58,25 @@ class Mapping:
         self.geometry = header.geometry
         #: Nobody writes to this segment any more: what is in it stays.
         self.frozen = False
+
+    @classmethod
+    def of_spill(cls, ring: str, epoch: bytes) -> Mapping:
+        """Map the spill of ``epoch`` beside the segment ``ring``. It is written once: what is in it stays.
+
+        Raises
+        ------
+        StaleAddress
+            There is no such spill (any more).
+        """
+        name = sibling_name(ring, epoch)
+        try:
+            mapping = cls(messages.SegmentInfo(name, epoch, 0))
+        except (ProtocolError, ValueError):
+            mapping = None
+        if mapping is None or mapping.geometry.slots != 1 or mapping.geometry.total_size > mapping.segment.size:
+            raise StaleAddress("the item's segment is gone; ask for the item again")
+        mapping.frozen = True
+        return mapping
 
     def check(self, address: Address) -> None:
         """Check ``address`` against this mapping as it is at this moment; raises StaleAddress or InvalidRequest."""
@@ -130,6 +149,7 @@ class Registration:
         #: Guards the holdings: items are opened on other threads.
         self._guard = threading.Lock()
         self._former: weakref.WeakValueDictionary[str, Mapping] = weakref.WeakValueDictionary()
+        self._spills: weakref.WeakValueDictionary[str, Mapping] = weakref.WeakValueDictionary()
         self._calls = CallTable()
         self._up = False
         self._refusal: MmprepError | None = None
@@ -207,8 +227,11 @@ class Registration:
         frozen = self._former.get(address.epoch)
         if frozen is not None:
             return frozen, Lease(None, bytes.fromhex(address.lease))
-        mapping, lease, kind = self.mapping, bytes.fromhex(address.lease), address.lease_kind or "copy"
-        if mapping is None or mapping.epoch != address.epoch:
+        ring, lease, kind = self.mapping, bytes.fromhex(address.lease), address.lease_kind or "copy"
+        if ring is None:
+            return None
+        spill = self._spill(ring, address)
+        if spill is None and ring.epoch != address.epoch:
             return None
         with self._guard:
             good = self._holdings.adopt(
@@ -216,11 +239,11 @@ class Registration:
                 address.slot,
                 address.generation,
                 kind,
-                epoch=address.epoch,
+                epoch=ring.epoch,
                 sent_at=time.monotonic() if sent_at is None else sent_at,
                 sure=sent_at is not None,
             )
-        return (mapping, Lease(self, lease)) if good else None
+        return (spill or ring, Lease(self, lease)) if good else None
 
     async def hold(self, address: Address, sent_at: float | None) -> tuple[Mapping, Lease]:
         """Take charge of a leased address. One that was leased by a writer before the present one is leased anew.
@@ -235,10 +258,14 @@ class Registration:
             return found
         try:
             async with asyncio.timeout(_CALL_SECONDS):  # a frontend may know a new segment before this process does
-                await self._until(lambda: self._up and self.mapping is not None and self.mapping.epoch == address.epoch)
+                await self._until(lambda: self._up and self._knows(address))
         except TimeoutError:
             raise StaleAddress("the address belongs to an earlier life of the cache; ask for the item again") from None
         return self.hold_now(address, sent_at) or await self.acquire(address, address.lease_kind or "copy")
+
+    def _knows(self, address: Address) -> bool:
+        ring = self.mapping
+        return ring is not None and (ring.epoch == address.epoch or is_in_spill(address, ring=ring.name))
 
     def drop(self, lease_id: bytes) -> None:
         """Release a lease soon; may be called from any thread."""
@@ -254,16 +281,34 @@ class Registration:
         if self._holdings.lost(lease_id, time.monotonic() if self._up else -math.inf):
             raise LeaseLost("the lease has run out; ask for the item again")
 
+    def _spill(self, ring: Mapping, address: Address) -> Mapping | None:
+        """Return the mapped spill that ``address`` names, ``None`` where it is no address in a spill beside ``ring``.
+
+        It stays mapped while somebody refers to it. No other segment is ever opened, whatever the address says.
+
+        Raises
+        ------
+        StaleAddress
+            The spill is gone.
+        """
+        if not is_in_spill(address, ring=ring.name):
+            return None
+        mapping = self._spills.get(address.epoch)
+        if mapping is None:
+            mapping = self._spills[address.epoch] = Mapping.of_spill(ring.name, bytes.fromhex(address.epoch))
+        return mapping
+
     async def acquire(self, address: Address, kind: messages.LeaseKind) -> tuple[Mapping, Lease]:
         """Lease the content of ``address``; raises StaleAddress where it is gone."""
         slot, generation = address.slot, address.generation
         while True:
-            mapping = await self.ready(_CALL_SECONDS)
+            ring = await self.ready(_CALL_SECONDS)
+            mapping = self._spill(ring, address) or ring
             mapping.check(address)
             sent_at = time.monotonic()
             answer = await self._call(lambda call: messages.Acquire(call, slot, generation, kind))
             with self._guard:
-                if self._holdings.adopt(answer.lease, slot, generation, kind, epoch=mapping.epoch, sent_at=sent_at):
+                if self._holdings.adopt(answer.lease, slot, generation, kind, epoch=ring.epoch, sent_at=sent_at):
                     return mapping, Lease(self, answer.lease)
 
     async def upgrade(self, lease_id: bytes, kind: messages.LeaseKind) -> None:

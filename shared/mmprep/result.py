@@ -24,7 +24,7 @@ HEAD_LIMIT = 64 << 20
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Where an item lies in the segment, and its lease."""
+    """Where an item lies in the ring, or in the segment of its own whose epoch is ``spill``, and its lease."""
 
     slot: Natural
     offset: Natural
@@ -32,6 +32,7 @@ class Place(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     generation: Annotated[int, msgspec.Meta(ge=0)]
     lease: LeaseId | None
     lease_kind: LeaseKind = "copy"
+    spill: Epoch | None = None
 
 
 class HeadItem(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

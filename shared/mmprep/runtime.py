@@ -34,7 +34,7 @@ MAX_SOCKET_PATH = 107
 #: One more than the largest number of a frontend; bounds the longest socket name.
 MAX_FRONTENDS = 10_000
 
-_FIXED_SOCKETS = ("writer.sock", "writer-bulk.sock", "lanes.sock", "supervisor.sock")
+_FIXED_SOCKETS = ("writer.sock", "writer-bulk.sock", "tensors.sock", "lanes.sock", "lanes-bulk.sock", "supervisor.sock")
 _LONGEST_SOCKET = f"frontend-{MAX_FRONTENDS - 1}.sock"
 _FRONTEND_SOCKET = re.compile(r"frontend-[0-9]{1,4}\.sock", re.ASCII)
 _LOCK_FILE = re.compile(r"([a-z]+)-([A-Za-z0-9_.-]{1,64})\.lock", re.ASCII)
@@ -157,9 +157,19 @@ class RuntimeDir:
         return self._endpoint("writer-bulk.sock")
 
     @property
+    def tensors(self) -> str:
+        """The endpoint where frontends fetch tensors that travel inline from the writer."""
+        return self._endpoint("tensors.sock")
+
+    @property
     def lanes(self) -> str:
         """The endpoint where the writer talks to its lanes."""
         return self._endpoint("lanes.sock")
+
+    @property
+    def lanes_bulk(self) -> str:
+        """The endpoint where lanes send the writer tensors that travel inline."""
+        return self._endpoint("lanes-bulk.sock")
 
     @property
     def supervisor(self) -> str:

@@ -50,6 +50,11 @@ def segment_name(runtime_id: str, epoch: bytes) -> str:
     return f"/mmprep-{os.geteuid()}-{runtime_id}-{epoch[:4].hex()}"
 
 
+def sibling_name(name: str, epoch: bytes) -> str:
+    """Return the name of the segment of ``epoch`` in the runtime directory to which the segment ``name`` belongs."""
+    return f"{name.rpartition('-')[0]}-{epoch[:4].hex()}"
+
+
 def segments_of(runtime_id: str) -> list[str]:
     """Return the names of this user's segments that exist and belong to the runtime directory ``runtime_id``."""
     prefix = f"mmprep-{os.geteuid()}-{runtime_id}-"

@@ -25,6 +25,8 @@ class WriterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lanes: int
     cache_size: int
     max_object_size: int
+    spill_size: int
+    inline_size: int
     max_media_size: int
     max_image_pixels: int
     queue_limit: int
@@ -51,6 +53,7 @@ class FrontendSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limit_mm_per_prompt: dict[str, int]
     max_media_size: int
     max_body_size: int
+    inline_size: int
     request_timeout: float
     fetch_timeout: float
     drain_timeout: float

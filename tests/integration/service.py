@@ -26,6 +26,9 @@ from typing import Any, NamedTuple
 import msgpack
 import numpy as np
 
+from mmprep.runtime import RuntimeDir
+from mmprep.segment import segments_of
+
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests" / "data"
 SHM = Path("/dev/shm")
@@ -261,20 +264,28 @@ def _is_quiet(status: dict[str, Any]) -> bool:
         and all(lane["state"] == "idle" for lane in status["lanes"])
         and status["pins"] == 0
         and not any(backend["leases"] for backend in status["backends"])
-        and status["ring"]["filling"] == status["ring"]["leased"] == 0
+        and status["ring"]["filling"] == status["ring"]["leased"] == status["spills"]["filling"] == 0
+        and status["inline"] == {"items": 0, "bytes": 0, "sent": status["inline"]["sent"]}
         and all(queue["depth"] == 0 for queue in status["queues"].values())
         and not any(frontend["inflight"] for frontend in status["frontends"])
     )
 
 
 @contextmanager
-def serving(*options: Any, model: Path | str | None = None, env: Mapping[str, str] | None = None) -> Iterator[Service]:
-    """Give a ready service; at the end it must leave with status 0 and leave nothing in its directory."""
+def serving(
+    *options: Any,
+    model: Path | str | None = None,
+    env: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
+) -> Iterator[Service]:
+    """Give a ready service; at the end it must leave with status 0, nothing in its directory, and no segment."""
     directory = Path(tempfile.mkdtemp(prefix="mmprep-", dir="/tmp"))
-    service = Service(directory, *options, model=model, env=env)
+    service = Service(directory, *options, model=model, env=env, prefix=prefix)
     try:
         yield service.ready()
+        runtime_id = RuntimeDir(directory).runtime_id
         status = service.stop()
+        assert segments_of(runtime_id) == []
         assert status == 0, service.stderr
         assert "Traceback" not in service.stderr, service.stderr
         assert list(directory.iterdir()) == []

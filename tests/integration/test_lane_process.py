@@ -29,6 +29,7 @@ def orders(runtime_dir, segment, token=bytes(32)):
         lane=0,
         token=token.hex(),
         endpoint=f"ipc://{runtime_dir}/lanes.sock",  # nobody listens there: this writer is gone
+        tensors=f"ipc://{runtime_dir}/lanes-bulk.sock",
         lock=str(runtime_dir / "lane-0.lock"),
         segment=segment,
         model=str(embedded.path()),

@@ -37,6 +37,10 @@ PICK = st.integers(0, 23)
 CALLS = st.tuples(st.sampled_from(["a", "b", "c"]), st.integers(1, 4))
 
 
+#: The larger ones last.
+NEEDS = ["plan", "tensors", "apart"]
+
+
 @dataclass
 class Owed:
     need: Need
@@ -68,14 +72,15 @@ class FlightsMachine(RuleBasedStateMachine):
 
     @rule(
         key=st.sampled_from(KEYS),
-        need=st.sampled_from(["tensors", "plan"]),
+        need=st.sampled_from(NEEDS),
         call=CALLS,
         priority=st.integers(-1, 2),
         patience=st.integers(1, 15),
     )
     def join(self, key, need, call, priority, patience):
         live = {identity: flight_id for flight_id, identity in self.identities.items()}
-        expected = live.get((key, need), live.get((key, "tensors")))
+        givers = {"plan": ("plan", "tensors", "apart"), "tensors": ("tensors", "apart"), "apart": ("apart",)}[need]
+        expected = next((live[key, giver] for giver in givers if (key, giver) in live), None)
         known = expected is not None and call in self.owed[expected]
         arguments = {"modality": "image", "cost": 1, "priority": priority, "deadline": self.now + patience}
         if self.in_quarantine(key):
@@ -100,7 +105,7 @@ class FlightsMachine(RuleBasedStateMachine):
         else:
             assert flight_id == expected
         mine = self.owed[flight_id].setdefault(call, Owed(need, priority, self.now + patience, joined.ask))
-        mine.need = "tensors" if "tensors" in (mine.need, need) else "plan"
+        mine.need = max(mine.need, need, key=NEEDS.index)
         mine.priority = min(mine.priority, priority)
         mine.deadline = max(mine.deadline, self.now + patience)
         if joined.priority is not None:
@@ -168,7 +173,7 @@ class FlightsMachine(RuleBasedStateMachine):
         report = self.flights.failed if fails else self.flights.published
         waiters = report(flight_id, self.lanes[flight_id])
         key, need = self.identities[flight_id]
-        if not fails and need == "tensors":
+        if not fails and need != "plan":
             self.strikes.pop(key, None)
         assert {w.call: w.need for w in waiters} == {c: owed.need for c, owed in self.owed[flight_id].items()}
         assert len(waiters) == len(self.owed[flight_id])

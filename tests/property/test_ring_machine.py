@@ -2,6 +2,9 @@
 
 Every 64-byte unit of the modelled memory holds the generation that was granted it last. Whoever may read or write an
 extent must find his own generation there, whatever else happened. The writer crashes at any write.
+
+Beside the ring are spills. The model knows which segments there would be: one from its grant until the ring says that it
+is to go, and nobody may need one that has gone. A crash ends them all.
 """
 
 import hypothesis.strategies as st
@@ -21,6 +24,7 @@ GEOMETRY = Geometry.plan(4096, SLOTS)
 LARGEST = GEOMETRY.arena_capacity // 4
 QUOTA = 1024
 OWNERS = ["engine-0", "engine-1"]
+SPILL_BYTES = 45_000  # three small segments, or one large and one small
 
 keys = st.integers(0, 13).map(lambda n: bytes([n]) * 32)
 holders = st.sampled_from(["call-0", "call-1", "job-0"])
@@ -28,6 +32,7 @@ owners = st.sampled_from(OWNERS)
 kinds = st.sampled_from(["copy", "view"])
 ids = st.integers(0, 7).map(lambda n: bytes([n]) * 16)
 meta = st.integers(0, 130)
+spilled = st.sampled_from([10, 100, 10, 9_000, 20_000, 40_000])
 tensors = st.one_of(st.integers(0, LARGEST + 64), st.integers(600, 900))
 
 
@@ -41,9 +46,26 @@ class Model:
         self.state = State.GRANTED
         self.pins = []
 
+    def slot_for_readers(self):
+        return self.slot
+
     def span(self):
         first = (self.offset - GEOMETRY.arena_offset) // UNIT
         return range(first, first + self.units)
+
+
+class SpillModel:
+    """One spill."""
+
+    def __init__(self, spill, key, size):
+        self.slot, self.generation, self.epoch = spill.slot, spill.generation, spill.epoch
+        self.key = key
+        self.size = size
+        self.state = State.GRANTED
+        self.pins = []
+
+    def slot_for_readers(self):
+        return 0
 
 
 class RingMachine(RuleBasedStateMachine):
@@ -54,12 +76,14 @@ class RingMachine(RuleBasedStateMachine):
         self.image = bytearray(b"".join(pack_free(slot) for slot in range(SLOTS)))
         self.memory = [0] * (GEOMETRY.arena_capacity // UNIT)
         self.entries = {}  # slot: Model
+        self.spills = {}  # slot: SpillModel, the least recently used first
+        self.segments = set()  # epochs of the spills' segments
         self.leases = {}  # id: [owner, slot, kind, deadline]
         self.now = 0.0
         self.newest = 0
 
     def new_ring(self):
-        return Ring(GEOMETRY, self.incarnation, Clock(SLOTS), LARGEST, overdue_quota=QUOTA)
+        return Ring(GEOMETRY, self.incarnation, Clock(SLOTS), LARGEST, overdue_quota=QUOTA, spill_bytes=SPILL_BYTES)
 
     # What the model knows
 
@@ -68,6 +92,21 @@ class RingMachine(RuleBasedStateMachine):
 
     def fixed(self, entry):
         return entry.state is not State.READY or self.held(entry)
+
+    def everything(self):
+        return {**self.entries, **self.spills}
+
+    def room_beside(self, size):
+        held = sum(spill.size for spill in self.spills.values() if self.fixed(spill))
+        return held + size <= SPILL_BYTES
+
+    def spill_by_key(self, key):
+        found = [spill for spill in self.spills.values() if spill.key == key and spill.state is not State.RETIRED]
+        assert len(found) <= 1
+        return found[0] if found else None
+
+    def use(self, spill):
+        self.spills[spill.slot] = self.spills.pop(spill.slot)
 
     def room_for(self, length):
         fixed = {unit for entry in self.entries.values() if self.fixed(entry) for unit in entry.span()}
@@ -98,11 +137,16 @@ class RingMachine(RuleBasedStateMachine):
 
     def sync(self):
         self.apply(self.ring.take_writes())
+        gone = self.ring.take_removed()
+        assert len(set(gone)) == len(gone)
+        assert set(gone) <= self.segments, "a segment is removed that is not there"
+        self.segments -= set(gone)
+        assert self.segments == {spill.epoch for spill in self.spills.values()}, "a segment leaks, or is missed"
 
     def prune(self, entry):
         """Forget a retired entry that nobody holds."""
         if entry.state is State.RETIRED and not self.held(entry):
-            del self.entries[entry.slot]
+            del (self.spills if isinstance(entry, SpillModel) else self.entries)[entry.slot]
 
     # Rules
 
@@ -162,6 +206,40 @@ class RingMachine(RuleBasedStateMachine):
         else:
             del self.entries[entry.slot]
 
+    @rule(key=keys, meta_len=meta, tensor_len=spilled, epoch=st.integers(0, 9).map(lambda n: bytes([n]) * 16))
+    def grant_a_spill(self, key, meta_len, tensor_len, epoch):
+        size = Geometry.plan(-(-meta_len // UNIT) * UNIT + tensor_len, 1).total_size
+        possible = self.room_beside(size) and not self.spill_by_key(key) and epoch not in self.segments
+        assert self.ring.could_spill(meta_len, tensor_len) == (size <= SPILL_BYTES)
+        spill = self.ring.grant_spill(key, bytes(meta_len), tensor_len, epoch)
+        assert (spill is not None) == possible, "a spill is refused exactly when what is held leaves no room"
+        if spill is None:
+            self.sync()
+            return
+        assert spill.generation > self.newest, "generations strictly rise, over ring and spills"
+        self.newest = spill.generation
+        while sum(other.size for other in self.spills.values()) + size > SPILL_BYTES:
+            del self.spills[next(slot for slot, other in self.spills.items() if not self.fixed(other))]
+        assert spill.slot >= SLOTS
+        assert spill.slot not in self.spills
+        self.spills[spill.slot] = SpillModel(spill, key, size)
+        self.segments.add(epoch)
+        self.sync()
+
+    @precondition(lambda self: any(spill.state is State.GRANTED for spill in self.spills.values()))
+    @rule(data=st.data(), publish=st.sampled_from([True, True, False]))
+    def end_a_spill(self, data, publish):
+        slots = sorted(slot for slot, spill in self.spills.items() if spill.state is State.GRANTED)
+        known = self.spills[data.draw(st.sampled_from(slots))]
+        spill = next(spill for spill in self.ring.spills if spill.slot == known.slot)
+        if publish:
+            assert self.ring.publish_spill(spill).key == known.key
+            known.state = State.READY
+        else:
+            self.ring.abort_spill(spill)
+            del self.spills[known.slot]
+        self.sync()
+
     @rule()
     def publish_everything(self):
         for entry in self.entries.values():
@@ -172,20 +250,25 @@ class RingMachine(RuleBasedStateMachine):
 
     @rule(key=keys)
     def lookup(self, key):
-        found, expected = self.ring.lookup(key), self.by_key(key)
+        expected, spill = self.by_key(key), self.spill_by_key(key)
+        spill = spill if spill is not None and spill.state is State.READY else None
         if expected is None or expected.state is not State.READY:
-            assert found is None
-        else:
-            assert (found.slot, found.generation, found.offset) == (
-                expected.slot,
-                expected.generation,
-                expected.offset,
-            )
+            expected = spill
+            if spill is not None:
+                self.use(spill)
+        found = self.ring.lookup(key)
+        assert (found and found.generation) == (expected and expected.generation)
+        in_ring = self.ring.in_ring(key)
+        assert (in_ring and in_ring.slot) == ((entry := self.by_key(key)) and entry.slot)
+        beside = self.ring.lookup_spill(key)
+        assert (beside and beside.generation) == (spill and spill.generation)
+        if spill is not None:
+            self.use(spill)
 
-    @precondition(lambda self: self.entries)
+    @precondition(lambda self: self.everything())
     @rule(data=st.data(), holder=holders)
     def pin(self, data, holder):
-        entry = self.entries[data.draw(st.sampled_from(sorted(self.entries)))]
+        entry = self.everything()[data.draw(st.sampled_from(sorted(self.everything())))]
         if entry.state is State.GRANTED:
             with pytest.raises(StaleAddress):
                 self.ring.pin(holder, entry.slot)
@@ -195,22 +278,27 @@ class RingMachine(RuleBasedStateMachine):
 
     @rule(holder=holders)
     def unpin(self, holder):
-        assert self.ring.unpin(holder) == sum(entry.pins.count(holder) for entry in self.entries.values())
-        for entry in list(self.entries.values()):
+        assert self.ring.unpin(holder) == sum(entry.pins.count(holder) for entry in self.everything().values())
+        for entry in self.everything().values():
             entry.pins = [pin for pin in entry.pins if pin != holder]
             self.prune(entry)
         self.sync()
 
-    @precondition(lambda self: self.entries)
+    @precondition(lambda self: self.everything())
     @rule(data=st.data(), lease_id=ids, owner=owners, kind=kinds, seconds=st.integers(1, 9))
     def deliver(self, data, lease_id, owner, kind, seconds):
-        entry = self.entries[data.draw(st.sampled_from(sorted(self.entries)))]
+        entry = self.everything()[data.draw(st.sampled_from(sorted(self.everything())))]
+        slot = entry.slot_for_readers()
         timing = {"now": self.now, "seconds": seconds}
         with pytest.raises(StaleAddress):
-            self.ring.deliver(lease_id, owner, entry.slot, entry.generation - 1, kind, **timing)
+            self.ring.deliver(lease_id, owner, slot + 1, entry.generation, kind, **timing)
+        others = {(other.slot_for_readers(), other.generation) for other in self.everything().values()}
+        if (slot, entry.generation - 1) not in others:
+            with pytest.raises(StaleAddress):
+                self.ring.deliver(lease_id, owner, slot, entry.generation - 1, kind, **timing)
         known = self.leases.get(lease_id)
         try:
-            self.ring.deliver(lease_id, owner, entry.slot, entry.generation, kind, **timing)
+            self.ring.deliver(lease_id, owner, slot, entry.generation, kind, **timing)
         except StaleAddress:
             assert entry.state is State.GRANTED
         except Busy:
@@ -263,20 +351,20 @@ class RingMachine(RuleBasedStateMachine):
     def end(self, lease_ids):
         slots = {self.leases.pop(lease_id)[1] for lease_id in lease_ids}
         for slot in slots:
-            self.prune(self.entries[slot])
+            self.prune(self.everything()[slot])
         self.sync()
 
     @rule(key=keys)
     def remove(self, key):
-        entry = self.by_key(key)
-        assert self.ring.remove(key) == (entry is not None and entry.state is State.READY)
-        self.removed([entry] if entry else [])
+        entries = [entry for entry in (self.by_key(key), self.spill_by_key(key)) if entry is not None]
+        assert self.ring.remove(key) == any(entry.state is State.READY for entry in entries)
+        self.removed(entries)
 
     @rule(really=st.sampled_from([False, False, True]))
     def clear(self, really):
         if really:
-            ready = [entry for entry in self.entries.values() if entry.state is State.READY]
-            assert self.ring.clear() == len(ready)
+            ready = [entry for entry in self.everything().values() if entry.state is State.READY]
+            assert self.ring.clear() == len({entry.key for entry in ready})
             self.removed(ready)
 
     def removed(self, entries):
@@ -293,6 +381,8 @@ class RingMachine(RuleBasedStateMachine):
             del self.entries[slot]
         self.incarnation += 1
         self.ring = self.new_ring()
+        self.leases = {i: lease for i, lease in self.leases.items() if lease[1] not in self.spills}
+        self.spills, self.segments = {}, set()
         assert self.ring.restore(self.image) == len(self.entries)
         assert self.ring.grant(bytes(32)[:-1] + b"!", 1, 1) is None, "granted before the leases are known"
         gone = self.by_key(early)
@@ -327,12 +417,19 @@ class RingMachine(RuleBasedStateMachine):
     def the_bytes_add_up(self):
         stats = self.ring.stats()
         assert stats.free + stats.ready + stats.leased + stats.filling == stats.capacity == GEOMETRY.arena_capacity
-        leased = {lease[1] for lease in self.leases.values()}
+        leased = {lease[1] for lease in self.leases.values() if lease[1] < SLOTS}
         assert stats.leased == UNIT * sum(self.entries[slot].units for slot in leased)
         filling = [entry.units for entry in self.entries.values() if entry.state is State.GRANTED]
         assert stats.filling == UNIT * sum(filling)
         assert stats.entries == len(self.entries) - len(filling)
         assert (stats.slots_used, stats.leases) == (len(self.entries), len(self.leases))
+        made = [spill.state is State.GRANTED for spill in self.spills.values()]
+        assert (stats.spills.entries, stats.spills.filling) == (len(made), sum(made))
+        assert stats.spills.nbytes == sum(spill.size for spill in self.spills.values()) <= SPILL_BYTES
+
+    @invariant()
+    def the_spills_are_used_in_the_order_that_the_model_knows(self):
+        assert [spill.slot for spill in self.ring.spills] == list(self.spills)
 
 
 TestRingMachine = RingMachine.TestCase

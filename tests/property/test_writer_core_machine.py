@@ -1,7 +1,8 @@
 """The writer's core among peers and lanes that do everything they can do, over a ring of one page.
 
-The machine plays frontends, backends, lanes and the shell. Memory is a byte array into which lanes write what they were
-granted, garbage first; whoever may read an extent must find his key's content there after every step. A peer that is
+The machine plays frontends, backends, lanes and the shell. Memory is a byte array, and one a spill, into which lanes write
+what they were granted, garbage first; whoever may read an extent must find his key's content there after every step, and
+whoever was promised tensors inline must be able to fetch them. What may be spilled and sent inline is drawn. A peer that is
 sent something on a dead connection is reported as unreachable, as the shell does. At the end all faults stop, and
 everyone who waits must get his answer.
 """
@@ -19,21 +20,28 @@ from mmprep import errors
 from mmprep.items import align
 from mmprep.layout import Geometry
 from mmprep.metrics import Metrics
+from mmprep.segment import sibling_name
 from mmprep.wire import messages
 from mmprep.wire.codec import PROTOCOL, pack, unpack
 from mmprep_worker.ring.policy import Clock
 from mmprep_worker.ring.ring import Ring
+from mmprep_worker.ring.spills import Spill
 from mmprep_worker.scheduling.admission import Admission, Quarantine
 from mmprep_worker.scheduling.flights import Flights
 from mmprep_worker.scheduling.queue import FairQueue
 from mmprep_worker.writer.core import WriterCore
 from mmprep_worker.writer.plans import PlanStore
-from mmprep_worker.writer.state import KillLane, Send, ToLane
+from mmprep_worker.writer.state import KillLane, RemoveSegment, Send, ToLane
 from mmprep_worker.writer.tasks import HEAVY_COST
 
 GEOMETRY = Geometry.plan(4096, 6)
 UPLOAD_SECONDS, LEASE_SECONDS, TASK_SECONDS = 6, 10, 8
 LANES = 2
+RING = "/mmprep-0-cafecafe-00000000"
+#: One small segment; two or three.
+SPILL_BYTES = [13_000, 40_000]
+#: One item or another; many.
+INLINE_BYTES = [900, 5000]
 CARD = b"card"
 FRONTENDS, BACKENDS = ["0", "1", "2"], ["engine-0", "engine-1"]
 PROCESSES = [("frontend", peer_id) for peer_id in FRONTENDS] + [("backend", peer_id) for peer_id in BACKENDS]
@@ -64,10 +72,14 @@ class Medium:
 
     @property
     def extent(self):
-        return self.meta.ljust(align(len(self.meta)), b"\0") + bytes([self.number]) * self.tensor_length
+        return self.meta.ljust(align(len(self.meta)), b"\0") + self.tensors
+
+    @property
+    def tensors(self):
+        return bytes([self.number]) * self.tensor_length
 
 
-LENGTHS = [64, 300, 700, 832, 2000, 500]  # the fifth is above what one item may have
+LENGTHS = [64, 300, 700, 832, 2000, 500]  # the fifth is above what one item of the ring may have
 MEDIA = [Medium(n, length, HEAVY_COST if n == 3 else 10) for n, length in enumerate(LENGTHS)]
 BY_KEY = {medium.key: medium for medium in MEDIA}
 
@@ -128,39 +140,50 @@ class Lane:
     task: messages.Task | None = None
     medium: Medium | None = None
     honest: bool = True
-    granted: messages.Granted | None = None
+    granted: messages.Granted | messages.GrantedSpill | messages.GrantedInline | None = None
 
 
 class WriterCoreMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.memory = bytearray(GEOMETRY.total_size)
+        self.segments: dict[str, bytes] = {}
         self.now = 100.0
         self.numbers = count(1)
-        quarantine = Quarantine(max_keys=4, seconds=30)
-        self.core = WriterCore(
-            ring=Ring(GEOMETRY, 1, Clock(GEOMETRY.slots), GEOMETRY.arena_capacity // 4),
-            flights=Flights(max_waiting=9, upload_seconds=UPLOAD_SECONDS, quarantine=quarantine),
-            queue=FairQueue(max_items=5, max_bytes=180),
-            admission=Admission(max_items=5, max_bytes=180, max_items_per_client=4),
-            quarantine=quarantine,
-            plans=PlanStore(1000),
-            metrics=Metrics(),
-            segment=messages.SegmentInfo("segment", bytes(16), GEOMETRY.total_size),
-            lanes=LANES,
-            lease_seconds=LEASE_SECONDS,
-            task_seconds=TASK_SECONDS,
-            read=lambda offset, length: bytes(self.memory[offset : offset + length]),
-            new_id=lambda: next(self.numbers).to_bytes(12, "big"),
-        )
+        self.core = self.new_core(0, 0)
         self.connections: dict[bytes, Connection] = {}
         self.lanes = [Lane() for _ in range(LANES)]
         self.leases: dict[bytes, tuple[str, messages.ItemAnswer, Medium]] = {}
         self.carded = False
         self.offered: list[list[Medium]] = []
 
-    @initialize(warm=st.sampled_from([True, True, True, False]))
-    def set_up(self, warm):
+    def new_core(self, spill, inline):
+        quarantine = Quarantine(max_keys=4, seconds=30)
+        ring = Ring(GEOMETRY, 1, Clock(GEOMETRY.slots), GEOMETRY.arena_capacity // 4, spill_bytes=spill)
+        return WriterCore(
+            ring=ring,
+            flights=Flights(max_waiting=9, upload_seconds=UPLOAD_SECONDS, quarantine=quarantine),
+            queue=FairQueue(max_items=5, max_bytes=180),
+            admission=Admission(max_items=5, max_bytes=180, max_items_per_client=4),
+            quarantine=quarantine,
+            plans=PlanStore(1000),
+            metrics=Metrics(),
+            segment=messages.SegmentInfo(RING, bytes(16), GEOMETRY.total_size),
+            lanes=LANES,
+            lease_seconds=LEASE_SECONDS,
+            task_seconds=TASK_SECONDS,
+            read=lambda offset, length: bytes(self.memory[offset : offset + length]),
+            new_id=lambda: next(self.numbers).to_bytes(12, "little"),
+            inline_bytes=inline,
+        )
+
+    @initialize(
+        warm=st.sampled_from([True, True, True, False]),
+        spill=st.sampled_from([0, *SPILL_BYTES]),
+        inline=st.sampled_from([0, *INLINE_BYTES]),
+    )
+    def set_up(self, warm, spill, inline):
+        self.core = self.new_core(spill, inline)
         for frontend_id in FRONTENDS[:2]:
             self.connect("frontend", frontend_id, 1)
         self.connect("backend", BACKENDS[0], 1)
@@ -263,6 +286,28 @@ class WriterCoreMachine(RuleBasedStateMachine):
         self.make_offer(self.choose(self.living("frontend"), pick), media, Terms("tensors", to, 20, 0, 0))
         self.work_goes_on(rounds)
 
+    @precondition(lambda self: self.living("frontend"))
+    @rule(pick=PICK, rounds=st.integers(0, 4), lease=st.booleans(), again=st.booleans())
+    def more_than_half_of_the_ring_is_cached_and_then_offered_at_once(self, pick, rounds, lease, again):
+        connection = self.choose(self.living("frontend"), pick)
+        media = [MEDIA[2], MEDIA[3], MEDIA[5]]
+        for medium in media:
+            self.make_offer(connection, [medium], Terms("tensors", None, 20, 0, 0))
+            self.work_goes_on(2)
+            self.let_go(connection)
+        self.work_goes_on(1)
+        to = messages.LeaseTo(BACKENDS[0], "copy") if lease else None
+        for _ in range(1 + again):
+            if connection.open:
+                self.make_offer(connection, media, Terms("tensors", to, 20, 0, 0))
+        self.work_goes_on(rounds)
+
+    def let_go(self, connection):
+        for number, call in connection.calls.items():
+            if call.state == "pinned":
+                call.state = "over"
+                self.say(connection, messages.Unpin(number))
+
     def make_offer(self, connection, media, terms):
         self.offered = [*self.offered[-5:], media]
         number = next(self.numbers)
@@ -322,9 +367,9 @@ class WriterCoreMachine(RuleBasedStateMachine):
         kind=st.sampled_from(["copy", "view"]),
     )
     def acquire(self, pick, which, stale, kind):
-        taken = [entry.slot for entry in self.core.ring._directory]
-        slot = self.choose(taken, which) if taken else which
-        entry = self.core.ring._directory.at(slot)
+        taken = [*self.core.ring._directory, *self.core.ring.spills]
+        entry = self.choose(taken, which) if taken else None
+        slot = which if entry is None else 0 if isinstance(entry, Spill) else entry.slot
         generation = 0 if entry is None else entry.generation + stale
         self.ask(self.choose(self.living("backend"), pick), messages.Acquire, slot, generation, kind)
 
@@ -391,9 +436,19 @@ class WriterCoreMachine(RuleBasedStateMachine):
             self.from_lane(number, messages.Planned(task.task), lane.medium.meta, ends=True)
         elif lane.granted is None:
             self.from_lane(number, messages.AskExtent(task.task, lane.medium.tensor_length), lane.medium.meta)
+        elif isinstance(lane.granted, messages.GrantedInline):
+            self.from_lane(number, messages.Inlined(task.task, 1, 1), lane.medium.tensors, ends=True)
         else:
             self.write(lane, lane.medium.extent)
             self.from_lane(number, messages.Filled(task.task, 1, 1), ends=True)
+
+    @precondition(lambda self: any(isinstance(lane.granted, messages.GrantedSpill) for lane in self.lanes))
+    @rule()
+    def there_is_no_memory_for_another_segment(self):
+        for number, lane in enumerate(self.lanes):
+            if isinstance(lane.granted, messages.GrantedSpill) and not lane.killed:  # nothing counts that those say
+                lane.granted = None
+                self.from_lane(number, messages.NoSpill(lane.task.task))
 
     @rule(rounds=st.integers(1, 4))
     def work_goes_on(self, rounds):
@@ -411,7 +466,7 @@ class WriterCoreMachine(RuleBasedStateMachine):
     @rule(
         number=st.integers(0, LANES - 1),
         what=st.sampled_from(["dies", "refuses", "finds other bytes", "breaks the protocol"]),
-        how=st.sampled_from(["ask", "filled", "planned", "no frames", "plan too large"]),
+        how=st.sampled_from(["ask", "filled", "inlined", "no spill", "planned", "no frames", "plan too large"]),
         luck=LUCK,
     )
     def a_lane_fails(self, number, what, how, luck):
@@ -430,8 +485,7 @@ class WriterCoreMachine(RuleBasedStateMachine):
 
     def a_lane_dies(self, number):
         lane = self.lanes[number]
-        if lane.granted is not None:
-            self.write(lane, b"\xdd" * lane.granted.length)
+        self.write(lane, b"\xdd" * self.room(lane))
         self.lanes[number] = Lane()
         self.core.lane_exited(number, self.now)
         self.carry_out()
@@ -448,7 +502,9 @@ class WriterCoreMachine(RuleBasedStateMachine):
         lane, task = self.lanes[number], self.lanes[number].task
         wrong = {
             "ask": (task.need == "plan" or lane.granted, messages.AskExtent(task.task, 100), [b"meta"]),
-            "filled": (not lane.granted, messages.Filled(task.task, 1, 1), []),
+            "filled": (not self.room(lane), messages.Filled(task.task, 1, 1), []),
+            "inlined": (True, messages.Inlined(task.task, 1, 1), [b"of another size"]),
+            "no spill": (not isinstance(lane.granted, messages.GrantedSpill), messages.NoSpill(task.task), []),
             "planned": (task.need == "tensors", messages.Planned(task.task), [b"meta"]),
             "no frames": (task.need == "plan", messages.Planned(task.task), []),
             "plan too large": (task.need == "plan", messages.Planned(task.task), [bytes(1 << 16)]),
@@ -464,7 +520,9 @@ class WriterCoreMachine(RuleBasedStateMachine):
         task = max(self.core.flights._last_id - back, 0)
         lane = self.lanes[number]
         if lane.task is None or lane.task.task != task:
-            for message in (messages.AskExtent(task, 100), messages.Filled(task, 1, 1), messages.Planned(task)):
+            asks = messages.AskExtent(task, 100), messages.NoSpill(task)
+            ends = messages.Filled(task, 1, 1), messages.Inlined(task, 1, 1), messages.Planned(task)
+            for message in (*asks, *ends):
                 self.core.from_lane(number, message, [b"meta"], self.now)
                 assert not self.core.take_actions()
 
@@ -476,8 +534,16 @@ class WriterCoreMachine(RuleBasedStateMachine):
         self.carry_out()
 
     def write(self, lane, content):
-        assert len(content) == lane.granted.length
-        self.memory[lane.granted.offset : lane.granted.offset + len(content)] = content
+        assert len(content) == self.room(lane)
+        match lane.granted:
+            case messages.Granted():
+                self.memory[lane.granted.offset : lane.granted.offset + len(content)] = content
+            case messages.GrantedSpill():
+                self.segments[lane.granted.name] = content
+
+    def room(self, lane):
+        """Return how many bytes the lane may write."""
+        return lane.granted.length if isinstance(lane.granted, messages.Granted | messages.GrantedSpill) else 0
 
     # -- Time --------------------------------------------------------------------------------------------------------
 
@@ -523,6 +589,8 @@ class WriterCoreMachine(RuleBasedStateMachine):
                     case KillLane():
                         assert not self.lanes[action.lane].killed, "a lane is killed twice"
                         self.lanes[action.lane].killed = True
+                    case RemoveSegment():
+                        del self.segments[action.name]
 
     def receive(self, connection, message, frames):
         match message:
@@ -555,8 +623,9 @@ class WriterCoreMachine(RuleBasedStateMachine):
 
     def acquired(self, connection, message):
         lease = self.core.ring.leases.get(message.lease)
-        entry = self.core.ring._directory.at(lease.slot)
-        about = messages.ItemAnswer("hit", entry.slot, entry.offset, entry.length, entry.generation)
+        entry = self.core.ring._at(lease.slot)
+        spill = entry.epoch if isinstance(entry, Spill) else None
+        about = messages.ItemAnswer("hit", entry.slot, entry.offset, entry.length, entry.generation, spill=spill)
         self.leases[message.lease] = (connection.id, about, BY_KEY[entry.key])
 
     def answered(self, call, answers):
@@ -567,13 +636,16 @@ class WriterCoreMachine(RuleBasedStateMachine):
                 assert answer.fault is not None
                 continue
             assert answer.meta == medium.meta, "the metadata of another key"
-            assert bool(answer.length) == (call.offer.need == "tensors")
-            leased = call.offer.lease is not None and call.offer.need == "tensors" and not failed
+            assert bool(answer.length or answer.inline) == (call.offer.need == "tensors")
+            assert not (answer.length and answer.inline)
+            assert answer.spill is None or answer.length
+            leased = call.offer.lease is not None and answer.length > 0 and not failed
             assert (answer.lease is not None) == leased
             if leased:
                 self.leases[answer.lease] = (call.offer.lease.backend, answer, medium)
         call.answers = answers
-        keeps = call.offer.need == "tensors" and call.offer.lease is None and not failed
+        inline = any(answer.inline for answer in answers)
+        keeps = call.offer.need == "tensors" and (call.offer.lease is None or inline) and not failed
         call.state = "pinned" if keeps else "over"
 
     def lane_receives(self, lane, message, medium):
@@ -583,9 +655,10 @@ class WriterCoreMachine(RuleBasedStateMachine):
                 assert lane.task is None, "a second task"
                 lane.task, lane.medium, lane.honest = message, medium, message.digest == medium.key
                 assert self.core.flights[message.task].key == medium.key
-            case messages.Granted():
+            case messages.Granted() | messages.GrantedSpill() | messages.GrantedInline():
                 lane.granted = message
-                self.write(lane, b"\xee" * message.length)
+                assert not isinstance(message, messages.GrantedSpill) or message.name not in self.segments
+                self.write(lane, b"\xee" * self.room(lane))
             case messages.Denied():
                 lane.task = lane.granted = lane.medium = None
 
@@ -638,9 +711,21 @@ class WriterCoreMachine(RuleBasedStateMachine):
         for connection in self.living("frontend"):
             for call in connection.calls.values():
                 if call.state == "pinned":
-                    readable += zip(call.answers, call.media(), strict=True)
+                    found = zip(call.answers, call.media(), strict=True)
+                    readable += [(answer, medium) for answer, medium in found if answer.lease is None]
         for answer, medium in readable:
-            assert self.memory[answer.offset : answer.offset + answer.length] == medium.extent
+            if answer.inline:
+                assert self.core.tensors(answer.inline) == medium.tensors
+            elif answer.spill is not None:
+                assert self.segments[sibling_name(RING, answer.spill)] == medium.extent
+            else:
+                assert self.memory[answer.offset : answer.offset + answer.length] == medium.extent
+
+    @invariant()
+    def the_segments_beside_the_ring_are_those_of_its_spills(self):
+        spills = list(self.core.ring.spills)
+        assert self.segments.keys() == {sibling_name(RING, spill.epoch) for spill in spills}
+        assert len(self.segments) == len(spills)
 
     @invariant()
     def the_leases_are_those_that_were_answered(self):
@@ -659,10 +744,7 @@ class WriterCoreMachine(RuleBasedStateMachine):
             self.core.validate()
         for connection in self.living("frontend"):
             assert not connection.waiting()
-            for number, call in connection.calls.items():
-                if call.state == "pinned":
-                    call.state = "over"
-                    self.say(connection, messages.Unpin(number))
+            self.let_go(connection)
         for connection in self.living("backend"):
             connection.open = False
             self.bury(connection)
@@ -670,6 +752,10 @@ class WriterCoreMachine(RuleBasedStateMachine):
         stats = self.core.ring.stats()
         assert (stats.filling, stats.leased, stats.leases) == (0, 0, 0)
         assert not self.core.ring.holders
+        assert not len(self.core.transfers)
+        self.core.ring.clear()
+        self.carry_out()
+        assert not self.segments
         assert not len(self.core.flights)
         assert not len(self.core.queue)
         assert not len(self.core.admission)

@@ -16,6 +16,8 @@ WRONG = {
     "lane-memory": ["63MiB", "2TiB", "much", ""],
     "task-timeout": ["99ms", "2d", "soon"],
     "max-object-size": ["lots", "4095", "257MiB", "-1"],
+    "spill-size": ["half", "-1", "65TiB"],
+    "inline-size": ["lots", "-1MiB", "65TiB", ""],
     "limit-mm-per-prompt": ["image", "image=", "image=-1", "image=257", "picture=1", "image=1;video=1", "=1"],
     "max-model-len": ["0", "-5", "many"],
     "tensor-dtype": ["float64", "UINT8", ""],
@@ -59,6 +61,7 @@ def test_without_anything_the_defaults_are_those_of_the_interface():
     options = decide()
     assert (options.host, options.port, options.frontends) == ("127.0.0.1", 8790, 2)
     assert (options.cache_size, options.max_object_size) == (1 << 30, 1 << 28)
+    assert (options.spill_size, options.inline_size) == (1 << 29, 1 << 28)
     assert options.limit_mm_per_prompt == {"image": 8, "video": 1, "audio": 4}
     assert (options.tensor_dtype, options.hash, options.log_level) == ("auto", "blake3", "warning")
     assert (options.lease_seconds, options.request_timeout, options.drain_timeout) == (30.0, 60.0, 10.0)
@@ -183,6 +186,13 @@ def test_limits_of_modalities_that_are_not_named_keep_their_defaults():
         assert tuple(decide("--limit-mm-per-prompt", text).limit_mm_per_prompt.values()) == limits
 
 
+def test_spills_have_half_of_the_caches_size_unless_told_otherwise_and_none_is_a_choice():
+    assert decide("--cache-size", "64MiB").spill_size == 32 << 20
+    assert decide("--cache-size", "64MiB", "--spill-size", "1GiB").spill_size == 1 << 30
+    options = decide("--spill-size", "0", "--inline-size", "0")
+    assert (options.spill_size, options.inline_size) == (0, 0)
+
+
 def test_domains_are_split_at_commas():
     assert decide("--allowed-media-domains", "a.example, b.example,").allowed_media_domains == (
         "a.example",
@@ -217,9 +227,10 @@ def test_a_model_that_is_neither_a_directory_nor_a_hub_id_is_an_error():
 
 
 def test_the_parts_of_writer_and_frontend_follow_from_the_options(tmp_path):
-    options = decide("--max-media-size", "2GiB", "--request-timeout", "10s")
+    options = decide("--max-media-size", "2GiB", "--request-timeout", "10s", "--spill-size", "3MiB")
     writer, frontend = options.writer(tmp_path), options.frontend(1, tmp_path, 99)
     assert writer.queue_bytes >= writer.max_media_size == frontend.max_media_size == 2 << 30
+    assert (writer.spill_size, writer.inline_size, frontend.inline_size) == (3 << 20, 256 << 20, 256 << 20)
     assert (frontend.fetch_timeout, frontend.port, frontend.index) == (10.0, 99, 1)
 
 

@@ -126,14 +126,25 @@ def test_each_socket_has_a_name_of_its_own(runtime):
     endpoints = [
         runtime.writer,
         runtime.writer_bulk,
+        runtime.tensors,
         runtime.lanes,
+        runtime.lanes_bulk,
         runtime.supervisor,
         runtime.frontend(0),
         runtime.frontend(12),
     ]
     assert endpoints == [
         f"ipc://{runtime.path}/{name}.sock"
-        for name in ("writer", "writer-bulk", "lanes", "supervisor", "frontend-0", "frontend-12")
+        for name in (
+            "writer",
+            "writer-bulk",
+            "tensors",
+            "lanes",
+            "lanes-bulk",
+            "supervisor",
+            "frontend-0",
+            "frontend-12",
+        )
     ]
 
 

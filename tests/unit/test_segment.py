@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mmprep.errors import StaleAddress, StartupError
-from mmprep.segment import Segment, free_space, segment_name, segments_of, unlink
+from mmprep.segment import Segment, free_space, segment_name, segments_of, sibling_name, unlink
 
 MiB = 2**20
 
@@ -35,6 +35,12 @@ def shm_file(name):
 
 def test_a_name_holds_the_user_the_runtime_directory_and_the_epoch():
     assert segment_name("0badcafe", bytes(range(16))) == f"/mmprep-{os.geteuid()}-0badcafe-00010203"
+
+
+def test_a_sibling_belongs_to_the_same_runtime_directory_and_differs_in_the_epoch_alone():
+    ours = segment_name("0badcafe", bytes(16))
+    assert sibling_name(ours, bytes(range(16))) == segment_name("0badcafe", bytes(range(16)))
+    assert sibling_name("/mmprep-1234-0badcafe-deadbeef", b"\xff" * 16) == "/mmprep-1234-0badcafe-ffffffff"
 
 
 def test_a_new_segment_is_private_reserved_and_zero(segment):

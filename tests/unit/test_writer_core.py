@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import count
 
+import msgspec
 import pytest
 
 from mmprep.layout import RECORD_SIZE, Geometry
@@ -17,7 +18,7 @@ from mmprep_worker.scheduling.flights import Flights
 from mmprep_worker.scheduling.queue import FairQueue
 from mmprep_worker.writer.core import WriterCore
 from mmprep_worker.writer.plans import PlanStore
-from mmprep_worker.writer.state import KillLane, ReadersSilent, Send, ToLane
+from mmprep_worker.writer.state import KillLane, ReadersSilent, RemoveSegment, Send, ToLane
 from mmprep_worker.writer.tasks import HEAVY_COST, MAX_METADATA
 
 GEOMETRY = Geometry.plan(16 * 4096, 64)
@@ -30,31 +31,45 @@ META = b"metadata"
 class World:
     """A core with lanes, frontends ``f0`` and ``f1`` and backend ``engine``; it keeps what was sent to each."""
 
-    def __init__(self, *, lanes: int = 2, max_items: int = 8, warm: bool = True, **taken_over) -> None:
+    def __init__(
+        self,
+        *,
+        lanes: int = 2,
+        max_items: int = 8,
+        warm: bool = True,
+        spill: int = 0,
+        inline: int = 0,
+        **taken_over,
+    ) -> None:
         self.memory = bytearray(GEOMETRY.total_size)
         self.now = 0.0
         self.ids = count(1)
         quarantine = Quarantine(max_keys=8, seconds=QUARANTINE_SECONDS)
         self.core = WriterCore(
-            ring=taken_over.pop("ring", None) or Ring(GEOMETRY, 1, Clock(GEOMETRY.slots), QUARTER),
+            ring=taken_over.pop("ring", None) or Ring(GEOMETRY, 1, Clock(GEOMETRY.slots), QUARTER, spill_bytes=spill),
             flights=Flights(max_waiting=64, upload_seconds=UPLOAD_SECONDS, quarantine=quarantine),
             queue=FairQueue(max_items=max_items, max_bytes=10_000),
             admission=Admission(max_items=max_items, max_bytes=10_000, max_items_per_client=max_items),
             quarantine=quarantine,
             plans=PlanStore(1 << 16),
             metrics=Metrics(),
-            segment=messages.SegmentInfo("segment", bytes(16), GEOMETRY.total_size),
+            segment=messages.SegmentInfo("/mmprep-0-cafecafe-00000000", bytes(16), GEOMETRY.total_size),
             lanes=lanes,
             lease_seconds=LEASE_SECONDS,
             task_seconds=TASK_SECONDS,
             read=lambda offset, length: bytes(self.memory[offset : offset + length]),
-            new_id=lambda: next(self.ids).to_bytes(12, "big"),
+            new_id=lambda: next(self.ids).to_bytes(12, "little"),
+            inline_bytes=inline,
             **taken_over,
         )
+        self.segments: set[str] = set()
+        self.granted_spills: dict[int, messages.GrantedSpill] = {}
+        self.granted_inline: set[int] = set()
         self.inbox: dict[str, list[Send]] = {}
         self.tasks: dict[int, messages.Task] = {}
         self.granted: dict[int, messages.Granted] = {}
         self.killed: list[int] = []
+        self.denied: set[int] = set()
         self.silent: list[tuple[tuple[str, str], ...]] = []
         for name in ("f0", "f1"):
             self.hello(name, "frontend")
@@ -94,10 +109,37 @@ class World:
     def fill(self, flight, length=100, meta=META):
         number = self.lane_of(flight)
         self.lane(number, messages.AskExtent(flight, length), meta)
+        if number not in self.granted:
+            return
         granted = self.granted.pop(number)
         self.memory[granted.offset : granted.offset + len(meta)] = meta
         self.tasks.pop(number)
         self.lane(number, messages.Filled(flight, 1, 1))
+
+    def place(self, flight, length, meta=META):
+        """Let a lane ask for room and use what it gets; return what that was."""
+        number = self.lane_of(flight)
+        self.fill(flight, length, meta)
+        if number in self.granted_spills:
+            del self.granted_spills[number], self.tasks[number]
+            self.lane(number, messages.Filled(flight, 1, 1))
+            return "spill"
+        if number in self.granted_inline:
+            self.granted_inline.remove(number)
+            del self.tasks[number]
+            self.lane(number, messages.Inlined(flight, 1, 1), bytes([flight]) * length)
+            return "inline"
+        return "nowhere" if number in self.denied else "ring"
+
+    def cached(self, key, length=QUARTER - 64):
+        """Put an item into the cache; return where it went."""
+        call = 1000 + next(self.ids)
+        self.offer("f1", call, key)
+        (want,) = self.wants("f1", call)
+        self.put("f1", want.flight)
+        where = self.place(want.flight, length)
+        self.say("f1", messages.Unpin(call))
+        return where
 
     def fail(self, flight, error):
         number = self.lane_of(flight)
@@ -131,18 +173,32 @@ class World:
             match action:
                 case Send():
                     self.inbox.setdefault(action.peer.decode("latin-1"), []).append(action)
-                case ToLane(number, messages.Task() as task, medium):
-                    assert medium == f"medium of {task.task}"
-                    self.tasks[number] = task
-                case ToLane(number, messages.Granted() as granted):
-                    self.granted[number] = granted
-                case ToLane(number, messages.Denied()):
-                    self.tasks.pop(number)
+                case ToLane():
+                    self.lane_hears(*action)
+                case RemoveSegment(name):
+                    self.segments.remove(name)
                 case KillLane(number):
                     self.killed.append(number)
                 case ReadersSilent(readers):
                     self.silent.append(readers)
         self.core.validate()
+
+    def lane_hears(self, number, message, medium):
+        match message:
+            case messages.Task():
+                self.denied.discard(number)
+                assert medium == f"medium of {message.task}"
+                self.tasks[number] = message
+            case messages.Granted():
+                self.granted[number] = message
+            case messages.GrantedSpill():
+                self.granted_spills[number] = message
+                self.segments.add(message.name)
+            case messages.GrantedInline():
+                self.granted_inline.add(number)
+            case messages.Denied():
+                self.tasks.pop(number)
+                self.denied.add(number)
 
     def got(self, name, kind, call=None):
         sent = [send for send in self.inbox.get(name, []) if isinstance(send.message, kind)]
@@ -171,7 +227,7 @@ class World:
     def idle(self):
         core = self.core
         nothing = not (len(core.flights) or len(core.queue) or len(core.admission) or core.ring.holders)
-        return nothing and core.ring.stats().filling == 0
+        return nothing and core.ring.stats().filling == core.ring.stats().spills.filling == len(core.transfers) == 0
 
 
 @pytest.fixture
@@ -286,7 +342,7 @@ def test_a_key_that_is_offered_twice_in_one_call_is_computed_once_and_pinned_onc
     assert world.outcomes("f1", 1) == ["hit", "hit"]
 
 
-def test_hits_above_half_of_the_ring_are_refused_and_leave_nothing_pinned(world):
+def test_hits_above_half_of_the_ring_are_no_hits_and_without_other_room_too_large(world):
     keys = [bytes([n]) * 32 for n in range(3)]
     for call, key in enumerate(keys, 1):
         world.offer("f0", call, key)
@@ -296,7 +352,11 @@ def test_hits_above_half_of_the_ring_are_refused_and_leave_nothing_pinned(world)
     world.offer("f0", 9, *keys[:2])
     world.say("f0", messages.Unpin(9))
     world.offer("f0", 10, *keys)
-    assert world.fault("f0", 10).kind == "TooLarge"
+    (want,) = world.wants("f0", 10)
+    assert want.index == 2
+    world.put("f0", want.flight)
+    assert world.place(want.flight, QUARTER - 64) == "nowhere"
+    assert world.answer("f0", 10)[2].fault.kind == "TooLarge"
     assert world.idle()
     world.offer("f0", 11, *keys, need="plan")
     assert world.outcomes("f0", 11) == ["hit"] * 3
@@ -308,6 +368,7 @@ def test_a_call_whose_computed_items_are_above_half_of_the_ring_fails_and_leaves
         world.put("f0", flight)
         world.fill(flight, length=QUARTER - 64)
     assert sorted(world.outcomes("f0", 1)) == ["computed", "computed", "failed"]
+    assert world.answer("f0", 1)[2].fault.kind == "TooLarge"
     assert world.idle()
 
 
@@ -756,6 +817,363 @@ def test_an_exit_of_a_lane_counts_as_a_restart_whatever_it_was_doing():
     world.ready(0)
     world.die(0)
     assert world.counted("mmprep_lane_restarts_total") == 2
+
+
+# --- full, large, many --------------------------------------------------------------------------------------------------
+
+SPILL = 10 * QUARTER
+#: What the segment of an item of a quarter of the ring takes.
+ONE_SPILL = Geometry.plan(QUARTER, 1).total_size
+FULL = [bytes([n]) * 32 for n in range(100, 104)]
+
+
+def full(**options):
+    """Give a world whose ring is full of what a backend has leased."""
+    world = World(**options)
+    for call, key in enumerate(FULL, 1):
+        world.offer("f0", call, key, lease="engine")
+        world.put("f0", call)
+        world.fill(call, length=QUARTER - 64)
+    assert world.core.ring.stats().free == 0
+    return world
+
+
+def ask(world, call, key, length, name="f0", **options):
+    """Offer one item and compute it; return where it went."""
+    world.offer(name, call, key, **options)
+    (want,) = world.wants(name, call)
+    world.put(name, want.flight)
+    return world.place(want.flight, length)
+
+
+def test_the_order_is_ring_then_spill_then_inline_then_busy_and_nothing_is_evicted_for_what_finds_no_room():
+    world = full(spill=Geometry.plan(2000, 1).total_size, inline=1000)
+    assert ask(world, 10, A, 1000) == "spill"
+    assert ask(world, 11, B, 1000) == "inline"
+    assert ask(world, 12, C, 1000) == "nowhere"
+    fault = world.answer("f0", 12)[0].fault
+    assert (fault.kind, fault.retry_after_ms) == ("Busy", 1000)
+    world.say("f0", messages.Unpin(11))
+    assert ask(world, 13, C, 1000) == "inline"
+    assert ask(World(spill=SPILL, inline=1000), 1, A, 1000) == "ring"
+    assert (world.core.ring.stats().evictions, world.core.ring.stats().entries) == (0, 4)
+
+
+def test_a_spill_is_a_hit_and_shared_by_all_until_room_is_needed():
+    world = full(spill=ONE_SPILL)
+    assert ask(world, 10, A, 100) == "spill"
+    (first,) = world.answer("f0", 10)
+    world.offer("f1", 1, A)
+    (hit,) = world.answer("f1", 1)
+    assert hit == msgspec.structs.replace(first, outcome="hit")
+    assert (hit.slot, hit.meta, len(hit.spill)) == (0, META, 16)
+    world.say("f0", messages.Unpin(10))
+    assert ask(world, 11, B, QUARTER - 64) == "nowhere", "the other one is pinned"
+    world.say("f1", messages.Unpin(1))
+    (name,) = world.segments
+    assert ask(world, 12, B, QUARTER - 64) == "spill"
+    assert name not in world.segments
+    assert len(world.segments) == 1
+
+
+def test_an_object_above_the_largest_goes_to_a_spill_and_evicts_nothing():
+    world = World(spill=SPILL, inline=10 * QUARTER)
+    for key in FULL:
+        assert world.cached(key) == "ring"
+    assert ask(world, 1, A, 3 * QUARTER) == "spill"
+    assert world.core.ring.stats().evictions == 0
+
+
+def test_an_object_that_no_budget_would_ever_take_is_too_large():
+    world = World(spill=ONE_SPILL, inline=3 * QUARTER)
+    assert ask(world, 1, A, 2 * QUARTER) == "inline"
+    assert ask(world, 2, B, 2 * QUARTER) == "nowhere"
+    assert ask(world, 3, C, 4 * QUARTER) == "nowhere"
+    assert [world.answer("f0", call)[0].fault.kind for call in (2, 3)] == ["Busy", "TooLarge"]
+
+
+def test_a_spill_is_leased_acquired_and_outlives_its_removal_until_the_last_hold_ends():
+    world = full(spill=SPILL)
+    assert ask(world, 10, A, 100, lease="engine") == "spill"
+    (answer,) = world.answer("f0", 10)
+    assert world.core.ring.leases.get(answer.lease).owner == "engine"
+    assert not world.core.ring.holders
+    world.say("engine", messages.Acquire(1, answer.slot, answer.generation, "copy"))
+    second = world.got("engine", messages.Acquired, 1)[0].message.lease
+    world.say("f0", messages.Clear(11))
+    assert len(world.segments) == 1
+    world.say("engine", messages.Release(2, (answer.lease,)))
+    assert len(world.segments) == 1
+    world.tick(LEASE_SECONDS)
+    assert second not in {lease.lease_id for lease in world.core.ring.leases}
+    assert not world.segments
+
+
+def test_a_backends_death_frees_its_spills():
+    world = full(spill=SPILL)
+    ask(world, 10, A, 100, lease="engine")
+    world.say("f0", messages.Clear(11))
+    world.core.peer_gone("backend", "engine", world.now)
+    world.carry_out()
+    assert not world.segments
+    assert world.core.ring.stats().free == GEOMETRY.arena_capacity
+
+
+def test_a_backend_that_asserts_the_lease_of_a_spill_again_keeps_it():
+    world = full(spill=SPILL)
+    ask(world, 10, A, 100, lease="engine")
+    (answer,) = world.answer("f0", 10)
+    held = messages.Held(answer.lease, answer.slot, answer.generation, "copy")
+    other = messages.Held(bytes(16), answer.slot, answer.generation + 1, "copy")
+    world.say("engine", messages.Reassert(1, (held, other), True))
+    assert world.got("engine", messages.Renewed, 1)[0].message.lost == (bytes(16),)
+    assert world.core.ring.leases.get(answer.lease).kind == "copy"
+
+
+def test_an_absurd_length_is_too_large_and_nothing_worse():
+    world = World(spill=SPILL, inline=1000)
+    assert ask(world, 1, A, 1 << 48) == "nowhere"
+    assert world.answer("f0", 1)[0].fault.kind == "TooLarge"
+
+
+@pytest.mark.parametrize("end", ["dies", "fails", "has no memory"])
+def test_the_segment_of_a_spill_that_is_not_finished_goes(end):
+    world = full(spill=SPILL, inline=1000)
+    world.offer("f0", 10, A)
+    world.put("f0", 5)
+    number = world.lane_of(5)
+    world.lane(number, messages.AskExtent(5, 100), META)
+    assert len(world.segments) == 1
+    if end == "dies":
+        world.die(number)
+        assert not world.segments
+        assert world.place(5, 100) == "spill"
+    elif end == "fails":
+        world.fail(5, error("DecodeError"))
+        assert not world.segments
+    else:
+        world.lane(number, messages.NoSpill(5))
+        assert not world.segments
+        world.tasks.pop(number)
+        world.lane(number, messages.Inlined(5, 1, 1), bytes(100))
+        assert world.answer("f0", 10)[0].inline == 5
+
+
+def test_where_there_is_no_memory_for_a_spill_nor_a_budget_inline_the_item_is_busy():
+    world = full(spill=SPILL)
+    world.offer("f0", 10, A)
+    world.put("f0", 5)
+    world.lane(world.lane_of(5), messages.AskExtent(5, 100), META)
+    world.lane(world.lane_of(5), messages.NoSpill(5))
+    assert world.answer("f0", 10)[0].fault.kind == "Busy"
+    assert world.idle()
+
+
+def test_what_travels_inline_reaches_all_who_wait_is_cached_for_none_and_kept_until_the_last_has_it():
+    world = full(inline=100)
+    for name in ("f0", "f1"):
+        world.offer(name, 10, A)
+    world.offer("f1", 11, A, need="plan")
+    world.put("f0", 5)
+    assert world.place(5, 100) == "inline"
+    for name in ("f0", "f1"):
+        (answer,) = world.answer(name, 10)
+        assert (answer.inline, answer.length, answer.meta) == (5, 0, META)
+        assert world.core.tensors(answer.inline) == bytes([5]) * 100
+    assert (world.answer("f1", 11)[0].inline, world.answer("f1", 11)[0].meta) == (0, META)
+    world.say("f0", messages.Unpin(10))
+    assert world.core.tensors(5) is not None
+    world.core.peer_gone("frontend", "f1", world.now)
+    world.carry_out()
+    assert world.core.tensors(5) is None
+    world.offer("f0", 12, A)
+    assert world.wants("f0", 12), "nothing of it is cached"
+    assert world.core.transfers.nbytes == 0
+
+
+def test_a_call_that_fails_for_another_item_keeps_no_tensors_and_leaves_them_to_the_others():
+    world = full(inline=100)
+    world.offer("f0", 10, A, B)
+    world.offer("f1", 10, A)
+    world.put("f0", 6)
+    world.fail(6, error("DecodeError"))
+    world.put("f0", 5)
+    world.place(5, 100)
+    assert world.outcomes("f0", 10) == ["computed", "failed"]
+    assert world.core.tensors(world.answer("f1", 10)[0].inline) is not None
+    world.say("f1", messages.Unpin(10))
+    assert world.idle()
+
+
+def test_where_addresses_were_asked_for_what_is_in_memory_is_leased_and_the_rest_kept_until_it_was_fetched():
+    world = full(inline=100)
+    world.offer("f0", 10, FULL[0], A, lease="engine")
+    world.put("f0", 5)
+    world.place(5, 100)
+    leased, inline = world.answer("f0", 10)
+    assert (leased.lease is not None, leased.inline) == (True, 0)
+    assert (inline.lease, inline.inline) == (None, 5)
+    assert not world.core.ring.holders, "the lease is what holds it now"
+    assert world.core.tensors(5) is not None
+    world.say("f0", messages.Unpin(10))
+    assert world.idle()
+
+
+def test_nobody_waits_for_tensors_that_nobody_needs_any_more():
+    world = full(inline=100)
+    world.offer("f0", 10, A)
+    world.put("f0", 5)
+    world.lane(world.lane_of(5), messages.AskExtent(5, 100), META)
+    world.say("f0", messages.Cancel(10))
+    world.tasks.pop(0)
+    world.lane(0, messages.Inlined(5, 1, 1), bytes(100))
+    assert world.idle()
+
+
+def test_tensors_of_another_size_than_was_reserved_are_a_breach_of_the_protocol():
+    world = full(inline=1000)
+    world.offer("f0", 10, A)
+    world.put("f0", 5)
+    number = world.lane_of(5)
+    world.lane(number, messages.AskExtent(5, 100), META)
+    world.lane(number, messages.Inlined(5, 1, 1), bytes(101))
+    assert world.killed == [number]
+    world.die(number)
+    assert world.place(5, 100) == "inline"
+
+
+@pytest.mark.parametrize("lease", [None, "engine"])
+def test_a_request_larger_than_half_of_the_ring_keeps_to_its_half_and_finds_the_rest_beside(lease):
+    world = World(spill=SPILL)
+    world.offer("f0", 1, *FULL, A, lease=lease)
+    where = []
+    for flight in range(1, 6):
+        world.put("f0", flight)
+        where.append(world.place(flight, QUARTER - 64))
+    assert where == ["ring", "ring", "spill", "spill", "spill"]
+    assert world.outcomes("f0", 1) == ["computed"] * 5
+    assert world.core.ring.stats().ready + world.core.ring.stats().leased == 2 * QUARTER
+    world.say("f0", messages.Unpin(1))
+    world.offer("f1", 1, *FULL, A)
+    assert world.outcomes("f1", 1) == ["hit"] * 5, "and the next time all of it is there"
+
+
+def test_hits_that_a_call_cannot_pin_are_had_from_spills_and_the_entries_stay_for_others():
+    world = World(spill=SPILL)
+    for key in FULL:
+        assert world.cached(key) == "ring"
+    world.offer("f0", 1, *FULL)
+    wants = world.wants("f0", 1)
+    assert [want.index for want in wants] == [2, 3]
+    for want in wants:
+        world.put("f0", want.flight)
+        assert world.place(want.flight, QUARTER - 64) == "spill"
+    answers = world.answer("f0", 1)
+    assert [answer.outcome for answer in answers] == ["hit", "hit", "computed", "computed"]
+    assert [answer.spill is None for answer in answers] == [True, True, False, False]
+    world.offer("f1", 1, FULL[2])
+    assert world.answer("f1", 1)[0].spill is None
+    world.offer("f1", 2, *FULL)
+    assert world.outcomes("f1", 2) == ["hit"] * 4
+    assert world.core.ring.stats().evictions == 0
+
+
+def test_two_requests_that_each_need_half_of_the_ring_get_it_side_by_side():
+    world = World()
+    for name, keys in (("f0", FULL[:2]), ("f1", FULL[2:])):
+        world.offer(name, 1, *keys)
+    for flight, name in ((1, "f0"), (3, "f1"), (2, "f0"), (4, "f1")):
+        world.put(name, flight)
+        assert world.place(flight, QUARTER - 64) == "ring"
+    for name in ("f0", "f1"):
+        assert world.outcomes(name, 1) == ["computed"] * 2
+    assert world.core.ring.stats().free == 0
+
+
+def test_a_call_that_joins_what_is_filled_in_the_ring_and_cannot_pin_it_has_it_beside():
+    world = World(spill=SPILL)
+    for key in FULL[:2]:
+        world.cached(key)
+    world.offer("f1", 1, A)
+    world.put("f1", 3)
+    number = world.lane_of(3)
+    world.lane(number, messages.AskExtent(3, QUARTER - 64), META)
+    world.offer("f0", 1, *FULL[:2], A)
+    (want,) = world.wants("f0", 1)
+    del world.tasks[number], world.granted[number]
+    world.lane(number, messages.Filled(3, 1, 1))
+    assert world.answer("f1", 1)[0].spill is None
+    world.put("f0", want.flight)
+    assert world.place(want.flight, QUARTER - 64) == "spill"
+    assert world.outcomes("f0", 1) == ["hit", "hit", "computed"]
+
+
+def test_one_who_cannot_pin_an_item_does_not_take_the_ring_from_those_who_can():
+    world = World()
+    for key in FULL[:2]:
+        world.cached(key)
+    world.offer("f1", 1, A)
+    world.offer("f0", 1, *FULL[:2], A)
+    world.put("f1", 3)
+    assert world.place(3, QUARTER - 64) == "ring"
+    assert world.outcomes("f1", 1) == ["computed"]
+    assert world.answer("f0", 1)[2].fault.kind == "Busy"
+    assert not world.core.ring.pinned_by("f0#1")
+
+
+def test_a_request_that_alone_uses_up_every_budget_is_told_that_trying_again_is_no_use():
+    world = World(spill=ONE_SPILL, inline=QUARTER)
+    keys = [bytes([n]) * 32 for n in range(5)]
+    world.offer("f0", 1, *keys)
+    where = []
+    for flight in range(1, 6):
+        world.put("f0", flight)
+        where.append(world.place(flight, QUARTER - 64))
+    assert where == ["ring", "ring", "spill", "inline", "nowhere"]
+    fault = world.answer("f0", 1)[4].fault
+    assert fault.kind == "TooLarge"
+    assert "--spill-size" in fault.message
+    assert world.idle()
+
+
+def test_tiny_items_beyond_the_slots_of_the_directory_evict_each_other_and_need_nothing_else():
+    world = World(spill=SPILL, inline=SPILL)
+    for number in range(3 * GEOMETRY.slots):
+        assert world.cached(number.to_bytes(32, "big"), 10) == "ring"
+    stats = world.core.ring.stats()
+    assert stats.slots_used == GEOMETRY.slots
+    assert stats.free > 0
+
+
+def test_when_every_slot_of_the_directory_is_leased_the_next_item_goes_to_a_spill():
+    world = World(spill=SPILL)
+    for number in range(GEOMETRY.slots):
+        world.offer("f0", 1 + number, number.to_bytes(32, "big"), lease="engine")
+        world.put("f0", 1 + number)
+        world.fill(1 + number, length=10)
+    assert world.core.ring.stats().free > QUARTER
+    assert ask(world, 500, b"x" * 32, 10) == "spill"
+    world.say("engine", messages.Release(1, (world.answer("f0", 1)[0].lease,)))
+    assert ask(world, 501, b"y" * 32, 10) == "ring"
+
+
+def test_a_segment_that_would_have_the_rings_name_is_not_made():
+    world = full(spill=SPILL, inline=1000)
+    world.core._tasks._new_id = lambda: bytes(4) + b"another!"
+    assert ask(world, 10, A, 100) == "inline"
+
+
+def test_segments_that_have_gone_go_before_what_is_granted_in_their_place():
+    world = full(spill=ONE_SPILL)
+    ask(world, 10, A, 100)
+    world.say("f0", messages.Unpin(10))
+    world.offer("f0", 11, B)
+    world.put("f0", 6)
+    world.core.from_lane(world.lane_of(6), messages.AskExtent(6, QUARTER - 64), [META], world.now)
+    removed, granted = world.core.take_actions()
+    assert isinstance(removed, RemoveSegment)
+    assert isinstance(granted.message, messages.GrantedSpill)
+    assert removed.name != granted.message.name
 
 
 # --- peers --------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from mmprep.address import Address, address_fields
+from mmprep.segment import sibling_name
 from mmprep_frontend.model import ServedModel
 from mmprep_frontend.render.answer import features, generate_request, json_string, kwargs_data, mm_metadata
 from mmprep_frontend.service import RenderedChat, RenderedItem
@@ -36,13 +37,11 @@ def _features(chat: RenderedChat) -> dict[str, Any] | None:
         metadata = {
             m: [_text(mm_metadata(i.meta, batch_size=len(items))) for i in items] for m, items in by_modality.items()
         }
-    if payload == "tensors":
-        tensors = {
-            m: [_text(kwargs_data(i.meta, chat.region(i), batch_size=len(items))) for i in items]
-            for m, items in by_modality.items()
-        }
-        if chat.offered is not None:
-            chat.offered.check()
+    # Where addresses were asked for, tensors are only those that found no shared memory.
+    if payload == "tensors" or any(item.answer.inline for item in chat.items):
+        tensors = {m: [_text(_tensors(chat, i, len(items))) for i in items] for m, items in by_modality.items()}
+    if payload == "tensors" and chat.offered is not None:
+        chat.offered.check()
     if payload == "shm":
         addresses = {m: [_address(chat, i) for i in items] for m, items in by_modality.items()}
     return features(
@@ -59,12 +58,19 @@ def _text(encoded: bytes | None) -> msgspec.Raw | None:
     return None if encoded is None else json_string(encoded)
 
 
-def _address(chat: RenderedChat, item: RenderedItem) -> Address:
+def _tensors(chat: RenderedChat, item: RenderedItem, batch_size: int) -> bytes | None:
+    """Return one item's tensors, encoded as they lie there; ``None`` where it has an address in their place."""
+    return kwargs_data(item.meta, chat.region(item), batch_size=batch_size) if chat.travels(item) else None
+
+
+def _address(chat: RenderedChat, item: RenderedItem) -> Address | None:
     assert chat.offered is not None
-    answer = item.answer
+    answer, mapping = item.answer, chat.offered.mapping
+    if answer.inline:
+        return None
     return Address(
-        segment=chat.offered.mapping.name,
-        epoch=chat.offered.mapping.epoch,
+        segment=mapping.name if answer.spill is None else sibling_name(mapping.name, answer.spill),
+        epoch=mapping.epoch if answer.spill is None else answer.spill.hex(),
         slot=answer.slot,
         offset=answer.offset,
         length=answer.length,

@@ -70,6 +70,11 @@ METRICS: Final[Mapping[str, MetricSpec]] = {
     "mmprep_media_cache_evictions_total": MetricSpec("counter", "Media dropped from the disk cache."),
     "mmprep_ring_bytes": MetricSpec("gauge", "Bytes of the ring: free, ready, leased, filling.", ("state",)),
     "mmprep_ring_evictions_total": MetricSpec("counter", "Entries dropped from the ring to make room."),
+    "mmprep_spill_bytes": MetricSpec("gauge", "Bytes of the segments beside the ring."),
+    "mmprep_spills_total": MetricSpec(
+        "counter", "Items that found no room in the ring and got a segment of their own."
+    ),
+    "mmprep_inline_total": MetricSpec("counter", "Items that found no shared memory and travelled inline."),
     "mmprep_leases": MetricSpec("gauge", "Leases that hold."),
     "mmprep_leases_revoked_total": MetricSpec("counter", "Leases taken back after their time."),
     "mmprep_leases_overdue": MetricSpec("gauge", "Leases past their time that cannot be taken back yet."),

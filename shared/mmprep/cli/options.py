@@ -77,6 +77,11 @@ def _size(low: str, high: str) -> Callable[[str, str], int]:
     return read
 
 
+def _optional_size(low: str, high: str) -> Callable[[str, str], int | None]:
+    read = _size(low, high)
+    return lambda text, option: read(text, option) if text else None
+
+
 def _duration(low: str, high: str) -> Callable[[str, str], float]:
     def read(text: str, option: str) -> float:
         seconds = parse_duration(text, option)
@@ -135,7 +140,11 @@ OPTIONS = (
     Option("lane-memory", _size("64MiB", "1TiB"), "4GiB", "memory that one lane may use, without the cache"),
     Option("task-timeout", _duration("100ms", "1d"), "25s", "longest time for one medium in a lane"),
     Option("cache-size", _size("1MiB", "64TiB"), "1GiB", "shared memory for processed items"),
-    Option("max-object-size", _text, "", "largest item in the cache; default, and most: a quarter of it"),
+    Option("max-object-size", _text, "", "largest item in the ring; default, and most: a quarter of it"),
+    Option("spill-size", _optional_size("0", "64TiB"), "", "more of it for what finds no room; default: half as much"),
+    Option(
+        "inline-size", _size("0", "64TiB"), "256MiB", "tensors that travel because no shared memory is free; 0: none"
+    ),
     Option("runtime-dir", _optional, "", "directory for sockets and locks; default: $XDG_RUNTIME_DIR/mmprep"),
     Option("served-model-name", _optional, "", "name of the model in requests; default: the directory's"),
     Option(
@@ -247,6 +256,8 @@ def _decide(values: dict[str, Any], model: str | None) -> ServeOptions:
         raise StartupError("--max-object-size: it must be from 4KiB to a quarter of --cache-size")
     directory, name = (embedded.path(), "mmprep-demo") if model is None else find_model(model)
     values["max_object_size"] = largest
+    if values["spill_size"] is None:
+        values["spill_size"] = cache_size // 2
     values["lanes"] = max(2, values["lanes"] or len(os.sched_getaffinity(0)))
     values["model"] = directory
     values["served_model_name"] = values["served_model_name"] or name

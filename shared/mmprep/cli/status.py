@@ -55,6 +55,9 @@ def table(status: dict[str, Any]) -> str:
     if ring:
         parts = ", ".join(f"{state} {format_size(ring[state])}" for state in ("free", "ready", "leased", "filling"))
         lines.append(f"ring        {format_size(ring['capacity'])}: {parts}; {ring['entries']} entries")
+        spills, inline = status["spills"], status["inline"]
+        lines.append(f"spills      {format_size(spills['bytes'])}; {spills['entries']} entries, {spills['made']} made")
+        lines.append(f"inline      {format_size(inline['bytes'])} on their way; {inline['sent']} items sent")
         lines.append(f"cache hits  {rate}; {ring['evictions']} evictions")
     for name, queue in status.get("queues", {}).items():
         lines.append(f"queue       {name}: {queue['depth']} waiting, {format_size(queue['bytes'])}")

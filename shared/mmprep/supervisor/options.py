@@ -23,6 +23,8 @@ class ServeOptions(msgspec.Struct, frozen=True):
     task_timeout: float
     cache_size: int
     max_object_size: int
+    spill_size: int
+    inline_size: int
     max_media_size: int
     max_body_size: int
     max_image_pixels: int
@@ -52,6 +54,8 @@ class ServeOptions(msgspec.Struct, frozen=True):
             lanes=self.lanes,
             cache_size=self.cache_size,
             max_object_size=self.max_object_size,
+            spill_size=self.spill_size,
+            inline_size=self.inline_size,
             max_media_size=self.max_media_size,
             max_image_pixels=self.max_image_pixels,
             queue_limit=self.queue_limit,
@@ -78,6 +82,7 @@ class ServeOptions(msgspec.Struct, frozen=True):
             limit_mm_per_prompt=self.limit_mm_per_prompt,
             max_media_size=self.max_media_size,
             max_body_size=self.max_body_size,
+            inline_size=self.inline_size,
             request_timeout=self.request_timeout,
             fetch_timeout=min(30.0, self.request_timeout),
             drain_timeout=self.grace,

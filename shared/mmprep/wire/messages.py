@@ -164,7 +164,9 @@ class ItemAnswer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     """One item of an answer, a frame of its own.
 
     ``outcome``: *hit* (was there), *joined* (another call computes it), *computed* (this call's flight did), *failed*.
-    ``length`` is 0 where only a plan was asked for. ``meta`` is a packed :class:`mmprep.items.ItemMeta`.
+    ``length`` is 0 where only a plan was asked for, and where the tensors travel inline. ``meta`` is a packed
+    :class:`mmprep.items.ItemMeta`. ``spill`` is the epoch of the item's own segment where it is not in the ring.
+    ``inline`` names the tensors for :class:`Fetch` where they are in no segment.
     """
 
     outcome: Literal["hit", "joined", "computed", "failed"]
@@ -175,12 +177,15 @@ class ItemAnswer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     lease: LeaseId | None = None
     meta: bytes = b""
     fault: Fault | None = None
+    spill: Epoch | None = None
+    inline: Natural = 0
 
 
 class Answer(Wire, frozen=True):
     """The one final answer to an offer. Frames: one :class:`ItemAnswer` an item.
 
-    ``leased_to`` names the backend that now has leases on them; else they are pinned, if they are tensors.
+    ``leased_to`` names the backend that now has leases on them; else they are pinned, if they are tensors. Tensors that
+    travel inline are kept for this call until :class:`Unpin` in both cases.
     """
 
     call: Call
@@ -195,7 +200,7 @@ class Cancel(Wire, frozen=True):
 
 
 class Unpin(Wire, frozen=True):
-    """The asker has read what the call's answer pinned."""
+    """The asker has read what the call's answer pinned, and has what it kept for it."""
 
     call: Call
 
@@ -299,6 +304,25 @@ class Put(Wire, frozen=True):
     options: Annotated[bytes, msgspec.Meta(max_length=4096)]
 
 
+# --- frontend and writer (tensors) ------------------------------------------------------------------------------------
+
+
+class Fetch(Wire, frozen=True):
+    """The tensors that an answer names as ``inline`` are wanted. Answered by :class:`Tensors` or Failed."""
+
+    call: Call
+    inline: Natural
+
+
+class Tensors(Wire, frozen=True):
+    """An item's tensors. Frames: its tensor region."""
+
+    call: Call
+
+
+FromTensors: TypeAlias = Tensors | Failed
+
+
 # --- lane and writer --------------------------------------------------------------------------------------------------
 
 
@@ -344,6 +368,34 @@ class Granted(Wire, frozen=True):
     length: Natural
 
 
+class GrantedSpill(Wire, frozen=True):
+    """The lane is to make the segment ``name`` with one slot and to fill it.
+
+    It writes the header (``epoch``, ``incarnation``), the item, and last the READY record (``key``, ``generation``), then
+    answers the task; where there is no memory for the segment, :class:`NoSpill`. ``length`` bytes are used of its arena.
+    """
+
+    task: Natural
+    name: ShortText
+    epoch: Epoch
+    incarnation: Natural
+    key: Digest
+    generation: Natural
+    length: Natural
+
+
+class GrantedInline(Wire, frozen=True):
+    """The lane is to send the item's tensors, as :class:`Inlined`."""
+
+    task: Natural
+
+
+class NoSpill(Wire, frozen=True):
+    """The segment could not be made; nothing of it is left. Answered like :class:`AskExtent`."""
+
+    task: Natural
+
+
 class Denied(Wire, frozen=True):
     """No extent for this task; the task is over."""
 
@@ -352,6 +404,14 @@ class Denied(Wire, frozen=True):
 
 class Filled(Wire, frozen=True):
     """The extent holds the item. Stage times in microseconds."""
+
+    task: Natural
+    decode_us: Natural
+    process_us: Natural
+
+
+class Inlined(Wire, frozen=True):
+    """The item, computed outside of any segment; on the socket for tensors. Frames: its tensor region."""
 
     task: Natural
     decode_us: Natural
@@ -371,8 +431,8 @@ class TaskFailed(Wire, frozen=True):
     fault: Fault
 
 
-FromLane: TypeAlias = LaneReady | LaneBroken | AskExtent | Filled | Planned | TaskFailed
-ToLane: TypeAlias = Granted | Denied
+FromLane: TypeAlias = LaneReady | LaneBroken | AskExtent | NoSpill | Filled | Planned | TaskFailed
+ToLane: TypeAlias = Granted | GrantedSpill | GrantedInline | Denied
 
 
 # --- client and frontend ----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ class LaneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lane: its number.
     token: 64 hex digits that it repeats, so that the writer knows its own child.
     endpoint: the writer's socket for lanes.
+    tensors: the writer's socket for tensors that travel inline.
     lock: path of the lane's process lock; while it is held, the lane may write to extents granted to it.
     segment: name of the ring's segment.
     model: the model directory.
@@ -29,6 +30,7 @@ class LaneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lane: int
     token: str
     endpoint: str
+    tensors: str
     lock: str
     segment: str
     model: str

@@ -7,7 +7,7 @@ content), ``twice`` (the message, and once more).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -17,7 +17,7 @@ from mmprep.wire.codec import pack
 
 _ABSURD = 1 << 48
 
-_KINDS: dict[str, Callable[[Any, list[bytes]], list[list[bytes]]]] = {
+_KINDS: dict[str, Callable[[Any, list[Any]], list[list[Any]]]] = {
     "bytes": lambda _, frames: [[b"\xc1", *frames]],
     "frames": lambda message, frames: [[pack(message), *frames, b"more", b"and more"]],
     "other": lambda message, frames: [[pack(msgspec.structs.replace(message, task=message.task + 1)), *frames]],
@@ -28,6 +28,6 @@ _KINDS: dict[str, Callable[[Any, list[bytes]], list[list[bytes]]]] = {
 }
 
 
-def garbage(kind: str, message: msgspec.Struct, frames: tuple[bytes, ...]) -> list[list[bytes]]:
+def garbage(kind: str, message: msgspec.Struct, frames: Sequence[bytes | memoryview]) -> list[list[Any]]:
     """Return what to send in place of ``message``: frames of messages; raises KeyError for an unknown kind."""
     return _KINDS[kind](message, list(frames))

@@ -2,7 +2,7 @@
 
 A lane does one task at a time and speaks when it is spoken to: task in, extent asked for, granted, filled, answer out. It
 never frees, publishes or chooses memory. Between the grant and its answer it may write into the granted extent and
-nowhere else.
+nowhere else. Where the ring has no room, it is told to make a segment for the item (a spill), or to send the tensors.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from mmprep import failpoints
 from mmprep.digest import Hasher
 from mmprep.errors import DecodeError, InternalError, MmprepError, ProtocolError, StartupError, TooLarge
 from mmprep.items import DTYPE_SIZES, ItemMeta, align, field_array, region_size
+from mmprep.layout import PAGE, RECORD_SIZE, Geometry, Header, Record, State, pack_header, pack_record
 from mmprep.process_lock import ProcessLock
 from mmprep.segment import Segment
 from mmprep.settings import read_settings
 from mmprep.wire import messages
 from mmprep.wire.codec import pack, unpack
+from mmprep.wire.frames import send_frames
 from mmprep.wire.sockets import configure
 from mmprep_worker.lanes.config import LaneConfig
 from mmprep_worker.lanes.garbage import garbage
@@ -61,10 +63,13 @@ class Lane:
         configure(self._socket, frame_limit=config.max_media_size + (1 << 20))
         self._socket.routing_id = f"lane:{config.lane}:{config.token[:16]}".encode()
         self._socket.connect(config.endpoint)
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(_INPUT, zmq.POLLIN)
+        self._tensors: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        configure(self._tensors)
+        self._tensors.routing_id = self._socket.routing_id
+        self._tensors.connect(config.tensors)
         self._segment = Segment.attach(config.segment, writable=True)
+        #: What the present task has waited for the writer.
+        self._waited_ns = 0
 
     def run(self) -> None:
         """Warm up, announce, then work until the writer is gone."""
@@ -118,64 +123,115 @@ class Lane:
         _check_digest(task, medium)
         failpoints.reach("lane.digest.checked")
         options = unpack(task.options, ItemOptions)
-        started = time.monotonic_ns()
+        started, self._waited_ns = time.monotonic_ns(), 0
         if task.need == "plan":
             meta = ItemMeta(task.modality, family.plan(task.modality, medium, options), (), {})
             self._send(messages.Planned(task.task), meta.pack())
             return
         prepared = family.open(task.modality, medium, options)
-        opened = time.monotonic_ns()
         for spec in prepared.meta.fields:
             if spec.dtype not in DTYPE_SIZES:
                 raise DecodeError(f"the model's processor returned dtype {spec.dtype}, which cannot be handed over")
         blob = prepared.meta.pack()
-        granted = self._ask_extent(task.task, blob, region_size(prepared.meta.fields))
-        if granted is None:
-            return
-        failpoints.reach("lane.granted")
-        filling = time.monotonic_ns()
-        self._fill(prepared, blob, granted)
-        worked = opened - started + time.monotonic_ns() - filling  # waiting for the extent is neither
-        decode = prepared.decode_ns
+        region: memoryview | None = None
+        match self._ask_room(task.task, prepared, blob):
+            case messages.Granted() as granted:
+                failpoints.reach("lane.granted")
+                _fill(self._segment.buffer[granted.offset : granted.offset + granted.length], prepared, blob)
+            case messages.GrantedInline():
+                region = memoryview(bytearray(region_size(prepared.meta.fields)))
+                _fill_region(region, prepared)
+            case messages.Denied():
+                return
+        worked = time.monotonic_ns() - started - self._waited_ns
+        times = prepared.decode_ns // 1000, max(0, worked - prepared.decode_ns) // 1000
         failpoints.reach("lane.filled.before")
-        self._send(messages.Filled(task.task, decode // 1000, max(0, worked - decode) // 1000))
+        if region is None:
+            self._send(messages.Filled(task.task, *times))
+        else:
+            self._send(messages.Inlined(task.task, *times), region, socket=self._tensors)
         failpoints.reach("lane.filled.after")
 
-    def _ask_extent(self, task: int, blob: bytes, tensor_length: int) -> messages.Granted | None:
-        self._send(messages.AskExtent(task, tensor_length), blob)
-        answer = unpack(self._receive()[0].buffer, messages.ToLane)
+    def _ask_room(self, task: int, prepared: Prepared, blob: bytes) -> messages.ToLane:
+        """Ask where the item goes; a spill that is granted is made and filled here, if it can be."""
+        self._send(messages.AskExtent(task, region_size(prepared.meta.fields)), blob)
+        granted = self._granted(task)
+        if not isinstance(granted, messages.GrantedSpill):
+            return granted
+        spill = _make_spill(granted)
+        if spill is None:
+            self._send(messages.NoSpill(task))
+            return self._granted(task)
+        with spill:
+            _fill_spill(spill, prepared, blob, granted)
+        return granted
+
+    def _granted(self, task: int) -> messages.ToLane:
+        waiting = time.monotonic_ns()
+        answer: messages.ToLane = unpack(self._receive()[0].buffer, messages.ToLane)
+        self._waited_ns += time.monotonic_ns() - waiting
         if answer.task != task:
             raise ProtocolError("the writer answered for another task")
-        return answer if isinstance(answer, messages.Granted) else None
-
-    def _fill(self, prepared: Prepared, blob: bytes, granted: messages.Granted) -> None:
-        extent = self._segment.buffer[granted.offset : granted.offset + granted.length]
-        extent[: len(blob)] = blob
-        failpoints.reach("lane.fill.middle")
-        region = extent[align(len(blob)) :]
-        prepared.fill({spec.name: field_array(region, spec) for spec in prepared.meta.fields})
+        return answer
 
     # --- messages -------------------------------------------------------------------------------------------------
 
-    def _send(self, message: msgspec.Struct, *frames: bytes) -> None:
+    def _send(
+        self, message: msgspec.Struct, *frames: bytes | memoryview, socket: zmq.Socket[bytes] | None = None
+    ) -> None:
+        socket = socket or self._socket
         kind = failpoints.reach("lane.send", message)
         for sent in [[pack(message), *frames]] if kind is None else garbage(kind, message, frames):
-            self._wait(zmq.POLLOUT)  # a blocking send would wait for ever for a writer that is gone
-            self._socket.send_multipart(sent, zmq.NOBLOCK)
+            _wait(socket, zmq.POLLOUT)  # a blocking send would wait for ever for a writer that is gone
+            send_frames(socket, sent)
 
     def _receive(self) -> list[zmq.Frame]:
-        self._wait(zmq.POLLIN)
+        _wait(self._socket, zmq.POLLIN)
         return self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
 
-    def _wait(self, event: int) -> None:
-        """Wait until the socket can do ``event``; raises WriterGoneError where the writer ends before."""
-        self._poller.modify(self._socket, event)
-        while True:
-            ready = dict(self._poller.poll())
-            if self._socket in ready:
-                return
-            if _INPUT in ready and not os.read(_INPUT, 4096):
-                raise WriterGoneError
+
+def _wait(socket: zmq.Socket[bytes], event: int) -> None:
+    """Wait until the socket can do ``event``; raises WriterGoneError where the writer ends before."""
+    poller = zmq.Poller()
+    poller.register(socket, event)
+    poller.register(_INPUT, zmq.POLLIN)
+    while True:
+        ready = dict(poller.poll())
+        if socket in ready:
+            return
+        if _INPUT in ready and not os.read(_INPUT, 4096):
+            raise WriterGoneError
+
+
+def _fill(extent: memoryview, prepared: Prepared, blob: bytes) -> None:
+    """Write an item: metadata, then tensors."""
+    extent[: len(blob)] = blob
+    failpoints.reach("lane.fill.middle")
+    _fill_region(extent[align(len(blob)) :], prepared)
+
+
+def _fill_region(region: memoryview, prepared: Prepared) -> None:
+    prepared.fill({spec.name: field_array(region, spec) for spec in prepared.meta.fields})
+
+
+def _make_spill(granted: messages.GrantedSpill) -> Segment | None:
+    """Make the segment for one item; ``None`` where there is no memory for it."""
+    try:
+        return Segment.create(granted.name, Geometry.plan(granted.length, 1).total_size)
+    except StartupError:
+        _log.warning("there is no shared memory for an item of %d bytes beside the ring", granted.length)
+        return None
+
+
+def _fill_spill(spill: Segment, prepared: Prepared, blob: bytes, granted: messages.GrantedSpill) -> None:
+    """Write header and item, and last the record, without which nobody reads the item."""
+    geometry = Geometry.plan(granted.length, 1)
+    start = geometry.arena_offset
+    spill.buffer[:PAGE] = pack_header(Header(granted.epoch, granted.incarnation, geometry))
+    _fill(spill.buffer[start : start + granted.length], prepared, blob)
+    record = Record(State.READY, 0, granted.generation, start, len(blob), granted.length, granted.key)
+    place = geometry.record_offset(0)
+    spill.buffer[place : place + RECORD_SIZE] = pack_record(record)
 
 
 def _check_digest(task: messages.Task, medium: memoryview) -> None:

@@ -6,6 +6,8 @@ while held (RETIRED: readable by address only) → freed when the last hold ends
 * An extent that is granted, pinned or leased is never granted again. A granted one may still be written to: it ends
   by ``publish``, or by ``abort`` when its filler surely writes no more.
 * Generations strictly rise, whatever happens in between.
+* An item that the ring does not take may get a *spill*, a segment of its own (:mod:`.spills`). It is looked up, pinned and
+  leased like any entry, under a slot above those of the ring; its end comes out of :meth:`Ring.take_removed`.
 * Every change of the directory comes out of :meth:`Ring.take_writes`, in the promised order: the victims' records are
   invalidated before the grant is recorded, the grant before anything is filled.
 
@@ -29,6 +31,11 @@ from mmprep_worker.ring.leases import Kind, Lease, Leases
 from mmprep_worker.ring.policy import Policy
 from mmprep_worker.ring.recovery import survivors
 from mmprep_worker.ring.space import Space
+from mmprep_worker.ring.spills import SLOT as SPILL_SLOT
+from mmprep_worker.ring.spills import Spill, Spills, SpillStats
+
+#: Segments beside the ring.
+_MAX_SPILLS = 256
 
 # As in the directory: a hit passes here.
 _READY, _GRANTED = State.READY, State.GRANTED
@@ -64,6 +71,7 @@ class RingStats(NamedTuple):
     evictions: since the start.
     slots, slots_used: of the directory.
     leases, overdue, revoked: live leases, views past their deadline, copies ended by time since the start.
+    spills: what is beside the ring; no other number but those of leases counts it.
     """
 
     capacity: int
@@ -78,6 +86,7 @@ class RingStats(NamedTuple):
     leases: int
     overdue: int
     revoked: int
+    spills: SpillStats
 
 
 class Ring:
@@ -95,6 +104,8 @@ class Ring:
         Bytes of the largest extent that is granted, at most a quarter of the arena.
     overdue_quota:
         Bytes of overdue view leases above which an owner gets no new ones; by default a quarter of the arena.
+    spill_bytes:
+        Of all segments beside the ring.
 
     Raises
     ------
@@ -110,6 +121,7 @@ class Ring:
         max_object_size: int,
         *,
         overdue_quota: int | None = None,
+        spill_bytes: int = 0,
     ) -> None:
         if not ALIGNMENT <= max_object_size <= geometry.arena_capacity // 4:
             raise ValueError(
@@ -124,6 +136,7 @@ class Ring:
         self._policy = policy
         self._space = Space(geometry, policy)
         self._directory = self._space.directory
+        self._spills = Spills(geometry.slots, spill_bytes, _MAX_SPILLS)
         self._pins: dict[str, list[Entry]] = {}
         self._counter = 0
         self._last_generation = layout.generation(incarnation, 0)
@@ -136,12 +149,23 @@ class Ring:
     # The life of an entry
 
     def lookup(self, key: bytes) -> Entry | None:
-        """Return the READY entry of ``key`` and note its use. It may be evicted by the next grant unless it is pinned."""
+        """Return the READY entry of ``key`` and note its use. It may be evicted by the next grant unless it is pinned.
+
+        One in the ring comes before a spill.
+        """
         entry = self._directory.find(key)
         if entry is None or entry.state is not _READY:
-            return None
+            return self._spills.find(key)
         self._policy.touched(entry.slot)
         return entry
+
+    def lookup_spill(self, key: bytes) -> Spill | None:
+        """Return the READY spill of ``key`` and note its use, whatever the ring holds."""
+        return self._spills.find(key)
+
+    def in_ring(self, key: bytes) -> Entry | None:
+        """Return the GRANTED or READY entry of ``key`` in the ring; no use is noted."""
+        return self._directory.find(key)
 
     def grant(self, key: bytes, meta_len: int, tensor_len: int) -> Grant | None:
         """Make room for an item.
@@ -223,14 +247,64 @@ class Ring:
         self._filling_bytes -= entry.extent
         self._space.free(entry)
 
+    def grant_spill(self, key: bytes, meta: bytes, tensor_len: int, epoch: bytes) -> Spill | None:
+        """Make room for an item beside the ring.
+
+        Parameters
+        ----------
+        key:
+            32 bytes.
+        meta, tensor_len:
+            The packed metadata, and the bytes of the tensor region.
+        epoch:
+            16 random bytes, of the new segment.
+
+        Returns
+        -------
+        Spill or None
+            ``None``: what is held leaves no room, the key has a spill already, or the name of the segment would be taken.
+            Nothing was evicted.
+        """
+        generation = layout.generation(self.incarnation, self._counter + 1)
+        spill = self._spills.grant(key, meta, tensor_len, epoch, generation)
+        if spill is not None:
+            self._counter += 1
+            self._last_generation = generation
+        return spill
+
+    def publish_spill(self, spill: Spill) -> Spill:
+        """Make a filled spill findable."""
+        assert spill.state is _GRANTED, f"spill {spill.slot} is published twice"
+        self._spills.publish(spill)
+        return spill
+
+    def abort_spill(self, spill: Spill) -> None:
+        """Forget a granted spill, made or not. Only when its filler surely writes no more."""
+        assert spill.state is _GRANTED, f"spill {spill.slot} is not being filled"
+        self._spills.drop(spill)
+
+    def could_spill(self, meta_len: int, tensor_len: int, *, beside: int = 0) -> bool:
+        """Whether an item of that size could get a spill if there were nothing but ``beside`` bytes of spills."""
+        return self._spills.fits(meta_len, tensor_len, beside)
+
+    def take_removed(self) -> tuple[bytes, ...]:
+        """Return the epochs of the spills that have ended since the last call: their segments are to be unlinked."""
+        return self._spills.take_removed()
+
+    @property
+    def spills(self) -> Iterable[Spill]:
+        """What is beside the ring; to be read only."""
+        return self._spills
+
     def remove(self, key: bytes) -> bool:
         """Take a READY entry out of the cache; return whether there was one. Whoever holds it keeps it until he lets go.
 
         A granted entry is not in the cache yet: it stays, and this returns False.
         """
+        retired = self._spills.retire(key)
         entry = self._directory.find(key)
         if entry is None or entry.state is not State.READY:
-            return False
+            return retired
         idle = entry.idle
         if idle:
             self._space.hold(entry)
@@ -244,8 +318,8 @@ class Ring:
 
     def clear(self) -> int:
         """Remove every READY entry, as :meth:`remove` does; return how many."""
-        keys = [entry.key for entry in self._directory if entry.state is State.READY]
-        return sum(self.remove(key) for key in keys)
+        ready = (e.key for entries in (self._directory, self._spills) for e in entries if e.state is State.READY)
+        return sum(self.remove(key) for key in dict.fromkeys(ready))
 
     def take_writes(self) -> tuple[tuple[int, bytes], ...]:
         """Return what is to be written into the directory since the last call: ``(slot, 128 bytes)``, in this order."""
@@ -257,8 +331,10 @@ class Ring:
         return self._settled
 
     def at(self, slot: int, generation: int) -> Entry | None:
-        """Return the published entry in ``slot``, if it is of that generation."""
+        """Return the published entry in ``slot``, if it is of that generation; a spill's own slot is 0."""
         entry = self._directory.at(slot)
+        if (entry is None or entry.generation != generation) and slot == SPILL_SLOT:
+            entry = self._spills.of_generation(generation)
         return None if entry is None or entry.generation != generation or entry.state is _GRANTED else entry
 
     # Holds
@@ -281,10 +357,10 @@ class Ring:
         StaleAddress
             No published entry is there.
         """
-        entry = self._directory.at(slot)
+        entry = self._at(slot)
         if entry is None or entry.state is _GRANTED:
             raise StaleAddress("the entry to pin is gone; ask for it again")
-        if entry.idle:
+        if entry.idle and slot < self.geometry.slots:
             self._space.hold(entry)
         entry.pins += 1
         held = self._pins.get(holder)
@@ -328,7 +404,7 @@ class Ring:
         owner:
             The backend's registered id.
         slot, generation:
-            Slot and generation of the entry.
+            Slot and generation of the entry, as an address names them: a spill's own slot is 0.
         kind:
             ``"copy"``: may be revoked when overdue. ``"view"``: never, while the owner lives.
         again:
@@ -348,11 +424,12 @@ class Ring:
             raise StaleAddress("the leased entry is gone; ask for it again")
         if not again and self.leases.get(lease_id) is None and self.leases.quarantined(owner, self.overdue_quota):
             raise self._quarantine()
-        if self.leases.deliver(lease_id, owner, slot, entry.extent, kind, now=now, seconds=seconds):
-            if entry.idle:
+        if self.leases.deliver(lease_id, owner, entry.slot, entry.extent, kind, now=now, seconds=seconds):
+            in_ring = entry.slot < self.geometry.slots
+            if entry.idle and in_ring:
                 self._space.hold(entry)
             entry.leases += 1
-            if entry.leases == 1:
+            if entry.leases == 1 and in_ring:
                 self._leased_bytes += entry.extent
         return entry
 
@@ -454,6 +531,7 @@ class Ring:
             leases=len(self.leases),
             overdue=self.leases.overdue_count,
             revoked=self.leases.revoked_count,
+            spills=self._spills.stats(),
         )
 
     def validate(self) -> None:
@@ -466,7 +544,11 @@ class Ring:
         """
         self._space.validate()
         self.leases.validate()
-        entries = list(self._directory)
+        self._spills.validate()
+        entries = [*self._directory, *self._spills]
+        generations = [entry.generation for entry in entries]
+        assert len(set(generations)) == len(generations), "two entries have one generation"
+        assert {lease.slot for lease in self.leases} <= {entry.slot for entry in entries}, "a lease is of no entry"
         pins = Counter(entry.slot for held in self._pins.values() for entry in held)
         leased = Counter(lease.slot for lease in self.leases)
         for entry in entries:
@@ -478,6 +560,7 @@ class Ring:
             lingers = entry.state is State.RETIRED and not held and self._settled
             assert not lingers, f"slot {entry.slot} was removed, nobody holds it, and it is still there"
         assert all(self._pins.values()), "a holder without pins is remembered"
+        entries = list(self._directory)
         filling = [entry.extent for entry in entries if entry.state is State.GRANTED]
         assert (self._filling, self._filling_bytes) == (len(filling), sum(filling)), "the grants are miscounted"
         assert self._leased_bytes == sum(e.extent for e in entries if e.leases), "the leased bytes are miscounted"
@@ -490,16 +573,21 @@ class Ring:
 
     def _unlease(self, slots: list[int]) -> None:
         for slot in slots:
-            entry = self._directory.at(slot)
+            entry = self._at(slot)
             assert entry is not None, f"slot {slot} was freed under a lease"
             entry.leases -= 1
-            if not entry.leases:
+            if not entry.leases and slot < self.geometry.slots:
                 self._leased_bytes -= entry.extent
             self._let_go(entry)
 
+    def _at(self, slot: int) -> Entry | None:
+        return self._directory.at(slot) if slot < self.geometry.slots else self._spills.at(slot)
+
     def _let_go(self, entry: Entry) -> None:
         """Note that a hold of ``entry`` has ended."""
-        if entry.idle:
+        if isinstance(entry, Spill):
+            self._spills.let_go(entry)
+        elif entry.idle:
             self._space.let_go(entry)
         else:
             self._let_go_if_retired(entry)

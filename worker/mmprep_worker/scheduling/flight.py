@@ -11,7 +11,8 @@ from mmprep import errors
 
 #: One request of a frontend: (peer, its number there).
 Call: TypeAlias = tuple[str, int]
-Need: TypeAlias = Literal["tensors", "plan"]
+#: ``apart``: tensors that must not lie in the ring, because the call pins as much of it as a call may.
+Need: TypeAlias = Literal["tensors", "plan", "apart"]
 
 
 class Joined(msgspec.Struct, frozen=True):

@@ -3,8 +3,8 @@
 A flight is ``wanted`` (one of its waiters, the *uploader*, was asked for the medium's bytes), then ``queued`` (the
 writer holds the bytes), then ``running`` (a lane has them), and ends with one outcome for each waiter. Rules:
 
-- A flight's identity is (key, need). A call that needs a plan also joins a flight for the tensors of its key; one that
-  needs tensors never joins a flight for the plan.
+- A flight's identity is (key, need). A call that needs a plan also joins a flight for the tensors of its key, and one that
+  needs tensors joins a flight for tensors apart from the ring; never the other way round.
 - A flight has the highest priority and the latest deadline of those who wait, and goes on while anyone does. Before it
   runs, the last to leave ends it; a running one goes on to its result.
 - A waiter gets one outcome a flight: published, failed or expired. One that cancels or whose peer is gone gets none.
@@ -42,6 +42,12 @@ from mmprep_worker.scheduling.flight import (
 
 #: Seconds after which a refused offer may be sent again.
 RETRY_AFTER = 1.0
+#: Which flights give what is needed, the first that is there.
+_GIVEN_BY: dict[Need, tuple[Need, ...]] = {
+    "plan": ("plan", "tensors", "apart"),
+    "tensors": ("tensors", "apart"),
+    "apart": ("apart",),
+}
 #: Outdated alarms that are tolerated beyond as many as there are valid ones.
 _SLACK = 1024
 
@@ -66,7 +72,7 @@ class Flights:
         self._max_waiting = max_waiting
         self._upload_seconds = upload_seconds
         self._flights: dict[int, Flight] = {}
-        self._by_key: dict[Need, dict[bytes, Flight]] = {"tensors": {}, "plan": {}}
+        self._by_key: dict[Need, dict[bytes, Flight]] = {"tensors": {}, "plan": {}, "apart": {}}
         #: ``{peer: {number of the call: {flight_id: flight}}}``, without empty dicts.
         self._by_peer: dict[str, dict[int, dict[int, Flight]]] = {}
         #: Heap of (when, tie-breaker, flight_id, call whose deadline it is, or None: the uploader's). Outdated ones
@@ -116,7 +122,7 @@ class Flights:
         opened: set[tuple[bytes, Need]] = set()
         for position, want in enumerate(wants):
             key, need = want
-            if self._find(key, need) is None and want not in opened and (key, "tensors") not in opened:
+            if self._find(key, need) is None and not any((key, given) in opened for given in _GIVEN_BY[need]):
                 opened.add(want)
                 found.append(position)
         return found
@@ -200,7 +206,7 @@ class Flights:
         flight = self._at(flight_id, lane)
         if flight is None:
             return None
-        if flight.need == "tensors":
+        if flight.need != "plan":
             self._quarantine.forgive(flight.key)
         return self._end(flight)
 
@@ -292,8 +298,10 @@ class Flights:
     # -- Steps -------------------------------------------------------------------------------------------------------
 
     def _find(self, key: bytes, need: Need) -> Flight | None:
-        flight = self._by_key["plan"].get(key) if need == "plan" else None
-        return self._by_key["tensors"].get(key) if flight is None else flight
+        for given in _GIVEN_BY[need]:
+            if (flight := self._by_key[given].get(key)) is not None:
+                return flight
+        return None
 
     def _at(self, flight_id: int, lane: int | None) -> Flight | None:
         flight = self._flights.get(flight_id)
@@ -307,7 +315,7 @@ class Flights:
         self._set_alarm(waiter.deadline, flight.id, call)
 
     def _join_again(self, flight: Flight, waiter: Waiter, need: Need, priority: int, deadline: float) -> None:
-        if need == "tensors":
+        if len(_GIVEN_BY[need]) < len(_GIVEN_BY[waiter.need]):
             waiter.need = need
         waiter.priority = min(waiter.priority, priority)
         if deadline > waiter.deadline:
@@ -439,8 +447,8 @@ class Flights:
         if flight.waiters:
             highest = min(waiter.priority for waiter in flight.waiters.values())
             assert flight.priority == highest, f"{name} has another priority than the highest of its waiters"
-        if flight.need == "plan":
-            assert all(w.need == "plan" for w in flight.waiters.values()), f"{name} cannot give all that is waited for"
+        given = all(flight.need in _GIVEN_BY[waiter.need] for waiter in flight.waiters.values())
+        assert given, f"{name} cannot give all that is waited for"
 
 
 def _is_due(flight: Flight, call: Call | None, when: float) -> bool:

@@ -4,7 +4,10 @@ A call is an offer of a frontend. Its hits are pinned at once, its misses wait f
 ended the call gets its one answer. The holds then either become leases of a backend or stay pinned until the frontend
 says that it has read them. A call that is refused, fails or is cancelled leaves nothing behind.
 
-The parts: :mod:`.tasks` (uploaded media, queue, lanes), :mod:`.holds` (pins and the answers about them), :mod:`.leasing`.
+What found no shared memory travels inline: the answer names it, the frontend fetches it, and says when it has it.
+
+The parts: :mod:`.tasks` (uploaded media, queue, lanes), :mod:`.holds` (pins and the answers about them), :mod:`.leasing`,
+:mod:`.transfers` (what travels inline).
 
 WARNING: the shell must write ``ring.take_writes()`` into the directory before it carries out the actions of a step.
 """
@@ -17,6 +20,7 @@ from typing import Any
 
 from mmprep import errors
 from mmprep.metrics import Metrics
+from mmprep.segment import sibling_name
 from mmprep.wire import messages
 from mmprep.wire.codec import PROTOCOL, pack
 from mmprep_worker.ring.ring import Ring
@@ -28,8 +32,19 @@ from mmprep_worker.scheduling.queue import FairQueue
 from mmprep_worker.writer.holds import Holds
 from mmprep_worker.writer.leasing import Leasing
 from mmprep_worker.writer.plans import PlanStore
-from mmprep_worker.writer.state import Action, Ended, Peer, PendingCall, ReadersSilent, Result, Send, failed
+from mmprep_worker.writer.state import (
+    Action,
+    Ended,
+    Peer,
+    PendingCall,
+    ReadersSilent,
+    RemoveSegment,
+    Result,
+    Send,
+    failed,
+)
 from mmprep_worker.writer.tasks import LaneState, Step, Tasks
+from mmprep_worker.writer.transfers import Transfer, Transfers
 
 #: What each role may send after its hello.
 _MAY_SEND: dict[str, tuple[type, ...]] = {
@@ -71,6 +86,8 @@ class WriterCore:
         How many.
     task_seconds:
         How long a lane may work on one item.
+    inline_bytes:
+        Of tensors that may be on their way inline.
     read:
         Returns bytes of the segment: ``read(offset, length)``.
     new_id:
@@ -98,6 +115,7 @@ class WriterCore:
         task_seconds: float,
         read: Callable[[int, int], bytes],
         new_id: Callable[[], bytes],
+        inline_bytes: int = 0,
         awaited: Iterable[tuple[str, str]] = (),
         silent_at: float = math.inf,
     ) -> None:
@@ -116,17 +134,23 @@ class WriterCore:
         self._out: list[Action] = []
         self._awaited = set(awaited)
         self._silent_at = silent_at if self._awaited else math.inf
-        self._holds = Holds(ring, plans, read)
+        self.transfers = Transfers(inline_bytes)
+        self._holds = Holds(ring, flights, self.transfers, plans, read)
         self._leasing = Leasing(ring, lease_seconds, new_id)
         self._tasks = Tasks(
             lanes=lanes,
             ring=ring,
             flights=flights,
+            transfers=self.transfers,
             queue=queue,
             admission=admission,
             plans=plans,
             metrics=metrics,
             task_seconds=task_seconds,
+            holds=self._holds,
+            calls=self._calls,
+            new_id=new_id,
+            spill_name=self._spill_name,
             out=self._out,
         )
         if self._awaited:
@@ -142,8 +166,12 @@ class WriterCore:
         return self._tasks.lanes
 
     def take_actions(self) -> list[Action]:
-        """Return what is to be done since the last call, in order."""
-        out = self._out.copy()
+        """Return what is to be done since the last call, in order.
+
+        The segments of spills that have ended go first: what is granted after them may need their memory.
+        """
+        removed = [RemoveSegment(sibling_name(self.segment.name, epoch)) for epoch in self.ring.take_removed()]
+        out = [*removed, *self._out]
         self._out.clear()
         return out
 
@@ -203,7 +231,7 @@ class WriterCore:
                     self._send(peer, messages.Card(card))
         self._tasks.dispatch(now)
 
-    def from_lane(self, number: int, message: Any, frames: list[bytes], now: float) -> None:
+    def from_lane(self, number: int, message: Any, frames: Sequence[Any], now: float) -> None:
         """Take a lane's message about its task; one about another task is passed over."""
         self._carry_out(self._tasks.message(number, message, frames, now), now)
         self._tasks.dispatch(now)
@@ -252,6 +280,10 @@ class WriterCore:
             self._out.append(ReadersSilent(tuple(sorted(self._awaited))))
         self._tasks.dispatch(now)
 
+    def tensors(self, number: int) -> Any | None:
+        """Return the tensors that an answer named as inline, as the lane sent them; ``None``: they are gone."""
+        return self.transfers.frame(number)
+
     # --- peers ----------------------------------------------------------------------------------------------------
 
     def _hello(self, identity: bytes, known: Peer | None, hello: messages.Hello, now: float) -> None:
@@ -290,6 +322,10 @@ class WriterCore:
         for call in list(peer.calls.values()):
             self._drop(call)
         self._carry_out(self.flights.peer_gone(peer.name, now), now)
+
+    def _spill_name(self, epoch: bytes) -> str | None:
+        name = sibling_name(self.segment.name, epoch)
+        return None if name == self.segment.name else name
 
     def _send(self, peer: Peer, message: Any, frames: tuple[bytes, ...] = ()) -> None:
         self._out.append(Send(peer.identity, message, frames))
@@ -377,14 +413,16 @@ class WriterCore:
                     misses.append(position)
                 else:
                     pending.answers[position] = failed(refusal)
-        openings = self.flights.openings([(pending.offered[position].key, pending.need) for position in misses])
+        needs = self._holds.needs(pending, misses)
+        wanted = [(pending.offered[position].key, need) for position, need in zip(misses, needs, strict=True)]
+        openings = self.flights.openings(wanted)
         self.admission.check(pending.peer.id, [pending.offered[misses[index]].nbytes for index in openings])
         wants = []
-        for position in misses:
+        for position, need in zip(misses, needs, strict=True):
             item = pending.offered[position]
             joined = self.flights.join(
                 item.key,
-                pending.need,
+                need,
                 pending.call,
                 modality=item.modality,
                 cost=item.cost,
@@ -415,7 +453,7 @@ class WriterCore:
             self.metrics.count("mmprep_singleflight_joins_total", joined)
 
     def _finish(self, pending: PendingCall, now: float) -> None:
-        """Send the one answer; holds become leases, or stay until the frontend lets go."""
+        """Send the one answer; pins become leases, or stay until the frontend lets go, as transfers always do."""
         pending.answered = True
         self._calls.pop(pending.call, None)
         try:
@@ -425,10 +463,14 @@ class WriterCore:
         except errors.MmprepError as error:
             self._fail(pending, error)
             return
-        if pending.lease is not None or pending.need == "plan" or pending.failed:
+        if pending.failed:
             self._drop(pending)
-        else:
+        elif pending.lease is not None:
+            self._holds.unpin(pending)
+        if pending.pinned or pending.transfers:
             pending.peer.calls[pending.number] = pending
+        else:
+            self._drop(pending)
         frames = tuple(pack(answer) for answer in pending.answers if answer is not None)
         owner = pending.lease.backend if pending.lease is not None and not pending.failed else None
         self._send(pending.peer, messages.Answer(pending.number, self._leasing.milliseconds, owner), frames)
@@ -498,6 +540,8 @@ class WriterCore:
                 pending.missing -= 1
             if not pending.missing:
                 self._finish(pending, now)
+        if isinstance(result, Transfer):
+            self.transfers.landed(result)
 
     # --- invariants -----------------------------------------------------------------------------------------------
 
@@ -509,7 +553,8 @@ class WriterCore:
         AssertionError
             One does not hold; the message says which.
         """
-        for part in (self.ring, self.flights, self.queue, self.admission, self.quarantine, self.plans, self._tasks):
+        parts = (self.ring, self.flights, self.queue, self.admission, self.quarantine, self.plans, self.transfers)
+        for part in (*parts, self._tasks):
             part.validate()
         calls = [call for peer in self.peers.values() for call in peer.calls.values()]
         assert self._calls == {call.call: call for call in calls if not call.answered}, "the indices of calls differ"
@@ -524,7 +569,11 @@ class WriterCore:
                 assert flight.id in self._calls[waiter].by_flight, f"flight {flight.id} would answer what is not asked"
         assert bool(self._awaited) == (self._silent_at < math.inf), "readers are awaited without end, or none is"
         assert bool(self._awaited) == (not self.ring.settled), "the ring is settled before all readers were heard"
-        assert self.ring.holders <= {call.holder for call in calls}, "something is pinned for a call that is over"
+        holders = {call.holder for call in calls}
+        assert self.ring.holders <= holders, "something is pinned for a call that is over"
+        assert all(transfer.holders <= holders for transfer in self.transfers), (
+            "a transfer is kept for a call that is over"
+        )
         backends = {peer.id for peer in self.peers.values() if peer.role == "backend"}
         assert {lease.owner for lease in self.ring.leases} <= backends, "a process that is gone has a lease"
         for identity, peer in self.peers.items():

@@ -67,7 +67,8 @@ class Leasing:
         lost = []
         for held in message.leases:
             known = self._ring.leases.get(held.lease)
-            if known is not None and (known.owner, known.slot) == (peer.id, held.slot):  # it is not the first time
+            entry = self._ring.at(held.slot, held.generation)
+            if known and entry and (known.owner, known.slot) == (peer.id, entry.slot):  # it is not the first time
                 self._ring.renew(peer.id, (held.lease,), now, self._seconds)
                 self._ring.upgrade(peer.id, held.lease, held.kind, again=True)
                 continue

@@ -42,13 +42,15 @@ class Opened(NamedTuple):
     awaited: tuple[tuple[str, str], ...]
 
 
-def open_ring(runtime: RuntimeDir, geometry: layout.Geometry, max_object_size: int) -> Opened:
+def open_ring(runtime: RuntimeDir, geometry: layout.Geometry, max_object_size: int, spill_bytes: int) -> Opened:
     """Take over the ring of an earlier writer of this service, or make one.
 
     Parameters
     ----------
     geometry:
-        Of the ring as it is set up; one of another geometry is not taken over.
+        Of the ring as it is set up; one of another geometry is not taken over. Nor are spills: their names go.
+    max_object_size, spill_bytes:
+        As for :class:`~mmprep_worker.ring.ring.Ring`.
 
     Raises
     ------
@@ -63,9 +65,9 @@ def open_ring(runtime: RuntimeDir, geometry: layout.Geometry, max_object_size: i
         if found is None or name != found[0].name:
             unlink(name)
     if found is None:
-        return new_ring(runtime, geometry, max_object_size, 1)
+        return new_ring(runtime, geometry, max_object_size, 1, spill_bytes)
     segment, header = found
-    ring = Ring(geometry, header.incarnation + 1, Clock(geometry.slots), max_object_size)
+    ring = Ring(geometry, header.incarnation + 1, Clock(geometry.slots), max_object_size, spill_bytes=spill_bytes)
     segment.buffer[: layout.PAGE] = layout.pack_header(header._replace(incarnation=ring.incarnation))
     kept = ring.restore(segment.buffer[geometry.directory_offset :][: geometry.slots * layout.RECORD_SIZE])
     awaited = tuple((holder.role, holder.id) for holder in runtime.holders() if holder.role in READERS)
@@ -73,7 +75,9 @@ def open_ring(runtime: RuntimeDir, geometry: layout.Geometry, max_object_size: i
     return Opened(segment, header.epoch, ring, awaited)
 
 
-def new_ring(runtime: RuntimeDir, geometry: layout.Geometry, max_object_size: int, incarnation: int) -> Opened:
+def new_ring(
+    runtime: RuntimeDir, geometry: layout.Geometry, max_object_size: int, incarnation: int, spill_bytes: int
+) -> Opened:
     """Make a segment with an empty ring; raises StartupError where there is not enough shared memory."""
     epoch = os.urandom(layout.EPOCH_SIZE)
     segment = Segment.create(segment_name(runtime.runtime_id, epoch), geometry.total_size)
@@ -81,7 +85,8 @@ def new_ring(runtime: RuntimeDir, geometry: layout.Geometry, max_object_size: in
         start = geometry.record_offset(slot)
         segment.buffer[start : start + layout.RECORD_SIZE] = layout.pack_free(slot)
     segment.buffer[: layout.PAGE] = layout.pack_header(layout.Header(epoch, incarnation, geometry))
-    return Opened(segment, epoch, Ring(geometry, incarnation, Clock(geometry.slots), max_object_size), ())
+    ring = Ring(geometry, incarnation, Clock(geometry.slots), max_object_size, spill_bytes=spill_bytes)
+    return Opened(segment, epoch, ring, ())
 
 
 def _end_lanes(runtime: RuntimeDir) -> None:

@@ -16,6 +16,9 @@ def report(core: WriterCore, segment: str) -> ProcessReport:
         metrics.gauge("mmprep_ring_bytes", getattr(stats, state), state=state)
     metrics.total("mmprep_ring_evictions_total", stats.evictions)
     metrics.total("mmprep_leases_revoked_total", stats.revoked)
+    metrics.gauge("mmprep_spill_bytes", stats.spills.nbytes)
+    metrics.total("mmprep_spills_total", stats.spills.made)
+    metrics.total("mmprep_inline_total", core.transfers.filled)
     metrics.gauge("mmprep_leases", stats.leases)
     metrics.gauge("mmprep_leases_overdue", stats.overdue)
     metrics.gauge("mmprep_queue_depth", len(core.queue), queue="media")
@@ -42,6 +45,13 @@ def report(core: WriterCore, segment: str) -> ProcessReport:
                 "entries": stats.entries,
                 "evictions": stats.evictions,
             },
+            "spills": {
+                "entries": stats.spills.entries,
+                "bytes": stats.spills.nbytes,
+                "filling": stats.spills.filling,
+                "made": stats.spills.made,
+            },
+            "inline": {"items": len(core.transfers), "bytes": core.transfers.nbytes, "sent": core.transfers.filled},
             "queues": {"media": {"depth": len(core.queue), "bytes": core.queue.bytes}},
             "segment": segment,
             "pins": sum(len(peer.calls) for peer in core.peers.values()),

@@ -22,13 +22,14 @@ import zmq
 
 import mmprep
 from mmprep import failpoints, layout
-from mmprep.errors import Busy, MmprepError, ProtocolError, ServiceUnavailable, StartupError
+from mmprep.errors import Busy, MmprepError, ProtocolError, ServiceUnavailable, StaleAddress, StartupError
 from mmprep.metrics import Metrics
 from mmprep.process_lock import ProcessLock, holder
 from mmprep.runtime import RuntimeDir
+from mmprep.segment import sibling_name, unlink
 from mmprep.settings import WriterSettings
 from mmprep.wire import messages
-from mmprep.wire.codec import MAX_FRAMES, PROTOCOL, pack, unpack
+from mmprep.wire.codec import CONTROL_LIMIT, MAX_FRAMES, PROTOCOL, pack, unpack
 from mmprep.wire.frames import recv_frames, send_frames
 from mmprep.wire.outbox import Outbox
 from mmprep.wire.sockets import configure, router
@@ -41,7 +42,7 @@ from mmprep_worker.writer.core import READERS, WriterCore
 from mmprep_worker.writer.opening import Opened, new_ring, open_ring
 from mmprep_worker.writer.plans import PlanStore
 from mmprep_worker.writer.report import report
-from mmprep_worker.writer.state import KillLane, ReadersSilent, Send, ToLane
+from mmprep_worker.writer.state import KillLane, ReadersSilent, RemoveSegment, Send, ToLane
 
 _log = logging.getLogger("mmprep.writer")
 
@@ -86,7 +87,7 @@ class WriterShell:
         self._tell(messages.StateChange(False, "the ring is being made"))
         self._geometry = layout.Geometry.for_ring(settings.cache_size)
         self._largest = min(settings.max_object_size, self._geometry.arena_capacity // 4)
-        opened = open_ring(self._runtime, self._geometry, self._largest)
+        opened = open_ring(self._runtime, self._geometry, self._largest, settings.spill_size)
         self._segment = opened.segment
         self._core = self._make_core(opened, time.monotonic())
         self._control = router(self._context, self._runtime.writer)
@@ -95,6 +96,10 @@ class WriterShell:
         configure(self._bulk, frame_limit=settings.max_media_size + (1 << 16))
         self._bulk.rcvhwm = 64
         self._bulk.bind(self._runtime.writer_bulk)
+        self._tensors = router(self._context, self._runtime.tensors)
+        self._lane_tensors = router(
+            self._context, self._runtime.lanes_bulk, frame_limit=max(CONTROL_LIMIT, settings.inline_size)
+        )
         self._outbox = Outbox(max_messages=4096, max_bytes=16 << 20)
         self._pool = LanePool(settings.lanes, self._lane_config, time.monotonic())
         self._lane_peers: dict[bytes, int] = {}
@@ -133,6 +138,7 @@ class WriterShell:
             task_seconds=settings.task_seconds,
             read=self._read,
             new_id=lambda: os.urandom(12),
+            inline_bytes=settings.inline_size,
             awaited=opened.awaited,
             silent_at=now + _SILENT_SECONDS,
         )
@@ -146,6 +152,7 @@ class WriterShell:
             lane=number,
             token=token.hex(),
             endpoint=self._runtime.lanes,
+            tensors=self._runtime.lanes_bulk,
             lock=str(self._runtime.lock_path("lane", str(number))),
             segment=self._segment.name,
             model=settings.model,
@@ -167,7 +174,7 @@ class WriterShell:
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         poller = zmq.Poller()
-        for source in (self._control, self._bulk, self._lanes, self._supervisor, wake_r, _INPUT):
+        for source in (*self._sockets(), wake_r, _INPUT):
             poller.register(source, zmq.POLLIN)
         watched: dict[int, int] = {}
         while True:
@@ -184,6 +191,9 @@ class WriterShell:
                 return
             self._notice_gap(bool(ready))
             self._turn(ready, watched)
+
+    def _sockets(self) -> tuple[zmq.Socket[bytes], ...]:
+        return self._control, self._bulk, self._tensors, self._lanes, self._lane_tensors, self._supervisor
 
     def _notice_gap(self, input_ready: bool) -> None:
         """Notice that this process was stopped: renewals and results have arrived that must count before time does."""
@@ -210,6 +220,7 @@ class WriterShell:
             self._drain(self._control, self._control_message)
         if self._bulk in ready:
             self._drain(self._bulk, self._bulk_message, copy=False)
+        self._move_tensors(ready)
         if self._supervisor in ready:
             self._drain(self._supervisor, self._supervisor_message)
         for fd, number in watched.items():
@@ -287,6 +298,40 @@ class WriterShell:
         if number is not None:
             self._core.from_lane(number, message, frames[2:], now)
 
+    def _move_tensors(self, ready: dict[Any, int]) -> None:
+        if self._lane_tensors in ready:
+            self._drain(self._lane_tensors, self._inlined, copy=False)
+        if self._tensors in ready:
+            self._drain(self._tensors, self._fetch)
+
+    def _inlined(self, frames: list[zmq.Frame]) -> None:
+        """A lane sends tensors that found no shared memory."""
+        number = self._lane_peers.get(frames[0].bytes)
+        if number is None:
+            return
+        try:
+            message = unpack(frames[1].buffer if len(frames) == 3 else b"", messages.Inlined)
+        except MmprepError as error:
+            _log.error("lane %d broke the protocol and is replaced: %s", number, error)
+            self._core.lane_broke_protocol(number)
+            return
+        self._core.from_lane(number, message, frames[2:], time.monotonic())
+
+    def _fetch(self, frames: list[bytes]) -> None:
+        """A frontend fetches tensors that an answer named. What does not go out at once is not sent: it asks again."""
+        try:
+            fetch = unpack(frames[1] if len(frames) == 2 else b"", messages.Fetch)
+        except MmprepError as error:
+            _log.warning("a message of a frontend was refused: %s", error)
+            return
+        tensors = self._core.tensors(fetch.inline)
+        gone = messages.Failed(
+            fetch.call, messages.Fault.of(StaleAddress("the tensors are gone; ask for the item again"))
+        )
+        answer = [pack(gone)] if tensors is None else [pack(messages.Tensors(fetch.call)), tensors]
+        with contextlib.suppress(zmq.ZMQError):
+            send_frames(self._tensors, [frames[0], *answer])
+
     def _lane_announced(self, identity: bytes, message: messages.LaneReady | messages.LaneBroken, now: float) -> None:
         if isinstance(message, messages.LaneBroken):
             self._lane_cannot_start(message.lane, message.fault.message)
@@ -354,6 +399,8 @@ class WriterShell:
                 case KillLane():
                     _log.warning("lane %d is beyond its time and is killed", action.lane)
                     self._pool.kill(action.lane)
+                case RemoveSegment():
+                    unlink(action.name)
                 case ReadersSilent():
                     self._start_cold(action)
                     return
@@ -367,7 +414,7 @@ class WriterShell:
         names = ", ".join(f"{role} {reader}" for role, reader in silent.readers)
         incarnation = self._core.ring.incarnation + 1
         try:
-            opened = new_ring(self._runtime, self._geometry, self._largest, incarnation)
+            opened = new_ring(self._runtime, self._geometry, self._largest, incarnation, self._settings.spill_size)
         except StartupError:
             _log.warning("nothing can be cached until these processes go on or end, and memory is short: %s", names)
             return
@@ -375,6 +422,7 @@ class WriterShell:
         self._pool.stop()
         self._lane_peers.clear()
         self._lane_identities.clear()
+        self._remove_spills()
         previous, core = self._segment, self._core
         self._segment = opened.segment
         self._core = self._make_core(opened, time.monotonic())
@@ -383,6 +431,11 @@ class WriterShell:
         previous.close()
         self._pool = LanePool(self._settings.lanes, self._lane_config, time.monotonic())
         self._carry_out()
+
+    def _remove_spills(self) -> None:
+        """Remove the names of all spills; no lane may be at work. Who has mapped one reads on."""
+        for spill in self._core.ring.spills:
+            unlink(sibling_name(self._segment.name, spill.epoch))
 
     def _send_frames(self, peer: bytes, frames: list[bytes]) -> None:
         if self._outbox.holds(peer) or not self._try_send(peer, frames):
@@ -440,9 +493,10 @@ class WriterShell:
     def close(self) -> None:
         """Stop the lanes, then unlink the segment."""
         self._pool.stop()
-        for socket in (self._control, self._bulk, self._lanes, self._supervisor):
+        for socket in self._sockets():
             socket.close(0)
         self._context.destroy(linger=0)
+        self._remove_spills()
         self._segment.unlink()
         self._segment.close()
         for number in range(self._settings.lanes):

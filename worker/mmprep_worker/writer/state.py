@@ -11,6 +11,7 @@ from mmprep.wire import messages
 from mmprep.wire.messages import ItemAnswer
 from mmprep_worker.ring.directory import Entry
 from mmprep_worker.scheduling.flight import Call
+from mmprep_worker.writer.transfers import Transfer
 
 
 class Send(NamedTuple):
@@ -35,16 +36,22 @@ class KillLane(NamedTuple):
     lane: int
 
 
+class RemoveSegment(NamedTuple):
+    """Unlink a spill's segment, if there is one of this name."""
+
+    name: str
+
+
 class ReadersSilent(NamedTuple):
     """These readers, as roles and ids, live and have not said what they hold of an earlier writer's segment."""
 
     readers: tuple[tuple[str, str], ...]
 
 
-Action: TypeAlias = Send | ToLane | KillLane | ReadersSilent
+Action: TypeAlias = Send | ToLane | KillLane | RemoveSegment | ReadersSilent
 
-#: What a flight ends with: a published entry, a packed plan, or an error.
-Result: TypeAlias = Entry | bytes | MmprepError
+#: What a flight ends with: a published entry, tensors that travel inline, a packed plan, or an error.
+Result: TypeAlias = Entry | Transfer | bytes | MmprepError
 
 
 class Ended(NamedTuple):
@@ -63,7 +70,7 @@ class Peer:
     name: its connection's identity as text, one to one.
     instance: the same for all connections of one process under its id.
     connected: false once its connection is gone. Only backends are remembered then, for their leases.
-    calls: its offers that have no answer yet, or whose entries are still pinned.
+    calls: its offers that have no answer yet, or whose entries are still pinned or transfers still held.
     """
 
     __slots__ = ("calls", "connected", "id", "identity", "instance", "name", "pid", "role")
@@ -80,7 +87,7 @@ class Peer:
 
 
 class PendingCall:
-    """An offer that has no answer yet, or one whose entries are still pinned.
+    """An offer that has no answer yet, or one whose entries are still pinned or transfers still held.
 
     Attributes
     ----------
@@ -88,7 +95,8 @@ class PendingCall:
     holder: how the ring knows it.
     by_flight: the positions that wait for each flight.
     missing: how many positions wait.
-    pinned: bytes by slot of the entries that it pins.
+    pinned: bytes of the ring by generation, of the entries that it pins; 0 for spills.
+    transfers: numbers of the transfers that it holds.
     """
 
     __slots__ = (
@@ -105,6 +113,7 @@ class PendingCall:
         "opened",
         "peer",
         "pinned",
+        "transfers",
     )
 
     def __init__(self, peer: Peer, offer: messages.Offer) -> None:
@@ -120,6 +129,7 @@ class PendingCall:
         self.opened: set[int] = set()
         self.missing = 0
         self.pinned: dict[int, int] = {}
+        self.transfers: set[int] = set()
         self.answered = False
 
     @property
@@ -141,8 +151,9 @@ class PendingCall:
         assert self.missing == len(waiting), f"call {self.call} has miscounted what it waits for"
         assert self.answered == (not waiting), f"call {self.call} is answered and waits, or neither"
         if self.answered:
-            kept = self.lease is None and self.need == "tensors" and not self.failed and self.pinned
-            assert kept, f"call {self.call} is answered, keeps nothing pinned, and is still there"
+            assert self.lease is None or not self.pinned, f"call {self.call} is answered with leases and keeps pins"
+            kept = self.need == "tensors" and not self.failed and (self.pinned or self.transfers)
+            assert kept, f"call {self.call} is answered, keeps nothing, and is still there"
 
 
 def failed(error: MmprepError) -> ItemAnswer:

@@ -3,6 +3,8 @@
 A lane has one task at a time and speaks about it: it asks for an extent, fills it, or fails. Rules:
 
 - The bytes of a medium are kept from their upload until the flight ends, so that a lost lane's task can run again.
+- An item goes into the ring; where that has no room for it, into a segment of its own (a spill); where that cannot be, it
+  travels inline; and where the budget for that is used up, those who wait are told to try again. Nobody waits for room.
 - A lane that breaks the protocol is killed like one that is beyond its time: it gets no further task, and nothing that
   it still says counts. What it was granted is free again when its exit is confirmed, and not before.
 - An upload has exactly the size that was offered: admission has reserved for that much and no more.
@@ -11,6 +13,7 @@ A lane has one task at a time and speaks about it: it asks for an extent, fills 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from mmprep import errors
@@ -18,15 +21,19 @@ from mmprep.items import align
 from mmprep.metrics import Metrics
 from mmprep.wire import messages
 from mmprep.wire.codec import CONTROL_LIMIT
+from mmprep_worker.ring.directory import Entry
 from mmprep_worker.ring.ring import Grant, Ring
+from mmprep_worker.ring.spills import Spill
 from mmprep_worker.scheduling import flight as flight_events
 from mmprep_worker.scheduling.admission import CRASHED, Admission
-from mmprep_worker.scheduling.flight import Flight
+from mmprep_worker.scheduling.flight import Call, Flight
 from mmprep_worker.scheduling.flights import Flights
 from mmprep_worker.scheduling.queue import Entry as Queued
 from mmprep_worker.scheduling.queue import FairQueue
+from mmprep_worker.writer.holds import Holds
 from mmprep_worker.writer.plans import PlanStore
-from mmprep_worker.writer.state import Action, Ended, KillLane, Result, ToLane
+from mmprep_worker.writer.state import Action, Ended, KillLane, PendingCall, Result, ToLane
+from mmprep_worker.writer.transfers import Transfer, Transfers
 
 #: Estimated pixels above which an item is slow work, which one lane never takes.
 HEAVY_COST = 16_000_000
@@ -47,6 +54,7 @@ class LaneState:
     ready: it is warm.
     killed: it was told to die; its exit will be reported.
     deadline: when it is killed, in seconds.
+    grant: where its item goes: an extent of the ring, a spill, or inline; ``None`` while it has not asked.
     why: what its item's clients are told if it ends now.
     """
 
@@ -58,7 +66,7 @@ class LaneState:
         self.killed = False
         self.pid = 0
         self.flight: int | None = None
-        self.grant: Grant | None = None
+        self.grant: Grant | Spill | Transfer | None = None
         self.deadline = math.inf
         self.why = CRASHED
 
@@ -84,6 +92,10 @@ class Tasks:
 
     Parameters
     ----------
+    holds, calls:
+        What the calls that wait for a flight hold already.
+    spill_name:
+        Returns the name of the segment of an epoch, ``None`` where the epoch cannot be used.
     out:
         Where actions go, in order.
     """
@@ -94,22 +106,32 @@ class Tasks:
         lanes: int,
         ring: Ring,
         flights: Flights,
+        transfers: Transfers,
         queue: FairQueue,
         admission: Admission,
         plans: PlanStore,
         metrics: Metrics,
         task_seconds: float,
+        holds: Holds,
+        calls: Mapping[Call, PendingCall],
+        new_id: Callable[[], bytes],
+        spill_name: Callable[[bytes], str | None],
         out: list[Action],
     ) -> None:
         # The first lane is kept for small requests, unless it is the only one.
         self.lanes = [LaneState(heavy_allowed=number > 0 or lanes == 1) for number in range(lanes)]
         self._ring = ring
         self._flights = flights
+        self._transfers = transfers
         self._queue = queue
         self._admission = admission
         self._plans = plans
         self._metrics = metrics
         self._task_seconds = task_seconds
+        self._holds = holds
+        self._calls = calls
+        self._new_id = new_id
+        self._spill_name = spill_name
         self._out = out
         #: Nothing may be granted yet, so no lane gets work.
         self.paused = False
@@ -161,7 +183,8 @@ class Tasks:
             lane.deadline = now + self._task_seconds
             medium, put, since = self._media[flight.id]
             self._metrics.observe("mmprep_stage_seconds", now - since, stage="queue")
-            task = messages.Task(flight.id, flight.need, flight.modality, put.hasher, put.digest, put.options)
+            need: messages.Need = "plan" if flight.need == "plan" else "tensors"
+            task = messages.Task(flight.id, need, flight.modality, put.hasher, put.digest, put.options)
             self._out.append(ToLane(number, task, medium))
 
     # --- lanes ----------------------------------------------------------------------------------------------------
@@ -172,17 +195,23 @@ class Tasks:
         lane.ready, lane.pid = True, pid
         return all(other.ready for other in self.lanes)
 
-    def message(self, number: int, message: Any, frames: list[bytes], now: float) -> list[Step]:
+    def message(self, number: int, message: Any, frames: Sequence[Any], now: float) -> list[Step]:
         """Take a lane's message about its task; one about another task, or of a lane given up, is passed over."""
         lane = self.lanes[number]
         if lane.killed or lane.flight is None or message.task != lane.flight:
             return []
         flight = self._flights[lane.flight]
         match message:
-            case messages.AskExtent() if flight.need == "tensors" and lane.grant is None and any(frames[:1]):
+            case messages.AskExtent() if flight.need != "plan" and lane.grant is None and any(frames[:1]):
                 return self._grant(number, lane, flight, frames[0], message.tensor_length)
-            case messages.Filled() if lane.grant is not None:
+            case messages.NoSpill() if isinstance(lane.grant, Spill):
+                return self._no_spill(number, lane, flight, lane.grant)
+            case messages.Filled() if isinstance(lane.grant, Grant | Spill):
                 return self._filled(number, lane, flight, lane.grant, message)
+            case messages.Inlined() if isinstance(lane.grant, Transfer) and [lane.grant.nbytes] == [*map(len, frames)]:
+                self._transfers.fill(lane.grant, frames[0])
+                self._observe(message)
+                return self._published(number, lane, flight, lane.grant)
             case messages.Planned() if flight.need == "plan" and len(frames) == 1 and len(frames[0]) <= MAX_METADATA:
                 self._plans.put(flight.key, frames[0])
                 return self._published(number, lane, flight, frames[0])
@@ -200,8 +229,7 @@ class Tasks:
         lane = self.lanes[number]
         self.lanes[number] = LaneState(heavy_allowed=lane.heavy_allowed)
         self._metrics.count("mmprep_lane_restarts_total")
-        if lane.grant is not None:
-            self._ring.abort(lane.grant.slot, lane.grant.generation)
+        self._give_back(lane.grant)
         if lane.flight is None:
             return []
         outcome = self._flights.lane_lost(lane.flight, number, now, lane.why)
@@ -225,28 +253,112 @@ class Tasks:
             lane.killed, lane.why = True, why
             self._out.append(KillLane(number))
 
+    # --- room -----------------------------------------------------------------------------------------------------
+
     def _grant(self, number: int, lane: LaneState, flight: Flight, meta: bytes, tensor_len: int) -> list[Step]:
-        try:
-            if len(meta) > MAX_METADATA:
-                raise errors.TooLarge(f"the item's metadata have {len(meta)} bytes, above the limit of {MAX_METADATA}")
-            self._plans.put(flight.key, meta)  # those who need no more get it, even where there is no room for tensors
-            grant = self._ring.grant(flight.key, len(meta), tensor_len)
-            if grant is None:
-                raise errors.Busy("the cache is full of content in use; try again later", retry_after=1.0)
-        except errors.MmprepError as error:
-            self._out.append(ToLane(number, messages.Denied(flight.id)))
-            return self._failed(number, lane, flight.id, error)
+        if len(meta) > MAX_METADATA:
+            large = errors.TooLarge(f"the item's metadata have {len(meta)} bytes, above the limit of {MAX_METADATA}")
+            return self._deny(number, lane, flight, large)
+        self._plans.put(flight.key, meta)  # those who need no more get it, even where there is no room for tensors
+        length = align(len(meta)) + tensor_len
+        fitting = [self._holds.may_fit(self._calls[call], align(length)) for call in flight.waiters]
+        in_ring = flight.need == "tensors" and length <= self._ring.max_object_size and (any(fitting) or not fitting)
+        granted = (
+            (in_ring and all(fitting) and self._in_ring(number, lane, flight, meta, tensor_len))
+            or self._in_spill(number, lane, flight, meta, tensor_len)
+            or self._inline(number, lane, flight, meta, tensor_len)
+            or (in_ring and not all(fitting) and self._in_ring(number, lane, flight, meta, tensor_len))
+        )
+        return (
+            [] if granted else self._deny(number, lane, flight, self._no_room(flight, in_ring, len(meta), tensor_len))
+        )
+
+    def _in_ring(self, number: int, lane: LaneState, flight: Flight, meta: bytes, tensor_len: int) -> bool:
+        grant = self._ring.grant(flight.key, len(meta), tensor_len)
+        if grant is None:
+            return False
         lane.grant = grant
         self._out.append(ToLane(number, messages.Granted(flight.id, grant.offset, grant.length)))
-        return []
+        return True
+
+    def _in_spill(self, number: int, lane: LaneState, flight: Flight, meta: bytes, tensor_len: int) -> bool:
+        if not self._ring.could_spill(len(meta), tensor_len):
+            return False
+        epoch = self._new_id() + self._ring.incarnation.to_bytes(4, "big")
+        name = self._spill_name(epoch)
+        spill = None if name is None else self._ring.grant_spill(flight.key, meta, tensor_len, epoch)
+        if name is None or spill is None:
+            return False
+        lane.grant = spill
+        granted = messages.GrantedSpill(
+            flight.id, name, epoch, self._ring.incarnation, flight.key, spill.generation, spill.length
+        )
+        self._out.append(ToLane(number, granted))
+        return True
+
+    def _inline(self, number: int, lane: LaneState, flight: Flight, meta: bytes, tensor_len: int) -> bool:
+        transfer = self._transfers.reserve(flight.id, tensor_len, meta)
+        if transfer is None:
+            return False
+        lane.grant = transfer
+        self._out.append(ToLane(number, messages.GrantedInline(flight.id)))
+        return True
+
+    def _no_spill(self, number: int, lane: LaneState, flight: Flight, spill: Spill) -> list[Step]:
+        """There is no memory for another segment: the item travels inline, or not at all."""
+        tensor_len = spill.length - align(spill.meta_len)
+        lane.grant = None
+        self._ring.abort_spill(spill)
+        if self._inline(number, lane, flight, spill.meta, tensor_len):
+            return []
+        return self._deny(number, lane, flight, self._no_room(flight, False, spill.meta_len, tensor_len))
+
+    def _no_room(self, flight: Flight, in_ring: bool, meta_len: int, tensor_len: int) -> errors.MmprepError:
+        """Return the error for those who wait: to be tried again, unless nothing that others let go of could help."""
+        if in_ring or any(self._could_fit(self._calls[call], meta_len, tensor_len) for call in flight.waiters):
+            return errors.Busy("the cache is full of content in use; try again later", retry_after=1.0)
+        return errors.TooLarge(
+            f"the processed item has {tensor_len} bytes, more than there can be room for beside the request's other items: "
+            "send smaller or fewer media, or raise --cache-size, --spill-size or --inline-size"
+        )
+
+    def _could_fit(self, pending: PendingCall, meta_len: int, tensor_len: int) -> bool:
+        """Whether there could be room apart from the ring beside what the call itself holds, or what is filled for it."""
+        spilled, inline = self._holds.apart(pending)
+        for lane in self.lanes:
+            if lane.flight in pending.by_flight:
+                spilled += lane.grant.extent if isinstance(lane.grant, Spill) else 0
+                inline += lane.grant.nbytes if isinstance(lane.grant, Transfer) else 0
+        could_spill = self._ring.could_spill(meta_len, tensor_len, beside=spilled)
+        return could_spill or tensor_len + inline <= self._transfers.max_bytes
+
+    def _deny(self, number: int, lane: LaneState, flight: Flight, error: errors.MmprepError) -> list[Step]:
+        self._out.append(ToLane(number, messages.Denied(flight.id)))
+        return self._failed(number, lane, flight.id, error)
+
+    def _give_back(self, grant: Grant | Spill | Transfer | None) -> None:
+        """Free what was granted to a lane that surely writes no more."""
+        match grant:
+            case Grant():
+                self._ring.abort(grant.slot, grant.generation)
+            case Spill():
+                self._ring.abort_spill(grant)
+            case Transfer():
+                self._transfers.landed(grant)
 
     def _filled(
-        self, number: int, lane: LaneState, flight: Flight, grant: Grant, filled: messages.Filled
+        self, number: int, lane: LaneState, flight: Flight, grant: Grant | Spill, filled: messages.Filled
     ) -> list[Step]:
-        entry = self._ring.publish(grant.slot, grant.generation)
-        self._metrics.observe("mmprep_stage_seconds", filled.decode_us / 1e6, stage="decode")
-        self._metrics.observe("mmprep_stage_seconds", filled.process_us / 1e6, stage="process")
+        if isinstance(grant, Spill):
+            entry: Entry = self._ring.publish_spill(grant)
+        else:
+            entry = self._ring.publish(grant.slot, grant.generation)
+        self._observe(filled)
         return self._published(number, lane, flight, entry)
+
+    def _observe(self, done: messages.Filled | messages.Inlined) -> None:
+        self._metrics.observe("mmprep_stage_seconds", done.decode_us / 1e6, stage="decode")
+        self._metrics.observe("mmprep_stage_seconds", done.process_us / 1e6, stage="process")
 
     def _published(self, number: int, lane: LaneState, flight: Flight, result: Result) -> list[Step]:
         lane.end_task()
@@ -257,8 +369,7 @@ class Tasks:
         """The lane says that it writes no more, so what it was granted is free."""
         flight_id, grant = lane.flight, lane.grant
         assert flight_id is not None
-        if grant is not None:
-            self._ring.abort(grant.slot, grant.generation)
+        self._give_back(grant)
         if not isinstance(error, errors.ProtocolError):
             return self._failed(number, lane, flight_id, error)
         lane.end_task()
@@ -296,8 +407,13 @@ class Tasks:
         )
         for number, lane in enumerate(self.lanes):
             self._validate_lane(number, lane)
-        granted = sum(align(lane.grant.length) for lane in self.lanes if lane.grant is not None)
-        assert granted == self._ring.stats().filling, "a granted extent belongs to no lane"
+        stats, grants = self._ring.stats(), [lane.grant for lane in self.lanes]
+        granted = sum(align(grant.length) for grant in grants if isinstance(grant, Grant))
+        assert granted == stats.filling, "a granted extent belongs to no lane"
+        spilling = sum(isinstance(grant, Spill) for grant in grants)
+        assert spilling == stats.spills.filling, "a granted spill belongs to no lane"
+        flying = {transfer.number for transfer in self._transfers if transfer.flying}
+        assert flying == {grant.number for grant in grants if isinstance(grant, Transfer)}, "a transfer has no lane"
 
     def _validate_lane(self, number: int, lane: LaneState) -> None:
         name = f"lane {number}"
@@ -308,7 +424,11 @@ class Tasks:
         assert due == (lane.deadline < math.inf), f"{name} has a task without a deadline, or a deadline without one"
         if lane.grant is not None:
             assert lane.flight is not None
-            assert self._flights[lane.flight].need == "tensors", f"{name} has an extent for a plan"
+            need = self._flights[lane.flight].need
+            assert need != "plan", f"{name} has an extent for a plan"
+            assert need == "tensors" or not isinstance(lane.grant, Grant), (
+                f"{name} fills the ring for what must be apart"
+            )
         if lane.idle and not self.paused:
             waiting = [flight for flight in self._flights if flight.state == "queued"]
             assert all(f.cost >= HEAVY_COST and not lane.heavy_allowed for f in waiting), f"{name} is idle beside work"
