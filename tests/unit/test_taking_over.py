@@ -126,6 +126,21 @@ def test_silent_readers_are_named_again_and_again_until_they_speak(former):
     assert world.core.ring.settled
 
 
+def test_what_cannot_wait_for_silent_readers_goes_beside_the_ring(former):
+    world = successor(former, hear=("f0", "f1"))
+    world.offer("f0", 1, C)
+    flight = world.wants("f0", 1)[0].flight
+    world.put("f0", flight)
+    assert not world.tasks
+    world.core.go_on_beside(world.now)
+    world.carry_out()
+    number = world.lane_of(flight)
+    world.lane(number, messages.AskExtent(flight, 100), META)
+    assert number not in world.granted, "nothing in the ring is granted"
+    assert number in world.tasks or world.answer("f0", 1) is not None
+    assert not world.core.ring.settled
+
+
 def test_a_core_that_starts_anew_welcomes_the_peers_of_the_one_before(former):
     former.core.unreachable(b"f1", former.now)
     world = World()

@@ -190,6 +190,11 @@ class WriterCore:
                 hello = messages.Hello(PROTOCOL, "", peer.role, peer.id, peer.pid, peer.instance)
                 self._welcome(peer.identity, hello)
 
+    def go_on_beside(self, now: float) -> None:
+        """Give lanes work although readers are silent: what they compute finds no room in the ring, and goes beside it."""
+        self._tasks.paused = False
+        self._tasks.dispatch(now)
+
     @property
     def awaited(self) -> frozenset[tuple[str, str]]:
         """The readers that have not said yet what they hold of an earlier writer's segment."""

@@ -402,22 +402,24 @@ class WriterShell:
                 case RemoveSegment():
                     unlink(action.name)
                 case ReadersSilent():
-                    self._start_cold(action)
-                    return
+                    if self._start_cold(action):
+                        return  # what else there was to do concerned another ring
 
-    def _start_cold(self, silent: ReadersSilent) -> None:
-        """Go on in a new segment: somebody holds, or held, what cannot be known, and says nothing.
+    def _start_cold(self, silent: ReadersSilent) -> bool:
+        """Go on in a new segment, if there is memory: somebody holds what cannot be known, and says nothing.
 
-        The old segment stays as it is for those who have mapped it. Where there is no memory for two, everything stays
-        as well: hits are served, and nothing is granted until the silent ones speak or end.
+        The old segment stays as it is for those who have mapped it. Where there is no memory for two, this one is kept:
+        its hits are served, and what is computed goes into spills or inline, until the silent ones speak or end.
         """
         names = ", ".join(f"{role} {reader}" for role, reader in silent.readers)
         incarnation = self._core.ring.incarnation + 1
         try:
             opened = new_ring(self._runtime, self._geometry, self._largest, incarnation, self._settings.spill_size)
         except StartupError:
-            _log.warning("nothing can be cached until these processes go on or end, and memory is short: %s", names)
-            return
+            _log.warning("nothing goes into the ring until these processes go on or end, and memory is short: %s", names)
+            self._core.go_on_beside(time.monotonic())
+            self._carry_out()
+            return False
         _log.warning("the cache starts anew, because these processes do not say what they hold: %s", names)
         self._pool.stop()
         self._lane_peers.clear()
@@ -431,6 +433,7 @@ class WriterShell:
         previous.close()
         self._pool = LanePool(self._settings.lanes, self._lane_config, time.monotonic())
         self._carry_out()
+        return True
 
     def _remove_spills(self) -> None:
         """Remove the names of all spills; no lane may be at work. Who has mapped one reads on."""
