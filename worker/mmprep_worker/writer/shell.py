@@ -416,7 +416,9 @@ class WriterShell:
         try:
             opened = new_ring(self._runtime, self._geometry, self._largest, incarnation, self._settings.spill_size)
         except StartupError:
-            _log.warning("nothing goes into the ring until these processes go on or end, and memory is short: %s", names)
+            _log.warning(
+                "nothing goes into the ring until these processes go on or end, and memory is short: %s", names
+            )
             self._core.go_on_beside(time.monotonic())
             self._carry_out()
             return False
