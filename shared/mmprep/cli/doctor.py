@@ -191,6 +191,13 @@ def check_shared_memory(ring_size: int, runs_here: bool) -> Finding:
             f"{detail}, the ring needs {format_size(ring_size)}",
             f"give serve a --cache-size of at most {max(0, 2 * free - _ring_size(free)) // 2**20}MiB, or make the mount larger: mount -o remount,size=… /dev/shm, in Docker --shm-size",
         )
+    if free < ring_size + ring_size // 2 and not runs_here:
+        return Finding(
+            "warn",
+            what,
+            f"{detail}: no room for spills beside the ring",
+            "none is needed; items that find no room in the ring then travel with the answer. Else make the mount larger, or give serve a smaller --cache-size",
+        )
     return Finding("ok", what, detail)
 
 
