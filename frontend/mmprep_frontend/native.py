@@ -23,7 +23,7 @@ import mmprep
 from mmprep.errors import InternalError, MmprepError, ProtocolError, ServiceUnavailable
 from mmprep.result import Head, HeadItem, Place, ids_to_bytes
 from mmprep.wire import messages
-from mmprep.wire.codec import PROTOCOL, pack, unpack
+from mmprep.wire.codec import MAX_FRAMES, PROTOCOL, pack, unpack
 from mmprep.wire.messages import LeaseKind
 from mmprep.wire.sockets import Pump, router
 from mmprep_frontend.render.answer import max_tokens, new_request_id
@@ -103,8 +103,8 @@ class NativeDoor:
     def _on_message(self, frames: list[zmq.Frame]) -> None:
         peer = frames[0].bytes
         try:
-            if len(frames) < 2:
-                raise ProtocolError("a message without a header")
+            if not 2 <= len(frames) <= MAX_FRAMES:
+                raise ProtocolError(f"a message has a header and at most {MAX_FRAMES - 2} frames behind it")
             message = unpack(frames[1].buffer, messages.ToFrontend)
             match message:
                 case messages.Hello():
@@ -116,6 +116,7 @@ class NativeDoor:
                     if task is not None:
                         task.cancel()
         except ProtocolError as error:
+            self._service.metrics.count("mmprep_refused_total", link="native", error="ProtocolError")
             self._send(peer, messages.Refused(messages.Fault.of(error)))
 
     def _hello(self, peer: bytes, hello: messages.Hello) -> None:

@@ -305,15 +305,15 @@ def test_a_frame_above_the_limit_ends_its_connection_and_no_other(run):
     run(check)
 
 
-def test_a_message_of_too_many_frames_is_dropped(run):
+def test_a_message_of_too_many_frames_comes_cut_so_that_its_handler_can_refuse_it(run):
     async def check(context, endpoint, stack):
         inbox = Inbox()
         serve(context, endpoint, stack, inbox)
         peer = connect(context, endpoint, stack)
-        peer.link.send([b"x"] * (MAX_FRAMES + 1))
+        peer.link.send([b"x"] * (MAX_FRAMES + 99))
         peer.link.send([b"next"])
         await inbox.until(lambda found: found and found[-1][1] == b"next")
-        assert len(inbox.messages) == 2
+        assert [len(frames) for frames in inbox.messages[1:]] == [MAX_FRAMES + 1, 2]
 
     run(check)
 

@@ -82,6 +82,9 @@ METRICS: Final[Mapping[str, MetricSpec]] = {
     "mmprep_lane_restarts_total": MetricSpec("counter", "Lanes that were replaced."),
     "mmprep_queue_depth": MetricSpec("gauge", "Jobs in a queue.", ("queue",)),
     "mmprep_inflight": MetricSpec("gauge", "Requests under way."),
+    "mmprep_refused_total": MetricSpec(
+        "counter", "Messages between processes that were refused, by the link that they came on.", ("link", "error")
+    ),
     "mmprep_quarantined": MetricSpec("gauge", "Media that are refused for a time because they broke a lane."),
 }
 

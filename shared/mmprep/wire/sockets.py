@@ -130,9 +130,8 @@ class Pump:
             readable, writable = ready(self._socket)
             sent = writable and bool(self._outbox) and self._flush()
             if readable:
-                frames = recv_frames(self._socket, copy=self._copy)
-                if len(frames) <= MAX_FRAMES:
-                    self._handle(frames)
+                # One frame too many is as bad as a million, and tells the handler.
+                self._handle(recv_frames(self._socket, copy=self._copy)[: MAX_FRAMES + 1])
             elif not sent:
                 if writable and self._outbox:
                     self._run_later()

@@ -213,8 +213,13 @@ class WriterCore:
             try:
                 self._from_peer(peer, message, now)
             except errors.MmprepError as error:
+                self.count_refused("writer", error)
                 self._send(peer, messages.Failed(message.call, messages.Fault.of(error)))
         self._tasks.dispatch(now)
+
+    def count_refused(self, link: str, error: Exception) -> None:
+        """Count a message that was refused on one of the writer's links."""
+        self.metrics.count("mmprep_refused_total", link=link, error=type(error).__name__)
 
     def put(self, message: messages.Put, medium: Any, nbytes: int, now: float) -> None:
         """Take the bytes of a wanted medium; those that nobody wants any more are dropped."""
@@ -320,8 +325,10 @@ class WriterCore:
 
     def _refuse(self, identity: bytes, why: str, now: float) -> None:
         """The peer broke the protocol: its connection is over."""
+        error = errors.ProtocolError(why)
+        self.count_refused("writer", error)
         self.unreachable(identity, now)
-        self._out.append(Send(identity, messages.Refused(messages.Fault.of(errors.ProtocolError(why)))))
+        self._out.append(Send(identity, messages.Refused(messages.Fault.of(error))))
 
     def _end_calls(self, peer: Peer, now: float) -> None:
         for call in list(peer.calls.values()):

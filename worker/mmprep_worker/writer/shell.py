@@ -29,7 +29,7 @@ from mmprep.runtime import RuntimeDir
 from mmprep.segment import sibling_name, unlink
 from mmprep.settings import WriterSettings
 from mmprep.wire import messages
-from mmprep.wire.codec import CONTROL_LIMIT, MAX_FRAMES, PROTOCOL, pack, unpack
+from mmprep.wire.codec import CONTROL_LIMIT, PROTOCOL, pack, unpack
 from mmprep.wire.frames import recv_frames, send_frames
 from mmprep.wire.outbox import Outbox
 from mmprep.wire.sockets import configure, router
@@ -241,8 +241,6 @@ class WriterShell:
                 frames = recv_frames(socket, copy=copy)
             except zmq.Again:
                 return
-            if len(frames) > MAX_FRAMES:
-                continue
             handle(frames)
             self._carry_out()
 
@@ -254,11 +252,10 @@ class WriterShell:
             if len(frames) != 2:
                 raise ProtocolError("a control message is one frame")
             message = unpack(frames[1], messages.ToWriter)
-            if isinstance(message, messages.Hello) and message.protocol != PROTOCOL:
-                raise ProtocolError(
-                    f"this service speaks protocol {PROTOCOL}, the peer {message.protocol}; use one version"
-                )
+            if isinstance(message, messages.Hello):
+                self._check_hello(message)
         except MmprepError as error:
+            self._core.count_refused("writer", error)
             self._core.unreachable(identity, time.monotonic())
             self._send_frames(identity, [pack(messages.Refused(messages.Fault.of(error)))])
             return
@@ -266,15 +263,26 @@ class WriterShell:
         self._core.message(identity, message, time.monotonic())
         failpoints.reach("writer.message.after", message)
 
+    def _check_hello(self, hello: messages.Hello) -> None:
+        """Refuse another protocol, and a reader that has not the process lock of its id: leases hang on that lock."""
+        if hello.protocol != PROTOCOL:
+            raise ProtocolError(f"this service speaks protocol {PROTOCOL}, the peer {hello.protocol}; use one version")
+        if hello.role in READERS:
+            pid = holder(self._runtime.lock_path(hello.role, hello.id))
+            if pid is None or pid not in {0, hello.pid}:
+                raise ProtocolError(f"the peer does not hold the process lock of {hello.role} {hello.id}")
+
     def _bulk_message(self, frames: list[zmq.Frame]) -> None:
         try:
             put = unpack(frames[0].buffer, messages.Put)
+            if len(frames) != 2:
+                raise ProtocolError("a bulk message is a header and a medium")
         except MmprepError as error:
             _log.warning("a bulk message was refused: %s", error)
+            self._core.count_refused("bulk", error)
             return
         failpoints.reach("writer.put.received")
-        if len(frames) == 2:
-            self._core.put(put, frames[1], len(frames[1]), time.monotonic())
+        self._core.put(put, frames[1], len(frames[1]), time.monotonic())
 
     def _lane_message(self, frames: list[bytes]) -> None:
         identity, now = frames[0], time.monotonic()
@@ -284,7 +292,8 @@ class WriterShell:
             has_blob = isinstance(message, messages.AskExtent | messages.Planned)
             if len(frames) != 2 + has_blob:
                 raise ProtocolError("a lane's message has a wrong number of frames")
-        except MmprepError as error:
+        except (MmprepError, IndexError) as error:
+            self._core.count_refused("lanes", error)
             if number is None:
                 _log.warning("a message of a process that is no lane was refused: %s", error)
             else:
