@@ -51,16 +51,16 @@ class Answered(NamedTuple):
     ----------
     lengths: of the ranges in the prompt.
     hashes: of the items.
-    fields: tensors that came with the answer.
+    fields: tensors that came with the answer; where addresses were asked for, those of items that got none.
     items: of the native client, leased to it.
-    addresses: leased to the backend that was named.
+    addresses: leased to the backend that was named; ``None`` for an item that found no shared memory.
     """
 
     lengths: list[int]
     hashes: list[str]
-    fields: list[dict[str, NDArray[Any]]] | None = None
+    fields: list[dict[str, NDArray[Any]] | None] | None = None
     items: list[Item] | None = None
-    addresses: list[dict[str, Any]] | None = None
+    addresses: list[dict[str, Any] | None] | None = None
 
 
 class RefusedError(Exception):
@@ -149,7 +149,7 @@ def ask_http(port: int, asked: Asked, seconds: float, patience: float) -> Answer
     return Answered(
         [place["length"] for place in features["mm_placeholders"]["image"]],
         features["mm_hashes"]["image"],
-        fields=None if tensors is None else [_fields(element) for element in tensors["image"]],
+        fields=None if tensors is None else [element and _fields(element) for element in tensors["image"]],
         addresses=None if addresses is None else addresses["image"],
     )
 

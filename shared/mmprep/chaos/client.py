@@ -212,15 +212,9 @@ class Load:
     # --- its answer -----------------------------------------------------------------------------------------------
 
     async def _take(self, call: events.Called, wanted: list[Picture], asked: Asked, answer: Answered) -> None:
-        places = {"shm": answer.items or answer.addresses, "tensors": answer.fields, "none": answer.lengths}
-        for found in (answer.lengths, answer.hashes, places[asked.payload] or ()):
-            call.wrong += abs(len(found) - len(wanted))
+        call.wrong += self._wrong(wanted, asked, answer)
         if call.wrong:
             return
-        for which, length, hashed in zip(wanted, answer.lengths, answer.hashes, strict=True):
-            call.wrong += (length != which.tokens) + self._hash_differs(which, hashed)
-        for which, fields in zip(wanted, answer.fields or (), strict=bool(answer.fields)):
-            call.wrong += pictures.wrong_bytes(which, fields)
         if answer.items is not None and asked.payload != "none":
             reused = [item for item, which in zip(answer.items, wanted, strict=True) if which.number < pictures.REUSED]
             call.lookups, call.hits = len(reused), sum(item.cached for item in reused)
@@ -228,7 +222,27 @@ class Load:
                 for which, item in zip(wanted, answer.items, strict=True):
                     await self._read(which, item)
         for which, address in zip(wanted, answer.addresses or (), strict=bool(answer.addresses)):
-            self._beside(self._hand_over(asked.backend or "", which, address))
+            if address is not None:
+                self._beside(self._hand_over(asked.backend or "", which, address))
+
+    def _wrong(self, wanted: list[Picture], asked: Asked, answer: Answered) -> int:
+        """Return how much of an answer is not as it must be; every item has tensors in one way, where they were wanted."""
+        places = {"shm": answer.items or answer.addresses, "tensors": answer.fields, "none": answer.lengths}
+        wrong = 0
+        for found in (answer.lengths, answer.hashes, places[asked.payload] or ()):
+            wrong += abs(len(found) - len(wanted))
+        if wrong:
+            return wrong
+        for which, length, hashed in zip(wanted, answer.lengths, answer.hashes, strict=True):
+            wrong += (length != which.tokens) + self._hash_differs(which, hashed)
+        fields = answer.fields or [None] * len(wanted)
+        for which, found_fields in zip(wanted, fields, strict=True):
+            wrong += 0 if found_fields is None else pictures.wrong_bytes(which, found_fields)
+        if asked.payload == "tensors":
+            wrong += fields.count(None)
+        for address, travelled in zip(answer.addresses or (), fields, strict=bool(answer.addresses)):
+            wrong += (address is None) == (travelled is None)
+        return wrong
 
     def _hash_differs(self, which: Picture, found: str) -> bool:
         if which.number >= pictures.REUSED:
