@@ -172,6 +172,13 @@ class Arena:
         self._claim(block, block, need)
         self._hand = block.next
 
+    def point_behind(self, offset: int) -> None:
+        """Put the hand behind the extent at ``offset``, where it was after that one was granted; raises ValueError."""
+        block = self._occupied.get(offset)
+        if block is None:
+            raise ValueError(f"no extent starts at {offset}")
+        self._hand = block.next
+
     def extents(self) -> Iterator[tuple[int, int]]:
         """Iterate over ``(offset, length)`` of the extents in address order."""
         block = self._first

@@ -487,6 +487,22 @@ def test_a_restart_drops_records_of_one_generation(keys, other):
     assert found(ring, 7, 8, 9) == [9]
 
 
+def test_after_a_restart_the_oldest_entry_goes_first():
+    """The hand goes on where the former writer's stood, so what was granted last is evicted last."""
+    ring = new_ring()
+    image = bytearray(b"".join(pack_free(slot) for slot in range(ring.geometry.slots)))
+    for number in range(6):  # the fifth and sixth take the place of the first and second
+        granted = ring.grant(bytes([number]) * 32, 0, QUARTER)
+        ring.publish(granted.slot, granted.generation)
+    for slot, record in ring.take_writes():
+        image[slot * RECORD_SIZE : (slot + 1) * RECORD_SIZE] = record
+    again = new_ring(incarnation=2)
+    assert again.restore(image) == 4
+    again.settle()
+    assert again.grant(bytes([6]) * 32, 0, QUARTER) is not None
+    assert [number for number in range(2, 6) if again.lookup(bytes([number]) * 32) is None] == [2]
+
+
 def test_a_directory_of_another_size_is_refused():
     with pytest.raises(ValueError, match="16 slots has 2048 bytes"):
         new_ring().restore(bytes(100))

@@ -104,7 +104,10 @@ class Space:
         self.record(entry)
 
     def restore(self, entries: list[Entry], dropped: list[int]) -> None:
-        """Enter the entries of an earlier writer, in the order of addresses, and invalidate the slots ``dropped``."""
+        """Enter the entries of an earlier writer, in the order of addresses, and invalidate the slots ``dropped``.
+
+        The hand goes on where that writer's stood: behind the newest entry.
+        """
         self._writes.extend((slot, pack_free(slot)) for slot in dropped)
         self.directory.restore(entries)
         for entry in entries:
@@ -112,6 +115,9 @@ class Space:
             self._at[entry.offset - self._base] = entry
             if entry.idle:
                 self.let_go(entry)
+        if entries:
+            newest = max(entries, key=lambda entry: entry.generation)
+            self._arena.point_behind(newest.offset - self._base)
 
     def free(self, entry: Entry) -> None:
         """Give back the extent and the slot of an entry that is not idle and that nobody holds."""
