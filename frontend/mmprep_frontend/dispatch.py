@@ -196,7 +196,7 @@ class WriterLink:
         self._hasher = hasher
         self._on_card = on_card
         self._offers = Offers()
-        self._waiting: dict[int, tuple[Sequence[OfferItem], asyncio.Future[Any]]] = {}
+        self._waiting: dict[int, tuple[Sequence[OfferItem], asyncio.Future[Offered]]] = {}
         self._calls = CallTable(first=_FIRST_CALL)
         self._back = asyncio.Event()
         self._lock = ProcessLock(runtime.lock_path("frontend", self._id))
@@ -293,18 +293,19 @@ class WriterLink:
     async def _answer(self, items: Sequence[OfferItem], terms: Terms) -> Offered:
         loop = asyncio.get_running_loop()
         token, actions = self._offers.offer(terms, loop.time())
-        future: asyncio.Future[Any] = loop.create_future()
+        future: asyncio.Future[Offered] = loop.create_future()
         self._waiting[token] = items, future
         try:
             self._carry_out(actions)
             failpoints.reach("frontend.offer.sent")
-            answer, answers = await future
+            return await future
         except BaseException:
+            if future.done() and not future.cancelled() and future.exception() is None:  # in the very same moment
+                future.result().give_back()
             self._carry_out(self._offers.cancel(token))
             raise
         finally:
             del self._waiting[token]
-        return Offered(self, token, answer, answers)
 
     def unpin(self, token: int) -> None:
         """Let go of what an offer's answer pinned."""
@@ -398,7 +399,12 @@ class WriterLink:
     def _welcomed(self, welcome: messages.WriterWelcome) -> None:
         life = Life(welcome.segment.epoch.hex(), welcome.incarnation)
         if self.mapping is None or self.mapping.epoch != life.epoch:
-            self.mapping = Mapping(welcome.segment)  # answers under way keep theirs
+            try:
+                self.mapping = Mapping(welcome.segment)  # answers under way keep theirs
+            except (MmprepError, ValueError, OSError) as error:
+                _log.error("the segment cannot be mapped; trying again: %s", error)
+                self._link.reopen()
+                return
         self._calls.fail_all(WriterLostError, "the writer has begun anew; try again")
         self._carry_out(self._offers.welcomed(life, asyncio.get_running_loop().time()))
         self._back.set()
@@ -440,4 +446,5 @@ class WriterLink:
         if isinstance(settle.outcome, MmprepError):
             waiting[1].set_exception(settle.outcome)
         else:
-            waiting[1].set_result(settle.outcome)
+            # Now, because the answer's places lie in the segment of this moment.
+            waiting[1].set_result(Offered(self, settle.token, *settle.outcome))

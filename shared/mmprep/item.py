@@ -92,7 +92,11 @@ class Shared:
             mapping = self._checked()
             mapping.check(self._address)
             if self._views == 0 and not mapping.frozen:
-                await self._registration.upgrade(self._lease.id, "view")
+                try:
+                    await self._registration.upgrade(self._lease.id, "view")
+                except LeaseLost:
+                    if not mapping.frozen:  # else a writer that does not know it has begun another segment meanwhile
+                        raise
             self._views += 1
             return self._region(mapping)
 
@@ -109,8 +113,7 @@ class Shared:
 
     def release(self) -> None:
         self._lease.release()
-        if self._mapping is not None and self._mapping.frozen:
-            self._mapping = None  # the last reference returns the segment's memory
+        self._mapping = None  # a former segment's memory goes with the last reference to it
 
 
 Runner = Callable[[Coroutine[Any, Any, Any]], Any]

@@ -10,8 +10,9 @@ holder itself because it looks into a table of the locks held here before it ope
 WARNING: F_GETLK never reports a lock of the asking process; the same table answers for it. It keeps a second lock on the
 same file in the same process from being granted, too, which the kernel would allow.
 
-WARNING: a holder in another pid namespace (another container) has no number here; :func:`holder` then answers 0. Ask
-``holder(path) is not None``, never ``if holder(path)``.
+WARNING: a holder in another pid namespace (another container) has no number here, and :func:`holder` answers 0; one in a
+child namespace has another number here than it has itself. Ask ``holder(path) is not None``, never ``if holder(path)``, and
+compare no numbers.
 
 Lock files may be removed by whoever holds their lock. A process that opened the file before and locks it after that has
 a lock on a file without a name; :meth:`ProcessLock.acquire` notices and tries again with the new file.
@@ -85,6 +86,7 @@ class ProcessLock:
                 if _identity(self.path) in _held:
                     return False
                 fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                _give_to_owner(fd, self.path.parent)
                 key = _file_key(os.fstat(fd))
                 try:
                     fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -143,7 +145,8 @@ def holder(path: Path | str) -> int | None:
     Returns
     -------
     int or None
-        ``None`` where the lock is free or the file missing; 0 where the holder is in another pid namespace.
+        ``None`` where the lock is free or the file missing; 0 where the holder has no number here, as one in another
+        container, or where the file is not this user's to open.
 
     Raises
     ------
@@ -157,12 +160,21 @@ def holder(path: Path | str) -> int | None:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             return None
+        except PermissionError:  # whoever made it can be asked nothing; better to wait for him than to forget him
+            return 0
         try:
             question = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
             kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, question))
         finally:
             os.close(fd)
     return None if kind == fcntl.F_UNLCK else int(pid)
+
+
+def _give_to_owner(fd: int, directory: Path) -> None:
+    """Let the owner of a directory look at a lock file that root made in it: the service runs as that user."""
+    owner = directory.stat()
+    if os.geteuid() == 0 and os.fstat(fd).st_uid != owner.st_uid:
+        os.fchown(fd, owner.st_uid, owner.st_gid)
 
 
 def _file_key(stat: os.stat_result) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -43,6 +44,8 @@ _BATCH = 512
 #: Seconds for one word with the writer, its replacement included, and for the segment that an answer speaks of.
 _CALL_SECONDS = 10.0
 _CLOSE_SECONDS = 1.0
+_MOST_ENDED = 64
+_EARLIER_LIFE = "the address belongs to an earlier life of the cache; ask for the item again"
 
 
 class Mapping:
@@ -150,6 +153,8 @@ class Registration:
         self._guard = threading.Lock()
         self._former: weakref.WeakValueDictionary[str, Mapping] = weakref.WeakValueDictionary()
         self._spills: weakref.WeakValueDictionary[str, Mapping] = weakref.WeakValueDictionary()
+        #: The last epochs of this service that have ended.
+        self._ended: deque[str] = deque(maxlen=_MOST_ENDED)
         self._calls = CallTable()
         self._up = False
         self._refusal: MmprepError | None = None
@@ -256,11 +261,13 @@ class Registration:
         found = self.hold_now(address, sent_at)
         if found is not None:
             return found
+        if address.epoch in self._ended:
+            raise StaleAddress(_EARLIER_LIFE)
         try:
             async with asyncio.timeout(_CALL_SECONDS):  # a frontend may know a new segment before this process does
                 await self._until(lambda: self._up and self._knows(address))
         except TimeoutError:
-            raise StaleAddress("the address belongs to an earlier life of the cache; ask for the item again") from None
+            raise StaleAddress(_EARLIER_LIFE) from None
         return self.hold_now(address, sent_at) or await self.acquire(address, address.lease_kind or "copy")
 
     def _knows(self, address: Address) -> bool:
@@ -420,13 +427,14 @@ class Registration:
         if self.mapping is None or self.mapping.epoch != life.epoch:
             try:
                 mapping = Mapping(welcome.segment)
-            except (MmprepError, ValueError, msgspec.MsgspecError) as error:
+            except (MmprepError, ValueError, OSError) as error:
                 self._refuse(ServiceUnavailable(f"the segment cannot be mapped: {error}"))
                 return
             former, self.mapping = self.mapping, mapping
             if former is not None:
                 former.frozen = True
                 self._former[former.epoch] = former
+                self._ended.append(former.epoch)
         with self._guard:
             held = self._holdings.welcomed(life, welcome.lease_ms / 1000)
         self._reassert(held)

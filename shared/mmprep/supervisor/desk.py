@@ -84,19 +84,22 @@ class Desk:
         status["metrics"] = _totals(merge([*self._gone, *(r.last for r in self._reporters.values())]))
         return status
 
-    async def silent(self, rounds: int) -> list[tuple[str, str]]:
-        """Ask every process for a sign of life; return, as role and id, those that gave none in so many rounds.
+    async def silent(self, rounds: dict[str, int]) -> list[tuple[str, str]]:
+        """Ask every process for a sign of life; return, as role and id, those that gave none in the rounds of their role.
 
         Rounds are counted and not seconds, so that nobody is blamed for the time in which this process was stopped.
         """
         for reporter in self._reporters.values():
             reporter.unanswered += reporter.state.ready
         await self._collect()
-        return [(r.role, r.id) for r in self._reporters.values() if r.unanswered >= rounds]
+        return [(r.role, r.id) for r in self._reporters.values() if r.unanswered >= rounds[r.role]]
 
     async def quiet(self) -> bool:
-        """Whether no request is under way in any frontend and no backend has a lease."""
-        for reporter, report in await self._collect():
+        """Whether every process says that no request is under way and no backend has a lease."""
+        reports = await self._collect()
+        if len(reports) < len(self._reporters):
+            return False
+        for reporter, report in reports:
             if reporter.role == "frontend" and report.status["inflight"]:
                 return False
             if reporter.role == "writer" and any(backend["leases"] for backend in report.status["backends"]):
@@ -149,6 +152,7 @@ class Desk:
             raise ProtocolError("another version of the protocol")
         if hello.role in {"frontend", "writer"}:
             state = messages.StateChange(False, "starting")
+            self.gone(hello.role, hello.id)  # a hello of the one before may have been read after its end
             self._reporters[identity] = Reporter(identity, hello.role, hello.id, state, _EMPTY)
         self._send(identity, messages.SupervisorWelcome(PROTOCOL))
 

@@ -35,7 +35,8 @@ MOST_STARTS = 5
 
 _ORPHANS_SECONDS = 5.0
 _LONGEST_DELAY = 2.0
-_AFTER_DRAIN = 5.0
+#: Seconds that a process gets to end, however short the drain timeout is.
+_LEAST_TO_END = 0.5
 #: Seconds between two questions for a sign of life, and after how many unanswered ones a process is killed. The writer may
 #: be making another segment meanwhile, which takes a second or more for each of these bytes.
 _ROUND_SECONDS = 4.0
@@ -108,10 +109,10 @@ class Supervisor:
 
     async def _watch(self) -> None:
         """Kill what has been ready and is silent for long: it hangs or is stopped, and its place is needed."""
-        rounds = _SILENT_ROUNDS + self._options.cache_size // _BYTES_A_ROUND
+        more = self._options.cache_size // _BYTES_A_ROUND
         while True:
             await asyncio.sleep(_ROUND_SECONDS)
-            for role, number in await self._desk.silent(rounds):
+            for role, number in await self._desk.silent({"writer": _SILENT_ROUNDS + more, "frontend": _SILENT_ROUNDS}):
                 child = self._children.get("writer" if role == "writer" else f"{role}-{number}")
                 if child is not None:
                     _log.error("%s (pid %d) gives no sign of life and is killed", child.name, child.pid)
@@ -183,7 +184,8 @@ class Supervisor:
             if time.monotonic() > deadline:
                 for orphan in orphans:
                     if orphan.pid:
-                        os.kill(orphan.pid, signal.SIGKILL)
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(orphan.pid, signal.SIGKILL)
             await asyncio.sleep(0.05)
 
     def _told_to_stop(self) -> None:
@@ -194,8 +196,12 @@ class Supervisor:
         self._stopping.set()
 
     async def _stop_all(self) -> None:
-        """Drain the frontends, give leases their time, then stop everything; the writer last, whose lanes end with it."""
-        deadline = time.monotonic() + self._options.grace
+        """Drain the frontends, give leases their time, then stop everything; the writer last, whose lanes end with it.
+
+        What does not end within the drain timeout is killed.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._options.drain_timeout
         frontends = [child for name, child in self._children.items() if name != "writer"]
         for child in frontends:
             child.signal(signal.SIGTERM)
@@ -203,11 +209,11 @@ class Supervisor:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._options.grace):
                     await self._until_quiet()
-        left = max(0.0, deadline - time.monotonic())
-        await asyncio.gather(*(child.stop(left + _AFTER_DRAIN) for child in frontends))
+        left = max(_LEAST_TO_END, (deadline - loop.time()) / 2)
+        await asyncio.gather(*(child.stop(left) for child in frontends))
         writer = self._children.get("writer")
         if writer is not None:
-            await writer.stop(_AFTER_DRAIN)
+            await writer.stop(max(_LEAST_TO_END, deadline - loop.time()))
 
     async def _until_quiet(self) -> None:
         while True:

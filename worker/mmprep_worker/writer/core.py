@@ -69,7 +69,7 @@ _MOST_CONTROLS = 16
 READERS = frozenset({"frontend", "backend"})
 
 #: Seconds until silent readers are reported again.
-_SILENT_AGAIN = 1.0
+_SILENT_AGAIN = 5.0
 
 #: Calls of one frontend that are under way or not let go of.
 _MOST_CALLS = 65_536
@@ -184,7 +184,6 @@ class WriterCore:
     def succeed(self, former: WriterCore) -> None:
         """Go on for the peers of a core with another ring; each is welcomed anew, and asks again for what it waits for."""
         self.card = former.card
-        self.metrics = former.metrics
         for peer in former.peers.values():
             if peer.connected:
                 hello = messages.Hello(PROTOCOL, "", peer.role, peer.id, peer.pid, peer.instance)

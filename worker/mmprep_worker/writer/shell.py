@@ -89,7 +89,7 @@ class WriterShell:
         self._largest = min(settings.max_object_size, self._geometry.arena_capacity // 4)
         opened = open_ring(self._runtime, self._geometry, self._largest, settings.spill_size)
         self._segment = opened.segment
-        self._core = self._make_core(opened, time.monotonic())
+        self._core = self._make_core(opened, time.monotonic(), Metrics())
         self._control = router(self._context, self._runtime.writer)
         self._lanes = router(self._context, self._runtime.lanes)
         self._bulk: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
@@ -111,7 +111,7 @@ class WriterShell:
 
     # --- setting up -----------------------------------------------------------------------------------------------
 
-    def _make_core(self, opened: Opened, now: float) -> WriterCore:
+    def _make_core(self, opened: Opened, now: float, metrics: Metrics) -> WriterCore:
         settings = self._settings
         quarantined = max(_QUARANTINE_SECONDS, _QUARANTINE_TASKS * settings.task_seconds)
         quarantine = Quarantine(max_keys=_QUARANTINED, seconds=quarantined)
@@ -131,7 +131,7 @@ class WriterShell:
                 max_items_per_client=settings.queue_limit,
             ),
             plans=PlanStore(_PLAN_BYTES),
-            metrics=Metrics(),
+            metrics=metrics,
             segment=messages.SegmentInfo(opened.segment.name, opened.epoch, self._geometry.total_size),
             lanes=settings.lanes,
             lease_seconds=settings.lease_seconds,
@@ -264,13 +264,11 @@ class WriterShell:
         failpoints.reach("writer.message.after", message)
 
     def _check_hello(self, hello: messages.Hello) -> None:
-        """Refuse another protocol, and a reader that has not the process lock of its id: leases hang on that lock."""
+        """Refuse another protocol, and a reader without a process lock: leases hang on that."""
         if hello.protocol != PROTOCOL:
             raise ProtocolError(f"this service speaks protocol {PROTOCOL}, the peer {hello.protocol}; use one version")
-        if hello.role in READERS:
-            pid = holder(self._runtime.lock_path(hello.role, hello.id))
-            if pid is None or pid not in {0, hello.pid}:
-                raise ProtocolError(f"the peer does not hold the process lock of {hello.role} {hello.id}")
+        if hello.role in READERS and holder(self._runtime.lock_path(hello.role, hello.id)) is None:
+            raise ProtocolError(f"nobody holds the process lock of {hello.role} {hello.id}")
 
     def _bulk_message(self, frames: list[zmq.Frame]) -> None:
         try:
@@ -322,16 +320,18 @@ class WriterShell:
             message = unpack(frames[1].buffer if len(frames) == 3 else b"", messages.Inlined)
         except MmprepError as error:
             _log.error("lane %d broke the protocol and is replaced: %s", number, error)
+            self._core.count_refused("lanes", error)
             self._core.lane_broke_protocol(number)
             return
         self._core.from_lane(number, message, frames[2:], time.monotonic())
 
     def _fetch(self, frames: list[bytes]) -> None:
-        """A frontend fetches tensors that an answer named. What does not go out at once is not sent: it asks again."""
+        """A frontend fetches tensors that an answer named. What does not go out at once is not sent."""
         try:
             fetch = unpack(frames[1] if len(frames) == 2 else b"", messages.Fetch)
         except MmprepError as error:
             _log.warning("a message of a frontend was refused: %s", error)
+            self._core.count_refused("tensors", error)
             return
         tensors = self._core.tensors(fetch.inline)
         gone = messages.Failed(
@@ -438,7 +438,7 @@ class WriterShell:
         self._remove_spills()
         previous, core = self._segment, self._core
         self._segment = opened.segment
-        self._core = self._make_core(opened, time.monotonic())
+        self._core = self._make_core(opened, time.monotonic(), core.metrics)
         self._core.succeed(core)
         previous.unlink()
         previous.close()
