@@ -147,7 +147,9 @@ class Lane(Process):
     def granted(self, grant):
         """The writer has granted this lane an extent; it may write there from now on."""
         what = f"{self} may write to it for task {grant.task}"
-        self._use = self._oracle.use(self._segment.name, grant.offset, grant.length, what)
+        self._use = self._oracle.use(
+            self._segment.name, grant.offset, grant.length, what, valid=lambda: self.alive
+        )
 
     def _fill(self, medium, granted):
         random = self.world.random

@@ -80,6 +80,13 @@ class Network:
                 one.blocked_until = self.world.now + seconds
 
 
+class _Message:
+    __slots__ = ("frames", "lost")
+
+    def __init__(self, frames):
+        self.frames, self.lost = frames, False
+
+
 class Channel:
     """One direction of a connection."""
 
@@ -103,7 +110,8 @@ class Channel:
             world.say(f"!! {what}: {describe(frames)}")
             if what == "drop":
                 return
-            if what == "double":
+            # ZeroMQ doubles nothing. An answer that came twice would be given back, with leases that are in use.
+            if what == "double" and msgpack.unpackb(frames[0])[0] != "Answer":
                 copies = 2
         else:
             what = ""
@@ -113,17 +121,17 @@ class Channel:
                 when += world.random.uniform(0.0, 0.5)
             else:
                 self._last = when = max(when, self._last)
-            message = [frames, True]
+            message = _Message(frames)
             self.pending.append(message)
             world.at(when - world.now, self.receiver, self._arrive, message, kind="message")
 
     def _arrive(self, message):
-        if not message[1]:
+        if message.lost:
             return
         self.pending.remove(message)
         if self.connection.network.world.lines is not None:
-            self.connection.network.world.say(f"{self.connection.label} {self._arrow} {describe(message[0])}")
-        self._deliver(message[0])
+            self.connection.network.world.say(f"{self.connection.label} {self._arrow} {describe(message.frames)}")
+        self._deliver(message.frames)
 
     @property
     def _arrow(self):
@@ -133,7 +141,7 @@ class Channel:
         """Lose a random last part of what is under way."""
         keep = self.connection.network.world.random.randint(0, len(self.pending))
         for message in list(self.pending)[keep:]:
-            message[1] = False
+            message.lost = True
             self.pending.remove(message)
 
 
@@ -271,6 +279,7 @@ class Link:
         _check_one_answer(self.network, connection, frames)
         try:
             self._on_message(frames)
+            self.process.validate()
         except (KilledError, Violation):
             raise
         except MmprepError as error:

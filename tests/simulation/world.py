@@ -143,6 +143,9 @@ class Process:
                 self.die("in the middle of a step")
                 raise KilledError
 
+    def validate(self):
+        """Check the invariants of its cores."""
+
     def take_lock(self, path):
         if self.world.locks.get(path) not in {None, self}:
             return False
