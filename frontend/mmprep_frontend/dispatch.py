@@ -161,6 +161,7 @@ class WriterLink:
         self.mapping: Mapping | None = None
         self._id = str(index)
         self._instance = os.urandom(8)
+        self._connections = 0
         self._runtime = runtime
         self._hasher = hasher
         self._on_card = on_card
@@ -270,8 +271,7 @@ class WriterLink:
 
     def release_soon(self, backend: str, leases: tuple[bytes, ...]) -> None:
         """End leases in the name of a backend, without waiting for the answer."""
-        if self._offers.up:
-            self._link.send([pack(messages.Release(0, leases, backend))])
+        self._carry_out(self._offers.give_back(backend, leases))
 
     async def release(self, backend: str, leases: tuple[bytes, ...]) -> None:
         """End leases in the name of a backend."""
@@ -304,8 +304,14 @@ class WriterLink:
     # --- messages -------------------------------------------------------------------------------------------------
 
     def _greeting(self) -> list[bytes]:
-        hello = messages.Hello(PROTOCOL, mmprep.__version__, "frontend", self._id, os.getpid(), self._instance)
-        return [pack(hello)]
+        self._connections += 1
+        return [
+            pack(
+                messages.Hello(
+                    PROTOCOL, mmprep.__version__, "frontend", self._id, os.getpid(), self._instance, self._connections
+                )
+            )
+        ]
 
     def _on_down(self) -> None:
         self._offers.down()
@@ -324,6 +330,7 @@ class WriterLink:
                 self._carry_out(self._offers.failed(message.call, message.fault.error()))
             case messages.Done() | messages.Renewed():
                 self._calls.resolve(message.call, message)
+                self._offers.heard(message.call)
             case messages.Refused():
                 self._refused(message)
             case messages.WriterWelcome():

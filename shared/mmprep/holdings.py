@@ -10,13 +10,17 @@ Deadlines count from the moment a request was *sent*, never from when its answer
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from typing import NamedTuple
 
 import msgspec
 
 from mmprep.address import lease_incarnation
 from mmprep.wire.messages import Held, LeaseKind
+
+
+#: Leases that are remembered as never to be taken up; the oldest are forgotten first.
+_MOST_DISOWNED = 65_536
 
 
 class Life(NamedTuple):
@@ -51,6 +55,9 @@ class Holdings:
         self._held: dict[bytes, Holding] = {}
         self._lost: set[bytes] = set()
         self._dropped: deque[bytes] = deque()
+        #: The writer was told that these are released, and has not said that it heard.
+        self._releasing: dict[bytes, None] = {}
+        self._disowned: OrderedDict[bytes, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._held)
@@ -62,7 +69,11 @@ class Holdings:
             self._held.clear()
             self._lost.clear()
             self._dropped.clear()
+            self._releasing.clear()
+            self._disowned.clear()
             return ()
+        self._dropped.extendleft(self._releasing)
+        self._releasing.clear()
         gone = set(self._dropped)
         return tuple(
             Held(lease, holding.slot, holding.generation, holding.kind)
@@ -90,9 +101,11 @@ class Holdings:
             renewed at once.
 
         One of a later life than the present is: its writer knows it, and will be told again. One of an earlier life that
-        comes only now is not: acquire the content anew.
+        comes only now is not, nor is one that the writer has asked about in vain: acquire the content anew.
         """
         if self.life is None or self.life.epoch != epoch or lease_incarnation(lease) < self.life.incarnation:
+            return False
+        if lease in self._disowned:
             return False
         self._held[lease] = Holding(slot, generation, kind, sent_at + self.seconds, sure)
         return True
@@ -106,14 +119,35 @@ class Holdings:
         self._dropped.extend(self._held)
 
     def take_dropped(self, most: int) -> tuple[bytes, ...]:
-        """Return up to ``most`` leases that the writer is to be told of as released."""
+        """Return up to ``most`` leases that the writer is to be told of as released; :meth:`released` ends it.
+
+        Where the connection is lost before that, they are handed out again.
+        """
         taken: list[bytes] = []
         while self._dropped and len(taken) < most:
             lease = self._dropped.popleft()
             self._held.pop(lease, None)
             self._lost.discard(lease)
+            self._releasing[lease] = None
             taken.append(lease)
         return tuple(taken)
+
+    def released(self, leases: tuple[bytes, ...]) -> None:
+        """The writer has heard that these are released."""
+        for lease in leases:
+            self._releasing.pop(lease, None)
+
+    def asked(self, leases: tuple[bytes, ...]) -> None:
+        """The writer asks about views beyond their time: what is not held is released, and never taken up.
+
+        An answer that granted it was lost, or comes too late.
+        """
+        for lease in leases:
+            if lease not in self._held:
+                self._disowned[lease] = None
+                self._dropped.append(lease)
+        while len(self._disowned) > _MOST_DISOWNED:
+            self._disowned.popitem(last=False)
 
     def due(self, now: float, most: int) -> tuple[bytes, ...]:
         """Return up to ``most`` leases of which a third of the time has gone."""
@@ -159,4 +193,6 @@ class Holdings:
             One does not hold; the message says which.
         """
         assert not self._held.keys() & self._lost, "a lease is held and lost"
+        assert not self._held.keys() & self._disowned.keys(), "a lease is held that must never be taken up"
+        assert len(self._disowned) <= _MOST_DISOWNED, "too many leases are remembered"
         assert self.life is not None or not self._held, "something is held before the first welcome"

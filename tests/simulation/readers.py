@@ -319,17 +319,13 @@ class Client(Caller):
         leases = tuple(bytes.fromhex(address.lease) for address in addresses)
         living = [one for one in self.service.frontends if one.alive and one.link is not None]
         if not living:
-            self.service.orphans.update(leases)
             return
         frontend = self.world.random.choice(living)
-        frontend.deaths.append(lambda: self.service.orphans.update(leases))
         frontend.after(self.service.network.delay(), lambda: frontend.spawn(self._release(frontend, backend, leases)))
 
     async def _release(self, frontend, backend, leases):
-        try:
+        with contextlib.suppress(MmprepError):
             await frontend.link.release(backend, leases)
-        except MmprepError:
-            self.service.orphans.update(leases)
 
     async def request(self, media, need, priority, lease, seconds):
         answer = await self.call(media, need, priority, lease, seconds)

@@ -124,7 +124,6 @@ class Service:
         self.segments = Segments(self.world, geometry, settings.segments)
         self.oracle = Oracle(self.world)
         self.tally = Tally(self.world)
-        self.orphans = set()
         self.faults = Counter()
         self.calm = False
         self.media = self._make_media()
@@ -229,9 +228,12 @@ class Service:
         if self.calm:
             return
         world.at(random.expovariate(1.0) * self.fault_every, None, self.do_harm)
+        processes = self.processes()
+        if not processes:
+            return
         what = random.choice(self.kinds_of_faults)
         self.faults[what] += 1
-        process = random.choice(self.processes() or [self.client])
+        process = random.choice(processes)
         match what:
             case "kill":
                 process.die() if process.role != "lane" else process.kill()
@@ -328,7 +330,6 @@ class Service:
             "leases": [
                 (lease.owner, lease.kind, lease.lease_id.hex())
                 for lease in core.ring.leases
-                if not (lease.kind == "view" and lease.lease_id in self.orphans) and not self.harsh
             ],
         }
         for frontend in self.frontends:
