@@ -18,7 +18,6 @@ import msgspec
 from mmprep.address import lease_incarnation
 from mmprep.wire.messages import Held, LeaseKind
 
-
 #: Leases that are remembered as never to be taken up; the oldest are forgotten first.
 _MOST_DISOWNED = 65_536
 

@@ -549,7 +549,8 @@ class WriterCoreMachine(RuleBasedStateMachine):
                 connection.calls[message.call].state = "over"
             case messages.Overdue():
                 overdue = self.core.ring.leases.overdue_ids(connection.id)
-                assert connection.role == "backend" and overdue == list(message.leases), "asked about what is in time"
+                assert connection.role == "backend"
+                assert overdue == list(message.leases), "asked about what is in time"
             case _:
                 kind = connection.asked.pop(message.call)
                 if isinstance(message, messages.Acquired):

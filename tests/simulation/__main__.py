@@ -10,7 +10,10 @@ from collections import Counter
 
 from tests.simulation.run import simulate
 
-LAST_LINES = 200
+
+def tell(text):
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def main():
@@ -33,15 +36,15 @@ def main():
         faults += outcome.faults
         reads += Counter(right=outcome.reads, stale=outcome.stale, grants=outcome.grants, events=outcome.events)
         if outcome.lines is not None:
-            print("\n".join(outcome.lines))
+            tell("\n".join(outcome.lines))
         if outcome.failure is not None:
             failed += 1
-            print(f"seed {seed}: {outcome.failure}", flush=True)
+            tell(f"seed {seed}: {outcome.failure}")
             if not options.keep_going:
                 break
     seconds = time.process_time() - started
-    print(f"{number + 1} seeds, {failed} failed, {seconds:.1f} s of CPU; {dict(reads)}")
-    print(f"calls: {dict(calls)}; faults: {dict(faults)}")
+    tell(f"{number + 1} seeds, {failed} failed, {seconds:.1f} s of CPU; {dict(reads)}")
+    tell(f"calls: {dict(calls)}; faults: {dict(faults)}")
     sys.exit(1 if failed else 0)
 
 

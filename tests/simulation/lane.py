@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 
-from mmprep.errors import DecodeError, ProtocolError
-from mmprep.wire import messages
-from mmprep.wire.codec import pack, unpack
 from tests.simulation.memory import CARD
 from tests.simulation.network import describe
 from tests.simulation.world import Process
+
+from mmprep.errors import DecodeError, ProtocolError
+from mmprep.wire import messages
+from mmprep.wire.codec import pack, unpack
 
 PIECES = 4
 
@@ -28,7 +29,7 @@ class Lane(Process):
         By digest.
     """
 
-    def __init__(self, world, writer, number, segment, oracle, media):
+    def __init__(self, world, writer, number, *, segment, oracle, media):
         super().__init__(world, "lane", str(number))
         self.number, self.writer, self.token = number, writer, world.random.randbytes(32)
         self._segment, self._oracle, self._media = segment, oracle, media
@@ -120,7 +121,7 @@ class Lane(Process):
             return
         medium = self._media[task.digest]
         fate = medium.fate or self.misfortune
-        self.misfortune = fate if fate == "garbage" else ""
+        self.misfortune = fate if fate in {"garbage", "stalls"} else ""
         yield random.uniform(0.002, 0.08)
         if fate == "crashes":
             self.die("crashes")
@@ -147,16 +148,17 @@ class Lane(Process):
     def granted(self, grant):
         """The writer has granted this lane an extent; it may write there from now on."""
         what = f"{self} may write to it for task {grant.task}"
-        self._use = self._oracle.use(
-            self._segment.name, grant.offset, grant.length, what, valid=lambda: self.alive
-        )
+        self._use = self._oracle.use(self._segment.name, grant.offset, grant.length, what, valid=lambda: self.alive)
 
     def _fill(self, medium, granted):
         random = self.world.random
         extent = self._segment.buffer[granted.offset : granted.offset + granted.length]
         assert len(medium.extent) == granted.length
         extent[:] = random.randbytes(8) * (granted.length // 8) + bytes(granted.length % 8)
+        stalls = medium.fate == "stalls" or self.misfortune == "stalls"
         for piece in range(PIECES // 2 if medium.fate == "breaks" else PIECES):
+            if stalls and piece == 1:  # it is given up meanwhile, and goes on if it still can
+                yield self.writer.settings.task_seconds + random.uniform(-0.1, 0.3)
             yield random.uniform(0.001, 0.03)
             start, end = (granted.length * at // PIECES for at in (piece, piece + 1))
             extent[start:end] = medium.extent[start:end]

@@ -10,6 +10,7 @@ import hashlib
 from functools import cached_property
 
 import msgspec
+from tests.simulation.world import Violation
 
 from mmprep import layout
 from mmprep.card import ModelCard
@@ -18,7 +19,6 @@ from mmprep.items import align
 from mmprep.wire import messages
 from mmprep_worker.ring.policy import Clock
 from mmprep_worker.ring.ring import Ring
-from tests.simulation.world import Violation
 
 #: What lanes tell of themselves.
 CARD = msgspec.msgpack.encode(ModelCard("simulated", b"1", (), {}, {}))
@@ -30,7 +30,7 @@ class Medium:
     Attributes
     ----------
     fate: ``""``, or what a lane does over it: ``fails``, ``breaks`` (in the middle), ``crashes``, ``hangs``,
-        ``garbage``.
+        ``stalls`` (while it fills).
     """
 
     def __init__(self, number, tensor_length, cost, fate=""):

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections import deque
 
 import msgpack
+from tests.simulation.world import KilledError, Violation
 
 from mmprep.errors import MmprepError
 from mmprep_worker.ring.leases import ID_SIZE
-from tests.simulation.world import KilledError, Violation
 
 RECONNECT = 0.02
 REOPEN = 0.5

@@ -12,6 +12,8 @@ from itertools import count
 from typing import NamedTuple
 
 import msgspec
+from tests.simulation.seams import Context, Runtime
+from tests.simulation.world import Loop, Process, Violation
 
 from mmprep.address import Address
 from mmprep.errors import DeadlineExceeded, LeaseLost, MmprepError, ServiceUnavailable, StaleAddress
@@ -20,8 +22,6 @@ from mmprep.items import align
 from mmprep.registration import Registration
 from mmprep.wire import messages
 from mmprep_frontend.dispatch import OfferItem, WriterLink
-from tests.simulation.seams import Context, Runtime
-from tests.simulation.world import Loop, Process, Violation
 
 #: As in :mod:`mmprep.client`.
 MOST_RESENDS = 8
@@ -71,7 +71,7 @@ class Ticket:
             raise Violation(f"{self.frontend} answers call {self.asked.number} twice")
         if not self.caller.alive:
             return False
-        self.caller.after(self.caller.service.network.delay(), self._resolve, outcome, kind="message")
+        self.caller.after(self.caller.service.reply_delay(), self._resolve, outcome, kind="message")
         return True
 
     def _resolve(self, outcome):
@@ -236,8 +236,7 @@ class Frontend(Looping):
                     copied += region[start:end]
                     await self.nap(0.05)
                 tensors.append(bytes(copied))
-            if not hasattr(self.link, "checks_nothing"):
-                offered.check()
+            offered.check()
         finally:
             for use in uses:
                 self.oracle.end(use)
@@ -357,7 +356,7 @@ class Backend(Caller):
         if self.registration is not None:
             self.registration._holdings.validate()
 
-    def unwanted(self, asked, outcome):
+    def unwanted(self, _, outcome):
         if isinstance(outcome, Answered) and outcome.addresses is not None:
             for address in outcome.addresses:
                 self.registration.drop(bytes.fromhex(address.lease))
@@ -467,7 +466,8 @@ class Backend(Caller):
             start, end = (address.length * at // CHUNKS for at in (chunk, chunk + 1))
             copied += extent[start:end]
             await self.nap(0.05)
-        mapping.check(address)
+        if not hasattr(self.registration, "checks_nothing"):
+            mapping.check(address)
         return bytes(copied)
 
     async def _view(self, source, medium, address, mapping):
@@ -476,7 +476,11 @@ class Backend(Caller):
         if held:
             region = await source.hold()
         use = self.oracle.use(
-            mapping.name, address.offset, address.length, f"{self} views medium {medium.number}", valid=lambda: self.alive
+            mapping.name,
+            address.offset,
+            address.length,
+            f"{self} views medium {medium.number}",
+            valid=lambda: self.alive,
         )
         try:
             for _ in range(self.world.random.randint(1, 5)):
@@ -488,4 +492,3 @@ class Backend(Caller):
             self.oracle.end(use)
             if held:
                 await source.let_go()
-

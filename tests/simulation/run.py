@@ -12,11 +12,6 @@ import random as randoms
 from collections import Counter
 from dataclasses import dataclass, field
 
-from mmprep import errors
-from mmprep.layout import Geometry
-from mmprep.wire import messages
-from mmprep_worker.writer.core import WriterCore
-from mmprep_worker.writer.tasks import HEAVY_COST
 from tests.simulation.memory import Medium, Oracle, Segments
 from tests.simulation.network import Network
 from tests.simulation.readers import Backend, Client, Frontend
@@ -24,9 +19,17 @@ from tests.simulation.seams import simulated
 from tests.simulation.world import Violation, World
 from tests.simulation.writer import QUARANTINE_SECONDS, Writer
 
+from mmprep import errors
+from mmprep.layout import Geometry
+from mmprep.wire import messages
+from mmprep_worker.writer.core import WriterCore
+from mmprep_worker.writer.tasks import HEAVY_COST
+
 #: Seconds that a call may take beyond its deadline until its outcome is there.
 GRACE = 1.0
 LONGEST_CALL = 12.0
+#: Kinds of faults; those that are named twice are more likely.
+KINDS = ("kill", "kill", "crash", "crash", "stop", "stop", "slow", "break", "partition", "clock")
 
 
 def kill_lane(writer, number):
@@ -38,7 +41,7 @@ def kill_lane(writer, number):
 
 @dataclass
 class Settings:
-    """One service; the last four are where planted bugs go."""
+    """One service; ``kinds`` are those of faults, by default some; the last four are where planted bugs go."""
 
     arena: int = 4096
     slots: int = 8
@@ -54,6 +57,7 @@ class Settings:
     backends: int = 2
     requests: int = 26
     fault_seconds: float = 10.0
+    kinds: tuple = ()
     core: type = WriterCore
     on_kill: object = kill_lane
     spoil_frontend: object = field(default=lambda _: None)
@@ -137,9 +141,9 @@ class Service:
         random, largest = self.world.random, self.settings.max_object_size
         lengths = [random.choice([64, 200, 400, 640, 800, largest - 192]) for _ in range(10)]
         media = [Medium(n, length, HEAVY_COST if n == 3 else 10 * n) for n, length in enumerate(lengths)]
-        fates = ["fails", "breaks", "crashes", "hangs"]
+        fates = ["fails", "breaks", "crashes", "hangs", "stalls"]
         media += [Medium(10 + n, 300, 5, fate) for n, fate in enumerate(fates)]
-        media.append(Medium(14, 2 * largest, 5, "too large"))
+        media.append(Medium(15, 2 * largest, 5, "too large"))
         return media
 
     # --- processes ------------------------------------------------------------------------------------------------
@@ -178,13 +182,18 @@ class Service:
     def started(self, lane):
         """A lane starts; some are not lucky."""
         if not self.calm and self.world.chance(0.1):
-            lane.misfortune = self.world.random.choice(["crashes", "hangs", "garbage"])
+            lane.misfortune = self.world.random.choice(["crashes", "hangs", "stalls", "garbage"])
 
     def processes(self):
         """Return whatever may be killed or stopped."""
         lanes = list(self.writer.lanes.values()) if self.writer.alive else []
         everyone = [self.writer, self.writer, *lanes, *self.frontends, *self.backends.values()]
         return [process for process in everyone if process.alive]
+
+    def reply_delay(self):
+        """Return how long an answer takes from a frontend to whoever asked; now and then longer than a writer's restart."""
+        delay = self.network.delay()
+        return delay if self.calm or not self.world.chance(0.15) else delay + self.world.random.uniform(0.0, 1.5)
 
     # --- load -----------------------------------------------------------------------------------------------------
 
@@ -234,26 +243,34 @@ class Service:
         what = random.choice(self.kinds_of_faults)
         self.faults[what] += 1
         process = random.choice(processes)
-        match what:
-            case "kill":
-                process.die() if process.role != "lane" else process.kill()
-            case "crash":
-                process = random.choice([self.writer, self.writer, process])
-                process.crash_in = random.randint(1, 40)
-            case "stop":
-                process.stop()
-                seconds = random.choice([0.05, 0.5, random.uniform(0.5, 4.0)])
-                world.at(seconds, None, process.go_on)
-            case "slow":
-                for turn in range(random.randint(3, 12)):
-                    world.at(turn * 0.1, None, process.stop)
-                    world.at(turn * 0.1 + random.uniform(0.02, 0.095), None, process.go_on)
-            case "break":
-                self.network.break_some(random.choice)
-            case "partition":
-                self.network.hold_back(process, random.uniform(0.1, 2.5))
-            case "clock":
-                process.pause_clock(random.uniform(0.1, 2.0))
+        getattr(self, f"_{what}")(process)
+
+    def _kill(self, process):
+        process.die() if process.role != "lane" else process.kill()
+
+    def _crash(self, process):
+        """Let a process die between two of its effects, mostly the writer."""
+        process = self.world.random.choice([self.writer, self.writer, process])
+        process.crash_in = self.world.random.randint(1, 40)
+
+    def _stop(self, process):
+        random = self.world.random
+        process.stop()
+        self.world.at(random.choice([0.05, 0.5, random.uniform(0.5, 4.0)]), None, process.go_on)
+
+    def _slow(self, process):
+        for turn in range(self.world.random.randint(3, 12)):
+            self.world.at(turn * 0.1, None, process.stop)
+            self.world.at(turn * 0.1 + self.world.random.uniform(0.02, 0.095), None, process.go_on)
+
+    def _break(self, _):
+        self.network.break_some(self.world.random.choice)
+
+    def _partition(self, process):
+        self.network.hold_back(process, self.world.random.uniform(0.1, 2.5))
+
+    def _clock(self, process):
+        process.pause_clock(self.world.random.uniform(0.1, 2.0))
 
     def calm_down(self):
         """No fault happens any more, and none goes on."""
@@ -277,8 +294,7 @@ class Service:
     def run(self):
         """Raise Violation where something does not hold."""
         world, random, settings = self.world, self.world.random, self.settings
-        kinds = ["kill", "kill", "crash", "crash", "stop", "stop", "slow", "break", "partition", "clock"]
-        self.kinds_of_faults = random.sample(kinds, random.randint(1, 6))
+        self.kinds_of_faults = settings.kinds or random.sample(KINDS, random.randint(1, 6))
         self.fault_every = random.choice([0.4, 1.0, 2.5])
         self.start()
         world.run(world.now + 1.0)
@@ -327,10 +343,7 @@ class Service:
             "awaited": core.awaited,
             "outbox": self.writer._outbox.first(),
             "uses": self.oracle.in_use(),
-            "leases": [
-                (lease.owner, lease.kind, lease.lease_id.hex())
-                for lease in core.ring.leases
-            ],
+            "leases": [(lease.owner, lease.kind, lease.lease_id.hex()) for lease in core.ring.leases],
         }
         for frontend in self.frontends:
             left[f"offers of {frontend}"] = len(frontend.link._offers)
@@ -358,6 +371,7 @@ class Service:
             backend.spawn(backend.request((medium,), 0, "copy", LONGEST_CALL))
             self._end_calls()
             self._end_uses()
+            self.world.run(self.world.now + 1.0)  # until what was let go of is released
         self.world.run(self.world.now + self.settings.pause)
         wrong = {what: n for what, n in (self.tally.outcomes - before).items() if what != "answered"}
         if wrong:

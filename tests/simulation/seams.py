@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 from types import SimpleNamespace
 
+from tests.simulation import network
+
 from mmprep import registration
 from mmprep_frontend import dispatch
-from tests.simulation import network
 
 #: Coarser than the real one, so that a run takes less time.
 UPKEEP_SECONDS = 0.2
@@ -56,13 +57,16 @@ def simulated(service):
     def link(_context, _endpoint, name, **handlers):
         return network.Link(net, world.current, name, **handlers)
 
+    def now():
+        return world.current.clock()
+
     outside = SimpleNamespace(urandom=world.random.randbytes, getpid=lambda: world.current.pid)
     replaced = {
         registration: {
             "Link": link,
             "ProcessLock": lambda path: Lock(world, path),
             "Segment": service.segments,
-            "time": SimpleNamespace(monotonic=lambda: world.current.clock()),
+            "time": SimpleNamespace(monotonic=now),
             "os": outside,
             "_UPKEEP_SECONDS": UPKEEP_SECONDS,
         },

@@ -11,7 +11,7 @@ import pytest
 from tests.simulation.planted import BUGS
 from tests.simulation.run import simulate
 
-SEEDS, HARSH_SEEDS = 240, 60
+SEEDS, HARSH_SEEDS = 200, 50
 SEEDS_AT_LENGTH = 10_000
 #: Seeds in which every planted bug shows.
 SEEDS_FOR_BUGS = 200

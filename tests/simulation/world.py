@@ -12,7 +12,6 @@ import contextlib
 import heapq
 import random
 from collections import deque
-from typing import Any
 
 #: Events after which a run is taken for one that never ends.
 MOST_EVENTS = 400_000

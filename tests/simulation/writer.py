@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections import deque
 
+from tests.simulation.lane import Lane
+from tests.simulation.world import Process, Violation
+
 from mmprep import layout
 from mmprep.errors import Busy, MmprepError, ProtocolError, StartupError
 from mmprep.metrics import Metrics
@@ -21,8 +24,6 @@ from mmprep_worker.writer.core import READERS
 from mmprep_worker.writer.pauses import Pauses
 from mmprep_worker.writer.plans import PlanStore
 from mmprep_worker.writer.state import KillLane, ReadersSilent, Send, ToLane
-from tests.simulation.lane import Lane
-from tests.simulation.world import Process, Violation
 
 BATCH = 16
 #: Seconds for which two lost lanes over one medium refuse it; short, so that a run sees the end of it.
@@ -223,7 +224,9 @@ class Writer(Process):
     def _start_due(self, now):
         for number in [number for number, when in self._start_at.items() if when <= now]:
             self._start_at[number] = float("inf")
-            lane = Lane(self.world, self, number, self.segment, self.oracle, self.service.by_digest)
+            lane = Lane(
+                self.world, self, number, segment=self.segment, oracle=self.oracle, media=self.service.by_digest
+            )
             self.lanes[number] = lane
             lane.deaths.append(lambda lane=lane: self.after(self.network.delay(), self._exit_seen, lane, kind="io"))
             self.service.started(lane)

@@ -162,9 +162,7 @@ class WriterCore:
         self.metrics = former.metrics
         for peer in former.peers.values():
             if peer.connected:
-                hello = messages.Hello(
-                    PROTOCOL, "", peer.role, peer.id, peer.pid, peer.instance, peer.connection
-                )
+                hello = messages.Hello(PROTOCOL, "", peer.role, peer.id, peer.pid, peer.instance, peer.connection)
                 self._welcome(peer.identity, hello)
 
     @property
