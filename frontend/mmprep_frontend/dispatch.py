@@ -192,6 +192,7 @@ class WriterLink:
         self.warm = False
         self._id = str(index)
         self._instance = os.urandom(8)
+        self._connections = 0
         self._runtime = runtime
         self._hasher = hasher
         self._on_card = on_card
@@ -313,8 +314,7 @@ class WriterLink:
 
     def release_soon(self, backend: str, leases: tuple[bytes, ...]) -> None:
         """End leases in the name of a backend, without waiting for the answer."""
-        if self._offers.up:
-            self._link.send([pack(messages.Release(0, leases, backend))])
+        self._carry_out(self._offers.give_back(backend, leases))
 
     async def release(self, backend: str, leases: tuple[bytes, ...]) -> None:
         """End leases in the name of a backend."""
@@ -347,8 +347,14 @@ class WriterLink:
     # --- messages -------------------------------------------------------------------------------------------------
 
     def _greeting(self) -> list[bytes]:
-        hello = messages.Hello(PROTOCOL, mmprep.__version__, "frontend", self._id, os.getpid(), self._instance)
-        return [pack(hello)]
+        self._connections += 1
+        return [
+            pack(
+                messages.Hello(
+                    PROTOCOL, mmprep.__version__, "frontend", self._id, os.getpid(), self._instance, self._connections
+                )
+            )
+        ]
 
     def _on_down(self) -> None:
         self.warm = False
@@ -368,6 +374,7 @@ class WriterLink:
                 self._carry_out(self._offers.failed(message.call, message.fault.error()))
             case messages.Done() | messages.Renewed():
                 self._calls.resolve(message.call, message)
+                self._offers.heard(message.call)
             case messages.Refused():
                 self._refused(message)
             case messages.WriterWelcome():

@@ -76,6 +76,8 @@ class Offers:
         self._up = False
         self._offers: dict[int, _Offer] = {}
         self._by_number: dict[int, _Offer] = {}
+        #: Releases of leases whose holder will never hear of them, until the writer has heard: ``{number: release}``.
+        self._given_back: dict[int, messages.Release] = {}
 
     def __len__(self) -> int:
         return len(self._offers)
@@ -109,6 +111,12 @@ class Offers:
         self._by_number.pop(offer.number, None)
         return [Say(messages.Unpin(offer.number))] if self._up else []
 
+    def give_back(self, backend: str, leases: tuple[bytes, ...]) -> list[Action]:
+        """End leases of an answer that will not reach anybody; said again where the connection is lost."""
+        self._numbers += 1
+        release = self._given_back[self._numbers] = messages.Release(self._numbers, leases, backend)
+        return [Say(release)] if self._up else []
+
     # --- the writer's ---------------------------------------------------------------------------------------------
 
     def welcomed(self, life: Life, now: float) -> list[Action]:
@@ -121,6 +129,9 @@ class Offers:
             else:  # nobody writes to the former segment any more
                 self.cancel_silently(offer.token)
         actions.append(Say(messages.Reassert(0, (), True)))
+        if former != life:  # the next writer knows no lease but those that its holder tells it of
+            self._given_back.clear()
+        actions += [Say(release) for release in self._given_back.values()]
         for offer in [offer for offer in self._offers.values() if offer.pinned is None]:
             actions += self._make_again(offer, now)
         return actions
@@ -142,9 +153,9 @@ class Offers:
         """The one answer to an offer; one that nobody waits for any more is given back."""
         offer = self._by_number.get(answer.call)
         if offer is None or offer.pinned is not None:
-            return self._give_back(answer, items)
+            return self._return(answer, items)
         if len(items) != len(offer.terms.items):
-            return [*self._give_back(answer, items), *self._fail(offer, ProtocolError("an answer to other items"))]
+            return [*self._return(answer, items), *self._fail(offer, ProtocolError("an answer to other items"))]
         if answer.leased_to is not None and any(item.inline for item in items):
             offer.pinned = ()  # the writer keeps the tensors until they were fetched
         elif answer.leased_to is None and offer.terms.need == "tensors":
@@ -155,8 +166,13 @@ class Offers:
 
     def failed(self, number: int, error: MmprepError) -> list[Action]:
         """The writer has refused an offer as a whole."""
+        self._given_back.pop(number, None)
         offer = self._by_number.get(number)
         return [] if offer is None else self._fail(offer, error)
+
+    def heard(self, number: int) -> None:
+        """The writer has done what it was told under this number."""
+        self._given_back.pop(number, None)
 
     def fail_all(self, error: MmprepError) -> list[Action]:
         """End every offer that has no answer."""
@@ -191,14 +207,12 @@ class Offers:
         self.cancel_silently(offer.token)
         return [Settle(offer.token, error)]
 
-    @staticmethod
-    def _give_back(answer: messages.Answer, items: Sequence[messages.ItemAnswer]) -> list[Action]:
+    def _return(self, answer: messages.Answer, items: Sequence[messages.ItemAnswer]) -> list[Action]:
         unpin = Say(messages.Unpin(answer.call))
         if answer.leased_to is None:
             return [unpin]
-        leases = tuple(item.lease for item in items if item.lease is not None)
-        release = Say(messages.Release(0, leases, answer.leased_to))
-        return [release, unpin] if any(item.inline for item in items) else [release]
+        released = self.give_back(answer.leased_to, tuple(item.lease for item in items if item.lease is not None))
+        return [*released, unpin] if any(item.inline for item in items) else released
 
     def validate(self) -> None:
         """Check the invariants.

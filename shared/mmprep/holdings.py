@@ -10,13 +10,16 @@ Deadlines count from the moment a request was *sent*, never from when its answer
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, OrderedDict, deque
 from typing import NamedTuple
 
 import msgspec
 
 from mmprep.address import lease_incarnation
 from mmprep.wire.messages import Held, LeaseKind
+
+#: Leases that are remembered as never to be taken up again; the oldest are forgotten first.
+_MOST_DISOWNED = 65_536
 
 
 class Life(NamedTuple):
@@ -27,13 +30,21 @@ class Life(NamedTuple):
 
 
 class Holding(msgspec.Struct):
-    """One lease; ``deadline`` in the caller's monotonic seconds, ``sure`` where it counts from a moment that is known."""
+    """One lease.
+
+    Attributes
+    ----------
+    deadline: in the caller's monotonic seconds.
+    sure: the deadline counts from a moment that is known.
+    uses: how often it was adopted and not dropped yet: one address may be opened several times.
+    """
 
     slot: int
     generation: int
     kind: LeaseKind
     deadline: float
     sure: bool
+    uses: int = 1
 
 
 class Holdings:
@@ -49,8 +60,10 @@ class Holdings:
         self.life: Life | None = None
         self.seconds = 0.0
         self._held: dict[bytes, Holding] = {}
-        self._lost: set[bytes] = set()
         self._dropped: deque[bytes] = deque()
+        #: The writer was told that these are released, and has not said that it heard.
+        self._releasing: dict[bytes, None] = {}
+        self._disowned: OrderedDict[bytes, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._held)
@@ -60,14 +73,17 @@ class Holdings:
         former, self.life, self.seconds = self.life, life, seconds
         if former is None or former.epoch != life.epoch:
             self._held.clear()
-            self._lost.clear()
             self._dropped.clear()
+            self._releasing.clear()
+            self._disowned.clear()
             return ()
-        gone = set(self._dropped)
+        self._dropped.extendleft(self._releasing)
+        self._releasing.clear()
+        dropped = Counter(self._dropped)
         return tuple(
             Held(lease, holding.slot, holding.generation, holding.kind)
             for lease, holding in self._held.items()
-            if lease not in gone
+            if dropped[lease] < holding.uses
         )
 
     def adopt(
@@ -90,30 +106,61 @@ class Holdings:
             renewed at once.
 
         One of a later life than the present is: its writer knows it, and will be told again. One of an earlier life that
-        comes only now is not: acquire the content anew.
+        comes only now is not, nor is one that was released before, or that the writer has asked about in vain: acquire the
+        content anew.
         """
         if self.life is None or self.life.epoch != epoch or lease_incarnation(lease) < self.life.incarnation:
             return False
-        self._held[lease] = Holding(slot, generation, kind, sent_at + self.seconds, sure)
+        if lease in self._disowned:
+            return False
+        known = self._held.get(lease)
+        if known is not None:
+            known.uses += 1
+        else:
+            self._held[lease] = Holding(slot, generation, kind, sent_at + self.seconds, sure)
         return True
 
     def drop(self, lease: bytes) -> None:
-        """Release a lease; :meth:`take_dropped` hands it out. May be called at any moment, from any thread."""
+        """End one use of a lease; after the last, :meth:`take_dropped` hands it out. May be called from any thread."""
         self._dropped.append(lease)
 
     def drop_all(self) -> None:
         """Release every lease."""
-        self._dropped.extend(self._held)
+        for lease, holding in self._held.items():
+            self._dropped.extend([lease] * holding.uses)
 
     def take_dropped(self, most: int) -> tuple[bytes, ...]:
-        """Return up to ``most`` leases that the writer is to be told of as released."""
+        """Return up to ``most`` leases that the writer is to be told of as released; :meth:`released` ends it.
+
+        Where the connection is lost before that, they are handed out again.
+        """
         taken: list[bytes] = []
         while self._dropped and len(taken) < most:
             lease = self._dropped.popleft()
+            holding = self._held.get(lease)
+            if holding is not None and holding.uses > 1:
+                holding.uses -= 1
+                continue
             self._held.pop(lease, None)
-            self._lost.discard(lease)
+            self._disown(lease)
+            self._releasing[lease] = None
             taken.append(lease)
         return tuple(taken)
+
+    def released(self, leases: tuple[bytes, ...]) -> None:
+        """The writer has heard that these are released."""
+        for lease in leases:
+            self._releasing.pop(lease, None)
+
+    def asked(self, leases: tuple[bytes, ...]) -> None:
+        """The writer asks about views beyond their time: what is not held is released, and never taken up.
+
+        An answer that granted it was lost, or comes too late.
+        """
+        for lease in leases:
+            if lease not in self._held:
+                self._disown(lease)
+                self._dropped.append(lease)
 
     def due(self, now: float, most: int) -> tuple[bytes, ...]:
         """Return up to ``most`` leases of which a third of the time has gone."""
@@ -132,8 +179,7 @@ class Holdings:
             holding = self._held.get(lease)
             if lease in lost:
                 self._held.pop(lease, None)
-                if holding is not None:
-                    self._lost.add(lease)
+                self._disown(lease)
             elif holding is not None:
                 holding.deadline = max(holding.deadline, sent_at + self.seconds)
                 holding.sure = True
@@ -145,10 +191,15 @@ class Holdings:
             holding.kind = kind
 
     def lost(self, lease: bytes, now: float) -> bool:
-        """Whether the writer has said that the lease is over, or it may have ended by time, which no view does."""
+        """Whether a lease that was adopted is over: it was released, the writer says so, or a copy's time has passed."""
         holding = self._held.get(lease)
-        late = holding is not None and holding.kind == "copy" and holding.deadline < now
-        return late or lease in self._lost
+        return holding is None or (holding.kind == "copy" and holding.deadline < now)
+
+    def _disown(self, lease: bytes) -> None:
+        self._disowned[lease] = None
+        self._disowned.move_to_end(lease)
+        if len(self._disowned) > _MOST_DISOWNED:
+            self._disowned.popitem(last=False)
 
     def validate(self) -> None:
         """Check the invariants.
@@ -158,5 +209,7 @@ class Holdings:
         AssertionError
             One does not hold; the message says which.
         """
-        assert not self._held.keys() & self._lost, "a lease is held and lost"
+        assert all(holding.uses > 0 for holding in self._held.values()), "a lease is held for nobody"
+        assert not self._held.keys() & self._disowned.keys(), "a lease is held that must never be taken up"
+        assert len(self._disowned) <= _MOST_DISOWNED, "too many leases are remembered"
         assert self.life is not None or not self._held, "something is held before the first welcome"

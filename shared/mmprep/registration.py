@@ -148,6 +148,7 @@ class Registration:
         self.mapping: Mapping | None = None
         self._closed = False
         self._instance = os.urandom(8)
+        self._connections = 0
         self._holdings = Holdings()
         #: Guards the holdings: items are opened on other threads.
         self._guard = threading.Lock()
@@ -375,26 +376,45 @@ class Registration:
             await asyncio.sleep(_UPKEEP_SECONDS)
             if not self._up:
                 continue
-            self._flush_dropped()
+            with contextlib.suppress(MmprepError):
+                await self._release_dropped()
             with self._guard:
                 due = self._holdings.due(time.monotonic(), _BATCH)
             if due:
                 with contextlib.suppress(MmprepError):
                     await self.renew(due)
 
-    def _flush_dropped(self) -> None:
+    async def _release_dropped(self) -> None:
+        """Release what was dropped, and hear that the writer has heard: a view that it does not know to be over stays."""
         while True:
             with self._guard:
                 batch = self._holdings.take_dropped(_BATCH)
             if not batch:
                 return
             failpoints.reach("backend.release.before")
-            self._link.send([pack(messages.Release(0, batch))])
+            await self._call(partial(messages.Release, leases=batch))
             failpoints.reach("backend.release.after")
+            with self._guard:
+                self._holdings.released(batch)
+
+    def _flush_dropped(self) -> None:
+        """Release what was dropped; nobody waits for an answer, because this process's lock falls next."""
+        while True:
+            with self._guard:
+                batch = self._holdings.take_dropped(_BATCH)
+            if not batch:
+                return
+            self._link.send([pack(messages.Release(0, batch))])
 
     def _greeting(self) -> list[bytes]:
-        hello = messages.Hello(PROTOCOL, mmprep.__version__, "backend", self.id, os.getpid(), self._instance)
-        return [pack(hello)]
+        self._connections += 1
+        return [
+            pack(
+                messages.Hello(
+                    PROTOCOL, mmprep.__version__, "backend", self.id, os.getpid(), self._instance, self._connections
+                )
+            )
+        ]
 
     def _on_down(self) -> None:
         self._up = False
@@ -412,6 +432,9 @@ class Registration:
                 self._calls.resolve(message.call, message.fault.error())
             case messages.Done() | messages.Renewed() | messages.Acquired():
                 self._calls.resolve(message.call, message)
+            case messages.Overdue():
+                with self._guard:
+                    self._holdings.asked(message.leases)
             case _:
                 pass
 

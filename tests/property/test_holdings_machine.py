@@ -24,15 +24,18 @@ class HoldingsMachine(RuleBasedStateMachine):
         self.table = {}
         self.granted = []
         self.believed = set()
+        self.telling = []
         self.connect(epoch=1, incarnation=1)
 
     def connect(self, epoch, incarnation):
         former, self.life = self.life, Life(f"{epoch:032x}", incarnation)
         if former is None or former.epoch != self.life.epoch:
             self.believed.clear()
+            self.asked = set()
         if former != self.life:
             self.table = {}
         held = self.holdings.welcomed(self.life, SECONDS)
+        self.telling.clear()
         assert {one.lease for one in held} == self.believed
         for one in held:
             self.table[one.lease] = (one.slot, one.generation, one.kind)
@@ -52,7 +55,8 @@ class HoldingsMachine(RuleBasedStateMachine):
         one = self.granted.pop(data.draw(st.integers(0, len(self.granted) - 1)))
         lease, slot, generation, kind, life, sent_at = one
         good = self.holdings.adopt(lease, slot, generation, kind, epoch=life.epoch, sent_at=sent_at, sure=sure)
-        assert good == (life == self.life), "good is what the present writer knows, and nothing else"
+        known = life == self.life and lease not in self.asked
+        assert good == known, "good is what the present writer knows, and nothing else"
         if good:
             self.believed.add(lease)
 
@@ -67,9 +71,40 @@ class HoldingsMachine(RuleBasedStateMachine):
     def tell_dropped(self, most):
         dropped = self.holdings.take_dropped(most)
         assert len(dropped) <= most
+        assert not self.believed & set(dropped)
+        self.telling.append(dropped)
+
+    @precondition(lambda self: self.telling)
+    @rule()
+    def hear(self):
+        """The writer hears of a release, and says so; what it does not hear before the connection breaks is told again."""
+        dropped = self.telling.pop(0)
         for lease in dropped:
-            assert lease not in self.believed
             self.table.pop(lease, None)
+        self.holdings.released(dropped)
+
+    @precondition(lambda self: any(kind == "view" for *_, kind in self.table.values()))
+    @rule(data=st.data())
+    def ask(self, data):
+        """The writer asks about a view beyond its time."""
+        lease = data.draw(st.sampled_from(sorted(one for one, (*_, kind) in self.table.items() if kind == "view")))
+        self.holdings.asked((lease,))
+        if lease not in self.believed and lease in {one[0] for one in self.granted}:
+            self.asked.add(lease)
+
+    def teardown(self):
+        """In the end the writer knows no lease but those that the reader believes to hold, and answers on their way."""
+        if not hasattr(self, "holdings"):
+            return
+        while self.telling:
+            self.hear()
+        for lease in sorted(self.table):
+            self.holdings.asked((lease,))
+        while dropped := self.holdings.take_dropped(3):
+            for lease in dropped:
+                self.table.pop(lease, None)
+            self.holdings.released(dropped)
+        assert self.table.keys() <= self.believed, "a lease is left that nobody holds"
 
     @rule(most=st.integers(1, 3), seconds=st.floats(0, 40))
     def renew(self, most, seconds):
@@ -120,3 +155,32 @@ class HoldingsMachine(RuleBasedStateMachine):
 
 TestHoldingsMachine = HoldingsMachine.TestCase
 TestHoldingsMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+def adopted(holdings, lease):
+    return holdings.adopt(lease, 0, 1, "view", epoch="0" * 32, sent_at=0.0)
+
+
+def test_an_address_that_is_opened_twice_is_released_with_the_second():
+    holdings, lease = Holdings(), lease_id(1, bytes(12))
+    holdings.welcomed(Life("0" * 32, 1), SECONDS)
+    assert adopted(holdings, lease)
+    assert adopted(holdings, lease)
+    holdings.drop(lease)
+    assert holdings.take_dropped(9) == ()
+    assert not holdings.lost(lease, 0.0)
+    holdings.drop(lease)
+    assert holdings.take_dropped(9) == (lease,)
+    assert holdings.lost(lease, 0.0)
+
+
+def test_a_lease_that_was_released_or_lost_is_not_taken_up_again():
+    holdings = Holdings()
+    holdings.welcomed(Life("0" * 32, 1), SECONDS)
+    released, lost = lease_id(1, b"released----"), lease_id(1, b"lost--------")
+    holdings.drop(released)  # as by Backend.release, of an address that was never opened
+    assert holdings.take_dropped(9) == (released,)
+    assert adopted(holdings, lost)
+    holdings.renewed((lost,), frozenset([lost]), 0.0)
+    assert not adopted(holdings, released)
+    assert not adopted(holdings, lost)

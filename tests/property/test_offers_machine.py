@@ -210,6 +210,22 @@ TestOffersMachine = OffersMachine.TestCase
 TestOffersMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
+def test_leases_are_given_back_until_the_writer_has_heard_it_and_not_to_the_next_one():
+    offers = Offers()
+    life = Life("0" * 32, 1)
+    offers.welcomed(life, 0.0)
+    (said,) = offers.give_back("engine", (b"1" * 16,))
+    (heard,) = offers.give_back("engine", (b"2" * 16,))
+    offers.heard(heard.message.call)
+    offers.down()
+    assert offers.give_back("engine", (b"3" * 16,)) == []
+    again = [action for action in offers.welcomed(life, 0.0) if isinstance(action.message, messages.Release)]
+    assert again[0] == said
+    assert [action.message.leases for action in again] == [(b"1" * 16,), (b"3" * 16,)]
+    offers.down()
+    assert offers.welcomed(life._replace(incarnation=2), 0.0) == [Say(messages.Reassert(0, (), True))]
+
+
 def test_an_offer_that_brings_writers_down_is_given_up():
     offers = Offers()
     item = messages.Offered(bytes(32), "image", 1, 1)

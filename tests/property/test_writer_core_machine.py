@@ -615,6 +615,10 @@ class WriterCoreMachine(RuleBasedStateMachine):
             case messages.Failed() if message.call in connection.calls:
                 assert connection.calls[message.call].state == "waiting", "a second answer"
                 connection.calls[message.call].state = "over"
+            case messages.Overdue():
+                overdue = self.core.ring.leases.overdue_ids(connection.id)
+                assert connection.role == "backend"
+                assert overdue == list(message.leases), "asked about what is in time"
             case _:
                 kind = connection.asked.pop(message.call)
                 if isinstance(message, messages.Acquired):

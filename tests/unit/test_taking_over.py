@@ -118,7 +118,7 @@ def test_silent_readers_are_named_again_and_again_until_they_speak(former):
     world.tick(0.2)
     assert world.silent == [(("backend", "engine"),)]
     assert world.core.wake_at > world.now
-    world.tick(1.1)
+    world.tick(5.1)
     assert len(world.silent) == 2
     world.say("engine", messages.Reassert(0, (), True))
     world.tick(10.0)

@@ -535,6 +535,40 @@ def test_leases_outlive_a_new_connection_of_their_process_and_not_another_proces
     assert len(world.core.ring.leases) == left
 
 
+def test_a_backend_is_asked_about_its_overdue_views_at_once_or_when_it_is_back(world):
+    (answer,) = world.compute("f0", 1, A, lease="engine")
+    world.say("engine", messages.Acquire(1, answer.slot, answer.generation, "copy"))
+    world.tick(LEASE_SECONDS / 2)
+    assert not world.got("engine", messages.Overdue)
+    world.tick(LEASE_SECONDS)
+    assert [send.message.leases for send in world.got("engine", messages.Overdue)] == [(answer.lease,)]
+    assert not world.got("f0", messages.Overdue)
+    world.say("engine", messages.Renew(2, (answer.lease,)))
+    world.core.unreachable(b"engine", world.now)
+    world.tick(2 * LEASE_SECONDS)
+    world.hello("engine", "backend", identity="engine again")
+    world.say("engine again", messages.Reassert(1, (), True))
+    assert [send.message.leases for send in world.got("engine again", messages.Overdue)] == [(answer.lease,)]
+    world.say("engine again", messages.Release(2, (answer.lease,)))
+    world.tick(2 * LEASE_SECONDS)
+    assert len(world.got("engine again", messages.Overdue)) == 1
+
+
+@pytest.mark.parametrize(("role", "name"), [("frontend", "f0"), ("backend", "engine")])
+def test_a_hello_that_was_on_its_way_when_its_connection_broke_takes_nothing_from_the_next_one(world, role, name):
+    def hello(identity, connection):
+        world.say(identity, messages.Hello(PROTOCOL, "1", role, name, 1, b"one process", connection))
+
+    hello("third", 3)
+    hello("second", 2)
+    assert len(world.got("third", messages.WriterWelcome)) == 1
+    assert not world.got("second", messages.WriterWelcome)
+    world.say("third", messages.Reassert(1, (), True))
+    assert not world.got("third", messages.Refused)
+    hello("fourth", 4)
+    assert len(world.got("fourth", messages.WriterWelcome)) == 1
+
+
 def test_a_frontend_speaks_for_the_backend_it_names_and_a_backend_only_for_itself(world):
     (answer,) = world.compute("f0", 1, A, lease="engine")
     world.hello("f0", "backend", identity="a backend of that name")

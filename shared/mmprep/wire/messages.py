@@ -55,7 +55,8 @@ class Hello(Wire, frozen=True):
     """The first message of a connection.
 
     ``instance`` is random, the same for all connections under one hold of the process lock: another one under the same
-    id means that the former process is gone.
+    id means that the former process is gone. ``connection`` counts its connections, so that a hello that was on its way
+    when its connection broke is not taken for the newest.
     """
 
     protocol: int
@@ -64,6 +65,7 @@ class Hello(Wire, frozen=True):
     id: Name
     pid: Natural
     instance: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
+    connection: Natural = 0
 
 
 class Refused(Wire, frozen=True):
@@ -256,6 +258,16 @@ class Release(Wire, frozen=True):
     owner: Name | None = None
 
 
+class Overdue(Wire, frozen=True):
+    """The writer asks this backend about views that are beyond their time.
+
+    What it holds it renews. What it does not know of came with an answer that was lost: it releases that, and never takes
+    it up.
+    """
+
+    leases: Annotated[tuple[LeaseId, ...], msgspec.Meta(max_length=1024)]
+
+
 class Acquire(Wire, frozen=True):
     """Lease the content of an address, by its slot and generation. Answered by :class:`Acquired` or Failed."""
 
@@ -288,7 +300,7 @@ class Clear(Wire, frozen=True):
 
 
 ToWriter: TypeAlias = Hello | Offer | Cancel | Unpin | Reassert | Repin | Renew | Release | Acquire | Upgrade | Clear
-FromWriter: TypeAlias = WriterWelcome | Refused | Card | Wants | Answer | Failed | Done | Renewed | Acquired
+FromWriter: TypeAlias = WriterWelcome | Refused | Card | Wants | Answer | Failed | Done | Renewed | Acquired | Overdue
 
 
 # --- frontend to writer (bulk) ----------------------------------------------------------------------------------------

@@ -246,6 +246,11 @@ class Leases:
         holder = self._owners.get(owner)
         return Overdue(0, 0) if holder is None else Overdue(holder.overdue_count, holder.overdue_bytes)
 
+    def overdue_ids(self, owner: str) -> list[bytes]:
+        """Return the ids of ``owner``'s views past their deadline, as of the last :meth:`tick`."""
+        holder = self._owners.get(owner)
+        return [] if holder is None else [lease.lease_id for lease in holder.leases.values() if lease.overdue]
+
     def quarantined(self, owner: str, quota: int) -> bool:
         """Return whether ``owner``'s overdue views are above ``quota`` bytes: it must not get new leases."""
         holder = self._owners.get(owner)

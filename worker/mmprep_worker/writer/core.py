@@ -71,6 +71,9 @@ READERS = frozenset({"frontend", "backend"})
 #: Seconds until silent readers are reported again.
 _SILENT_AGAIN = 5.0
 
+#: Leases in one question about overdue views.
+_OVERDUE_BATCH = 512
+
 #: Calls of one frontend that are under way or not let go of.
 _MOST_CALLS = 65_536
 
@@ -186,7 +189,7 @@ class WriterCore:
         self.card = former.card
         for peer in former.peers.values():
             if peer.connected:
-                hello = messages.Hello(PROTOCOL, "", peer.role, peer.id, peer.pid, peer.instance)
+                hello = messages.Hello(PROTOCOL, "", peer.role, peer.id, peer.pid, peer.instance, peer.connection)
                 self._welcome(peer.identity, hello)
 
     def go_on_beside(self, now: float) -> None:
@@ -282,7 +285,11 @@ class WriterCore:
     def tick(self, now: float) -> None:
         """Time has passed."""
         self._carry_out(self.flights.tick(now), now)
+        overdue = self.ring.leases.overdue_count
         self.ring.tick(now)
+        if self.ring.leases.overdue_count > overdue:
+            for peer in self.peers.values():
+                self._ask_about_overdue(peer)
         self._tasks.tick(now)
         if self._silent_at <= now:
             self._silent_at = now + _SILENT_AGAIN
@@ -300,6 +307,9 @@ class WriterCore:
             self._refuse(identity, f"a {hello.role} has nothing to say to the writer", now)
             return
         process = (hello.role, hello.id)
+        same = [p for p in self.peers.values() if (p.role, p.id, p.instance) == (*process, hello.instance)]
+        if any(hello.connection < peer.connection for peer in same):
+            return  # it was on its way when its connection broke, and the next one is there already
         if known is not None and (known.connected or (known.role, known.id) != process):
             self._refuse(identity, "a connection has one hello, its first message", now)
             return
@@ -364,6 +374,14 @@ class WriterCore:
                     self._send(peer, answer)
         if isinstance(message, messages.Reassert) and message.last:
             self._heard_of(peer.role, peer.id)
+            self._ask_about_overdue(peer)
+
+    def _ask_about_overdue(self, peer: Peer) -> None:
+        """Ask a backend about views beyond their time: answers that granted them may have been lost on the way to it."""
+        if peer.role == "backend" and peer.connected:
+            overdue = self.ring.leases.overdue_ids(peer.id)
+            for start in range(0, len(overdue), _OVERDUE_BATCH):
+                self._send(peer, messages.Overdue(tuple(overdue[start : start + _OVERDUE_BATCH])))
 
     def _heard_of(self, role: str, peer_id: str) -> None:
         """The reader has said what it holds, or is gone. After the last one the ring is this writer's alone."""

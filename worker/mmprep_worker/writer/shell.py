@@ -40,6 +40,7 @@ from mmprep_worker.scheduling.flights import Flights
 from mmprep_worker.scheduling.queue import FairQueue
 from mmprep_worker.writer.core import READERS, WriterCore
 from mmprep_worker.writer.opening import Opened, new_ring, open_ring
+from mmprep_worker.writer.pauses import Pauses
 from mmprep_worker.writer.plans import PlanStore
 from mmprep_worker.writer.report import report
 from mmprep_worker.writer.state import KillLane, ReadersSilent, RemoveSegment, Send, ToLane
@@ -53,10 +54,6 @@ _SUPERVISOR_MS = 5000
 _CHECK_LOCKS_EVERY = 0.25
 #: Seconds in which the readers of an earlier writer's ring have to say what they hold. Lanes take about as long to start.
 _SILENT_SECONDS = 2.0
-#: Seconds beyond what a turn may take, after which this process has been stopped or starved; and how long what has
-#: arrived meanwhile is then taken in before time is allowed to end anything.
-_STARVED_SECONDS = 0.5
-_CATCH_UP_SECONDS = 5.0
 _PLAN_BYTES = 32 << 20
 _QUARANTINED = 1024
 #: A medium in quarantine is refused for at least this long, and for so many times of a lane's time for one medium: the
@@ -106,8 +103,7 @@ class WriterShell:
         self._lane_identities: dict[int, bytes] = {}
         self._said: tuple[bool, str] | None = None
         self._locks_checked = 0.0
-        self._turned = time.monotonic()
-        self._behind_since: float | None = None
+        self._pauses = Pauses(time.monotonic(), turn_seconds=_CHECK_LOCKS_EVERY)
 
     # --- setting up -----------------------------------------------------------------------------------------------
 
@@ -189,23 +185,14 @@ class WriterShell:
             ready = dict(poller.poll(self._timeout(now)))
             if _INPUT in ready or wake_r.fileno() in ready:
                 return
-            self._notice_gap(bool(ready))
+            self._pauses.turned(time.monotonic(), input_ready=bool(ready))
             self._turn(ready, watched)
 
     def _sockets(self) -> tuple[zmq.Socket[bytes], ...]:
         return self._control, self._bulk, self._tensors, self._lanes, self._lane_tensors, self._supervisor
 
-    def _notice_gap(self, input_ready: bool) -> None:
-        """Notice that this process was stopped: renewals and results have arrived that must count before time does."""
-        now = time.monotonic()
-        if now - self._turned > _CHECK_LOCKS_EVERY + _STARVED_SECONDS:
-            self._behind_since = now
-        elif self._behind_since is not None and (not input_ready or now - self._behind_since > _CATCH_UP_SECONDS):
-            self._behind_since = None
-        self._turned = now
-
     def _timeout(self, now: float) -> int:
-        if self._behind_since is not None:
+        if self._pauses.behind:
             return 0
         wake = min(self._core.wake_at, self._pool.wake_at, self._locks_checked + _CHECK_LOCKS_EVERY)
         if self._outbox:
@@ -226,7 +213,7 @@ class WriterShell:
         for fd, number in watched.items():
             if fd in ready:
                 self._lane_exited(number, now)
-        if self._core.wake_at <= now and self._behind_since is None:
+        if self._core.wake_at <= now and not self._pauses.behind:
             self._core.tick(now)
             self._carry_out()
         if self._locks_checked + _CHECK_LOCKS_EVERY <= now:

@@ -69,11 +69,12 @@ class Peer:
     ----------
     name: its connection's identity as text, one to one.
     instance: the same for all connections of one process under its id.
+    connection: which one of its process it is; a later one has a higher number.
     connected: false once its connection is gone. Only backends are remembered then, for their leases.
     calls: its offers that have no answer yet, or whose entries are still pinned or transfers still held.
     """
 
-    __slots__ = ("calls", "connected", "id", "identity", "instance", "name", "pid", "role")
+    __slots__ = ("calls", "connected", "connection", "id", "identity", "instance", "name", "pid", "role")
 
     def __init__(self, identity: bytes, hello: messages.Hello) -> None:
         self.identity = identity
@@ -82,6 +83,7 @@ class Peer:
         self.id = hello.id
         self.pid = hello.pid
         self.instance = hello.instance
+        self.connection = hello.connection
         self.connected = True
         self.calls: dict[int, PendingCall] = {}
 

@@ -1,0 +1,116 @@
+"""Bugs that are planted to see that the simulation finds them: name to settings."""
+
+from __future__ import annotations
+
+from mmprep.holdings import Holdings
+from mmprep.wire import messages
+from mmprep_frontend.offers import Offers
+from mmprep_worker.writer.core import WriterCore
+
+
+class AnswersTwice(WriterCore):
+    def _send(self, peer, message, frames=()):
+        super()._send(peer, message, frames)
+        if isinstance(message, messages.Answer):
+            super()._send(peer, message, frames)
+
+
+class ForgetsReassert(WriterCore):
+    def _from_peer(self, peer, message, now):
+        if isinstance(message, messages.Reassert):
+            message = messages.Reassert(message.call, (), message.last)
+        super()._from_peer(peer, message, now)
+
+
+class WaitsForNobody(WriterCore):
+    def __init__(self, **arguments):
+        super().__init__(**{**arguments, "awaited": ()})
+
+
+class EndsOverdueViews(WriterCore):
+    def tick(self, now):
+        super().tick(now)
+        for lease in list(self.ring.leases):
+            if lease.overdue:
+                self.ring.release(lease.owner, [lease.lease_id])
+
+
+class NeverUnpins(WriterCore):
+    def _unpin(self, peer, number):
+        pass
+
+
+class TakesSilenceForDeath(WriterCore):
+    """Takes silence for death: what a lost connection held is released."""
+
+    def unreachable(self, identity, now):
+        peer = self.peers.get(identity)
+        super().unreachable(identity, now)
+        if peer is not None and peer.role == "backend":
+            self.ring.owner_gone(peer.id)
+
+
+class NoticesNoDeath(WriterCore):
+    def peer_gone(self, role, peer_id, now):
+        pass
+
+
+class TellsNothing(Holdings):
+    def welcomed(self, life, seconds):
+        super().welcomed(life, seconds)
+        return ()
+
+
+class KeepsPins(Offers):
+    def release(self, _):
+        return []
+
+
+def exit_is_not_awaited(writer, number):
+    """A lane that was told to die counts as gone at once."""
+    lane = writer.lanes.get(number)
+    if lane is not None:
+        lane.kill()
+        writer.core.lane_exited(number, writer.clock())
+        del writer.lanes[number]
+        writer._warm.pop(lane, None)
+        writer._start_at[number] = writer.clock() + 1.0
+
+
+def with_holdings(kind):
+    def spoil(registration):
+        registration._holdings = kind()
+
+    return spoil
+
+
+def with_offers(kind):
+    def spoil(link):
+        link._offers = kind()
+
+    return spoil
+
+
+def unchecked(registration):
+    """A backend does not look, after copying, whether the content is still the same."""
+    registration.checks_nothing = True
+
+
+SILENCE = ("stop", "stop", "partition", "break")
+RESTARTS = ("crash", "kill", *SILENCE)
+#: As much as a small ring can bear: whatever is free by mistake is soon overwritten.
+BUSY = {"requests": 90, "arena": 4096, "slots": 16, "queue_limit": 32, "high_water": 1000, "lease_seconds": 1.0}
+
+BUGS = {
+    "an answer is sent twice": {"core": AnswersTwice},
+    "re-asserted leases are forgotten": {"core": ForgetsReassert},
+    "a new writer grants before the readers have spoken": {"core": WaitsForNobody, "kinds": RESTARTS, **BUSY},
+    "views end when they are overdue": {"core": EndsOverdueViews, "kinds": SILENCE, **BUSY},
+    "pins never end": {"core": NeverUnpins},
+    "a lost connection is taken for a death": {"core": TakesSilenceForDeath, "kinds": SILENCE, **BUSY},
+    "the dead are not noticed": {"core": NoticesNoDeath},
+    "a killed lane's extent is free before it is gone": {"on_kill": exit_is_not_awaited, **BUSY},
+    "a backend does not tell the next writer what it holds": {"spoil_backend": with_holdings(TellsNothing)},
+    "a frontend keeps what it has read": {"spoil_frontend": with_offers(KeepsPins)},
+    "a copy is not checked afterwards": {"spoil_backend": unchecked, **BUSY},
+}

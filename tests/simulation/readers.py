@@ -1,0 +1,494 @@
+"""Simulated frontends, backends and clients, around the real :class:`WriterLink`, :class:`Registration` and :class:`Shared`.
+
+Frontends serve chats for tensors, for plans, and for addresses leased to a backend. Backends ask for themselves, or are
+handed what a client asked for in their name; they copy slowly, hold views and look again and again, let go, and look once more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from itertools import count
+from typing import NamedTuple
+
+import msgspec
+from tests.simulation.seams import Context, Runtime
+from tests.simulation.world import Loop, Process, Violation
+
+from mmprep.address import Address
+from mmprep.errors import DeadlineExceeded, LeaseLost, MmprepError, ServiceUnavailable, StaleAddress
+from mmprep.item import Shared
+from mmprep.items import align
+from mmprep.registration import Registration
+from mmprep.wire import messages
+from mmprep_frontend.dispatch import OfferItem, WriterLink
+
+#: As in :mod:`mmprep.client`.
+MOST_RESENDS = 8
+MOST_RETRIES = 3
+CHUNKS = 3
+
+
+class Asked(NamedTuple):
+    """What a call asks for; ``lease``: of which kind to which backend."""
+
+    number: int
+    media: tuple
+    need: str
+    priority: int
+    lease: messages.LeaseTo | None
+
+
+class Answered(NamedTuple):
+    """What a frontend answers: contents, or addresses."""
+
+    metas: list
+    tensors: list | None = None
+    addresses: list | None = None
+
+
+class Ticket:
+    """One try of one call at one frontend; it gets one outcome."""
+
+    def __init__(self, caller, frontend, asked, seconds):
+        self.caller, self.frontend, self.asked = caller, frontend, asked
+        self.deadline = caller.world.now + seconds
+        self.future = caller.loop.create_future()
+        self.over = False
+        self.unwanted = lambda _: None
+        self._replies = 0
+        self._lost = lambda: caller.after(caller.world.random.uniform(0.0, 0.1), self._fail)
+        if frontend.alive:
+            frontend.deaths.append(self._lost)
+            frontend.after(caller.service.network.delay(), frontend.asked, self, kind="message")
+        else:
+            self._lost()
+
+    def reply(self, outcome):
+        """Send the answer; return whether the caller is still there."""
+        self._replies += 1
+        if self._replies > 1:
+            raise Violation(f"{self.frontend} answers call {self.asked.number} twice")
+        if not self.caller.alive:
+            return False
+        self.caller.after(self.caller.service.reply_delay(), self._resolve, outcome, kind="message")
+        return True
+
+    def _resolve(self, outcome):
+        self._done()
+        if self.over or self.future.done():
+            self.unwanted(outcome)
+        elif isinstance(outcome, MmprepError):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
+
+    def _fail(self):
+        if not self.future.done():
+            self.future.set_exception(FrontendLostError("the frontend went away"))
+
+    def _done(self):
+        with contextlib.suppress(ValueError):
+            self.frontend.deaths.remove(self._lost)
+
+
+class FrontendLostError(ServiceUnavailable):
+    """As in :mod:`mmprep.client`."""
+
+
+class Looping(Process):
+    """A process with an event loop."""
+
+    def __init__(self, service, role, ident):
+        super().__init__(service.world, role, ident)
+        self.service, self.settings, self.oracle = service, service.settings, service.oracle
+        self.loop = Loop(self)
+        self.tasks = set()
+
+    def spawn(self, coroutine):
+        task = self.loop.create_task(coroutine)
+        self.tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task):
+        self.tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None and self.world.failure is None:
+            error = task.exception()
+            failure = error if isinstance(error, Violation) else Violation(f"{self}: {error!r}")
+            failure.__cause__ = error
+            self.world.failure = failure
+
+    def nap(self, longest):
+        return asyncio.sleep(self.world.random.uniform(0.0, longest))
+
+
+class Frontend(Looping):
+    """One frontend process."""
+
+    def __init__(self, service, number):
+        super().__init__(service, "frontend", str(number))
+        self._serving = {}
+        self.link = None
+        self.after(0.0, self._start)
+
+    def _start(self):
+        self.link = WriterLink(Context(), Runtime(), int(self.id), hasher="sha256", on_card=lambda _: None)
+        self.settings.spoil_frontend(self.link)
+
+    def validate(self):
+        if self.link is not None:
+            self.link._offers.validate()
+
+    def asked(self, ticket):
+        if self.link is None:
+            ticket.reply(ServiceUnavailable("starting"))
+            return
+        task = self._serving[ticket] = self.spawn(self._serve(ticket))
+        task.add_done_callback(lambda _: self._serving.pop(ticket, None))
+
+    def cancelled(self, ticket):
+        task = self._serving.get(ticket)
+        if task is not None:
+            task.cancel()
+
+    async def _serve(self, ticket):
+        """As the native door: one answer; what could not be delivered is given back."""
+        try:
+            offered, answer = await self._chat(ticket)
+        except MmprepError as error:
+            ticket.reply(error)
+            return
+        try:
+            delivered = ticket.reply(answer)
+        except BaseException:
+            offered.give_back()
+            raise
+        if delivered:
+            offered.release()
+        else:
+            offered.give_back()
+
+    async def _chat(self, ticket):
+        asked = ticket.asked
+        items = [OfferItem(m.key, "image", m.encoded, m.digest, b"", m.cost) for m in asked.media]
+        offered = await self.link.offer(
+            items,
+            need=asked.need,
+            deadline=self.loop.time() + ticket.deadline - self.world.now,
+            priority=asked.priority,
+            lease=asked.lease,
+        )
+        fault = next((item.fault for item in offered.items if item.fault is not None), None)
+        if fault is not None:
+            offered.give_back()
+            raise fault.error()
+        metas = [item.meta for item in offered.items]
+        if asked.need == "plan":
+            return offered, Answered(metas)
+        if asked.lease is not None:
+            return offered, Answered(metas, addresses=self._addresses(offered, asked))
+        try:
+            return offered, Answered(metas, tensors=await self._tensors(offered))
+        except BaseException:
+            offered.give_back()
+            raise
+
+    def _addresses(self, offered, asked):
+        mapping = offered.mapping
+        return [
+            Address(
+                segment=mapping.name,
+                epoch=mapping.epoch,
+                slot=item.slot,
+                offset=item.offset,
+                length=item.length,
+                generation=item.generation,
+                metadata_length=len(item.meta),
+                fields=(),
+                lease=item.lease.hex(),
+                lease_kind=asked.lease.kind,
+                lease_seconds=offered.lease_ms // 1000,
+            )
+            for item in offered.items
+        ]
+
+    async def _tensors(self, offered):
+        """Copy what is pinned, piece by piece, and check it afterwards."""
+        connection = self.link._link.connection
+        uses = [
+            self.oracle.use(
+                offered.mapping.name,
+                item.offset,
+                item.length,
+                f"{self} reads what is pinned for it",
+                valid=lambda: self.alive and connection is not None and connection.up and not self.service.harsh,
+            )
+            for item in offered.items
+        ]
+        try:
+            tensors = []
+            for item in offered.items:
+                region = offered.region(item)
+                copied = bytearray()
+                for chunk in range(CHUNKS):
+                    start, end = (len(region) * at // CHUNKS for at in (chunk, chunk + 1))
+                    copied += region[start:end]
+                    await self.nap(0.05)
+                tensors.append(bytes(copied))
+            offered.check()
+        finally:
+            for use in uses:
+                self.oracle.end(use)
+        return tensors
+
+
+class Caller(Looping):
+    """A process that asks frontends."""
+
+    def __init__(self, service, role, ident):
+        super().__init__(service, role, ident)
+        self._numbers = count(1)
+
+    async def ask(self, media, need, priority, lease, seconds):
+        """Make one call, again where a frontend is lost; raises MmprepError."""
+        asked = Asked(next(self._numbers), media, need, priority, lease)
+        end = self.loop.time() + seconds
+        try:
+            async with asyncio.timeout(seconds):
+                for resends_left in reversed(range(MOST_RESENDS + 1)):
+                    try:
+                        return await self._once(asked, max(0.001, end - self.loop.time()))
+                    except FrontendLostError:
+                        if not resends_left:
+                            raise
+        except TimeoutError:
+            raise DeadlineExceeded("no answer in time") from None
+
+    async def _once(self, asked, seconds):
+        living = [frontend for frontend in self.service.frontends if frontend.alive]
+        while not living:
+            await asyncio.sleep(0.05)
+            living = [frontend for frontend in self.service.frontends if frontend.alive]
+        frontend = self.world.random.choice(living)
+        ticket = Ticket(self, frontend, asked, seconds)
+        ticket.unwanted = lambda outcome: self.unwanted(asked, outcome)
+        try:
+            return await ticket.future
+        except asyncio.CancelledError:
+            ticket.over = True
+            frontend.after(self.service.network.delay(), frontend.cancelled, ticket, kind="message")
+            raise
+
+    def unwanted(self, asked, outcome):
+        """An answer came too late."""
+
+    async def call(self, media, need, priority, lease, seconds):
+        """Make one call and account for its outcome; returns the answer or ``None``."""
+        tally, started = self.service.tally, self.world.now
+        number = tally.begin(self, seconds)
+        try:
+            answer = await self.ask(media, need, priority, lease, seconds)
+        except MmprepError as error:
+            tally.end(number, type(error).__name__)
+            self.world.say(f"{self} is told after {self.world.now - started:.3f} s: {error!r}")
+            self.service.judge(error, media)
+            return None
+        tally.end(number, "answered")
+        for medium, meta in zip(media, answer.metas, strict=True):
+            self.oracle.read(f"{self} (metadata)", medium, meta, medium.meta)
+        if answer.tensors is not None:
+            for medium, tensors in zip(media, answer.tensors, strict=True):
+                self.oracle.read(f"{self} (inline)", medium, tensors, medium.tensors)
+        return answer
+
+
+class Client(Caller):
+    """Asks over HTTP, in the name of backends too; it never dies."""
+
+    def __init__(self, service):
+        super().__init__(service, "client", "0")
+
+    def unwanted(self, asked, outcome):
+        if isinstance(outcome, Answered) and outcome.addresses is not None:
+            self.spawn(self.give_up(asked.lease.backend, outcome.addresses))
+
+    async def give_up(self, backend, addresses):
+        """Release leases that nobody will use, through any frontend."""
+        leases = tuple(bytes.fromhex(address.lease) for address in addresses)
+        living = [one for one in self.service.frontends if one.alive and one.link is not None]
+        if not living:
+            return
+        frontend = self.world.random.choice(living)
+        frontend.after(self.service.network.delay(), lambda: frontend.spawn(self._release(frontend, backend, leases)))
+
+    async def _release(self, frontend, backend, leases):
+        with contextlib.suppress(MmprepError):
+            await frontend.link.release(backend, leases)
+
+    async def request(self, media, need, priority, lease, seconds):
+        answer = await self.call(media, need, priority, lease, seconds)
+        if answer is None or answer.addresses is None:
+            return
+        backend = self.service.backends.get(lease.backend)
+        if backend is None or not backend.alive:
+            return
+        backend.after(self.service.network.delay(), backend.given, media, answer.addresses, kind="message")
+
+
+class Backend(Caller):
+    """A process that stands for an engine."""
+
+    def __init__(self, service, ident):
+        super().__init__(service, "backend", ident)
+        self.registration = None
+        self.leaving = False
+        self._early = []
+        self.after(0.0, self._start)
+
+    def _start(self):
+        self.registration = Registration(Context(), Runtime(), self.id)
+        self.settings.spoil_backend(self.registration)
+        for given in self._early:
+            self.given(*given)
+
+    def validate(self):
+        if self.registration is not None:
+            self.registration._holdings.validate()
+
+    def unwanted(self, _, outcome):
+        if isinstance(outcome, Answered) and outcome.addresses is not None:
+            for address in outcome.addresses:
+                self.registration.drop(bytes.fromhex(address.lease))
+
+    def given(self, media, addresses):
+        if self.registration is None:
+            self._early.append((media, addresses))
+        else:
+            self.spawn(self._use_all(media, addresses, None))
+
+    def begin(self, *request):
+        self.spawn(self.request(*request))
+
+    async def request(self, media, priority, kind, seconds):
+        """As the native client's chat with ``payload="shm"``."""
+        if self.registration is None:
+            return
+        with contextlib.suppress(MmprepError):
+            await self.registration.ready(10.0)
+            for _ in range(MOST_RETRIES + 1):
+                sent_at = self.loop.time()
+                answer = await self.call(media, "tensors", priority, messages.LeaseTo(self.id, kind), seconds)
+                if answer is None:
+                    return
+                try:
+                    await self._use_all(media, answer.addresses, sent_at)
+                except StaleAddress:
+                    continue
+                return
+
+    async def _use_all(self, media, addresses, sent_at):
+        """Open all, then use them side by side; those who can't be opened are stale."""
+        items = []
+        try:
+            for medium, address in zip(media, addresses, strict=True):
+                held = self.registration.hold_now(address, sent_at) or await self.registration.hold(address, sent_at)
+                items.append((medium, address, *held))
+        except MmprepError as error:
+            for *_, lease in items:
+                lease.release()
+            for address in addresses[len(items) :]:  # Backend.open's callers have the addresses, and let go of them
+                self.registration.drop(bytes.fromhex(address.lease))
+            if sent_at is not None and isinstance(error, StaleAddress):
+                raise
+            return
+        for medium, address, mapping, lease in items:
+            self.spawn(self._use(medium, address, mapping, lease))
+
+    async def _use(self, medium, address, mapping, lease):
+        world, random = self.world, self.world.random
+        source = Shared(self.registration, mapping, address, lease)
+        try:
+            for _ in range(random.randint(1, 3)):
+                if random.random() < 0.5:
+                    await self._copy(source, medium, address, mapping, lease)
+                else:
+                    await self._view(source, medium, address, mapping)
+                if not self.leaving:
+                    await self.nap(random.choice([0.1, 0.5, self.settings.lease_seconds * 1.5]))
+            if world.chance(0.2):
+                await self._another(medium, address)
+        except (StaleAddress, LeaseLost) as error:
+            self.oracle.stale += 1
+            world.say(f"{self} is told of medium {medium.number}: {error!r}")
+        except MmprepError as error:
+            world.say(f"{self} cannot use medium {medium.number}: {error!r}")
+        finally:
+            source.release()
+        if world.chance(0.3):  # without a lease: the right bytes, or an error
+            with contextlib.suppress(StaleAddress):
+                self.oracle.read(self, medium, await self._slow_copy(address, mapping), medium.extent)
+
+    async def _another(self, medium, address):
+        """Take a second lease on the same content, and let it go."""
+        kind = self.world.random.choice(["copy", "view"])
+        mapping, lease = await self.registration.acquire(address, kind)
+        source = Shared(self.registration, mapping, msgspec.structs.replace(address, lease_kind=kind), lease)
+        try:
+            await self._view(source, medium, address, mapping)
+        finally:
+            source.release()
+
+    async def _copy(self, source, medium, address, mapping, lease):
+        """As :meth:`Shared.copy`, in several steps of time."""
+        source._checked()
+        try:
+            found = await self._slow_copy(address, mapping)
+        except StaleAddress:
+            if self._promised(lease, mapping):
+                raise Violation(f"{self} holds a lease of medium {medium.number}, and its content is gone") from None
+            raise
+        self.oracle.read(self, medium, found, medium.extent)
+
+    def _promised(self, lease, mapping):
+        """Whether the content must be there, by what the backend was told and by its clock."""
+        holdings = self.registration._holdings
+        holding = holdings._held.get(lease.id)
+        if self.service.harsh or self.lag or mapping is not self.registration.mapping or holding is None:
+            return False
+        return holding.sure and self.loop.time() < holding.deadline
+
+    async def _slow_copy(self, address, mapping):
+        mapping.check(address)
+        copied = bytearray()
+        extent = mapping.extent(address)
+        for chunk in range(CHUNKS):
+            start, end = (address.length * at // CHUNKS for at in (chunk, chunk + 1))
+            copied += extent[start:end]
+            await self.nap(0.05)
+        if not hasattr(self.registration, "checks_nothing"):
+            mapping.check(address)
+        return bytes(copied)
+
+    async def _view(self, source, medium, address, mapping):
+        region = source.hold_now()
+        held = region is None
+        if held:
+            region = await source.hold()
+        use = self.oracle.use(
+            mapping.name,
+            address.offset,
+            address.length,
+            f"{self} views medium {medium.number}",
+            valid=lambda: self.alive,
+        )
+        try:
+            for _ in range(self.world.random.randint(1, 5)):
+                assert len(region) == address.length - align(address.metadata_length)
+                self.oracle.read(self, medium, bytes(region), medium.tensors)
+                if not self.leaving:
+                    await self.nap(self.world.random.choice([0.05, 0.5, 2.0]))
+        finally:
+            self.oracle.end(use)
+            if held:
+                await source.let_go()

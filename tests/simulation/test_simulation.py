@@ -1,0 +1,88 @@
+"""The whole service, simulated with faults: see :mod:`tests.simulation.run` for what must hold.
+
+A seed that fails prints what happened in it, and the command that runs it again. Ten thousand seeds of each kind are a slow
+test.
+"""
+
+import gc
+import logging
+
+import pytest
+from tests.simulation.planted import BUGS
+from tests.simulation.run import simulate
+
+SEEDS, HARSH_SEEDS = 200, 50
+SEEDS_AT_LENGTH = 10_000
+#: Seeds in which every planted bug shows.
+SEEDS_FOR_BUGS = 200
+LAST_LINES = 400
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog):
+    """What the shells log about simulated faults is expected."""
+    with caplog.at_level(logging.CRITICAL):
+        yield
+    gc.collect()
+
+
+def check(seeds, **options):
+    """Run seeds; return how much was read, granted and refused in all of them."""
+    totals = {"reads": 0, "stale": 0, "grants": 0, "answered": 0, "faults": 0}
+    for seed in seeds:
+        outcome = simulate(seed, **options)
+        if outcome.failure is not None:
+            raise AssertionError(report(seed, **options)) from outcome.failure
+        totals["reads"] += outcome.reads
+        totals["stale"] += outcome.stale
+        totals["grants"] += outcome.grants
+        totals["answered"] += outcome.calls["answered"]
+        totals["faults"] += outcome.faults.total()
+        if seed % 20 == 0:
+            gc.collect()
+    return totals
+
+
+def report(seed, **options):
+    """Run a seed again with its log; return the log's last lines, and how to get all of it."""
+    outcome = simulate(seed, log=True, **options)
+    harsh = " --harsh" if options.get("harsh") else ""
+    lines = "\n".join(outcome.lines[-LAST_LINES:])
+    return f"{lines}\n\nseed {seed}: {outcome.failure}\nall of it: ./scripts/simulate --seed {seed}{harsh} --log"
+
+
+def test_the_service_keeps_its_promises_whatever_happens_to_its_processes_and_connections():
+    totals = check(range(SEEDS))
+    assert totals["reads"] > 100 * SEEDS, "hardly anything was read"
+    assert totals["answered"] > 30 * SEEDS, "hardly any call was answered"
+    assert totals["grants"] > 10 * SEEDS, "hardly anything was computed"
+    assert totals["faults"] > 5 * SEEDS, "hardly anything went wrong"
+    assert totals["stale"] > 0, "no reader was ever told that something is gone"
+
+
+def test_no_byte_is_wrong_and_nothing_stays_even_where_control_messages_are_lost_doubled_and_reordered():
+    check(range(HARSH_SEEDS), harsh=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harsh", [False, True], ids=["as it is", "harsh"])
+@pytest.mark.parametrize("part", range(10))
+def test_the_service_keeps_its_promises_in_ten_thousand_runs(part, harsh):
+    tenth = SEEDS_AT_LENGTH // 10
+    check(range(part * tenth, (part + 1) * tenth), harsh=harsh)
+
+
+def test_a_seed_runs_the_same_each_time():
+    first, second = (simulate(7, log=True) for _ in range(2))
+    assert first.lines == second.lines
+    assert len(first.lines) > 100
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_the_simulation_finds(bug):
+    found = (seed for seed in range(SEEDS_FOR_BUGS) if simulate(seed, **BUGS[bug]).failure is not None)
+    seed = next(found, None)
+    assert seed is not None, f"no seed shows that {bug}"
+    said = report(seed, **BUGS[bug])
+    assert f"--seed {seed} --log" in said
+    assert "!! " in said or "Hello" in said
