@@ -151,9 +151,9 @@ def sample(rng: Random, kind: inspect.Type) -> Any:  # noqa: C901, PLR0912 -- on
         case inspect.StrType() if kind.pattern:
             return rng.choice(("engine-0", "a" * 64, "A_b.9"))
         case inspect.StrType():
-            return rng.choice(("", "é\n", "a" * (kind.max_length or 9), "x" * (kind.min_length or 1)))[
-                : kind.max_length
-            ]
+            least = kind.min_length or 0
+            texts = ("", "é\n", "a" * (kind.max_length or 9), "x" * max(least, 1))
+            return rng.choice([text for text in texts if len(text) >= least])[: kind.max_length]
         case inspect.BytesType():
             low = kind.min_length or 0
             return rng.randbytes(rng.randint(low, min(kind.max_length or _LARGEST, low + _LARGEST)))
