@@ -49,6 +49,17 @@ class Context:
         return SimpleNamespace(connect=lambda _: None)
 
 
+class NoTensors:
+    """As a :class:`mmprep_frontend.tensors.TensorLink` where nothing travels inline."""
+
+    async def fetch(self, answers):
+        assert not any(answer.inline for answer in answers)
+        return {}
+
+    def close(self):
+        pass
+
+
 @contextlib.contextmanager
 def simulated(service):
     """Let the readers' shells run in the simulated world of ``service``."""
@@ -75,6 +86,7 @@ def simulated(service):
             "ProcessLock": lambda path: Lock(world, path),
             "holder": world.locks.get,
             "configure": lambda _: None,
+            "TensorLink": lambda *_, **__: NoTensors(),
             "Pump": lambda *_, **__: network.Bulk(net, world.current),
             "os": outside,
         },
