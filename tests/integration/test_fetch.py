@@ -782,7 +782,7 @@ def test_one_who_gives_up_takes_the_download_from_nobody_and_the_last_one_ends_i
     run(main())
 
 
-def test_a_flight_has_the_latest_deadline_of_those_who_wait(run: Run) -> None:
+def test_a_flight_outlives_the_deadline_of_the_one_who_started_it(run: Run) -> None:
     async def main() -> None:
         gate = Gate()
         async with serving(gate) as port, fetching() as (fetcher, _, _):
@@ -794,6 +794,20 @@ def test_a_flight_has_the_latest_deadline_of_those_who_wait(run: Run) -> None:
             gate.open.set()
             assert await patient == MEDIUM
             assert gate.inside == 1
+
+    run(main())
+
+
+def test_whether_another_try_fits_is_judged_by_the_latest_deadline(run: Run) -> None:
+    async def main() -> None:
+        host = Failing(1, status=503, headers={"Retry-After": "1"})
+        async with serving(host) as port, fetching() as (fetcher, _, _):
+            url = f"http://media.test:{port}/"
+            hasty = asyncio.create_task(fetcher.fetch(url, timeout=0.9))
+            patient = asyncio.create_task(fetcher.fetch(url))
+            with pytest.raises(FetchBadGateway):
+                await hasty
+            assert await patient == MEDIUM
 
     run(main())
 
