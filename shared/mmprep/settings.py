@@ -59,6 +59,7 @@ class FrontendSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drain_timeout: float
     allowed_media_domains: tuple[str, ...]
     allow_private_networks: bool
+    allowed_local_media_path: str | None
     chat_template: str | None
     log_level: str
 

@@ -1,7 +1,7 @@
 """Media of one request: from URLs and attachments to bytes with digests.
 
 Small data URLs are decoded and hashed in the request's one hop to the executor, together with the template; large ones in
-a hop of their own beside it, on other threads. Fetches start at once, on the loop.
+a hop of their own beside it, on other threads. Fetches start at once, on the loop; files are read on threads of their own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 from mmprep.digest import Hasher
 from mmprep.errors import InvalidRequest, TooLarge
 from mmprep_frontend.media.fetch import Fetcher
-from mmprep_frontend.media.sources import DataSource, HttpSource, parse_source
+from mmprep_frontend.media.files import LocalFiles
+from mmprep_frontend.media.sources import DataSource, FileSource, HttpSource, parse_source
 from mmprep_frontend.render.conversation import MediaPart
 
 _ATTACHMENT = "attachment:"
@@ -49,7 +50,7 @@ class Attached:
     data: memoryview
 
 
-Source = DataSource | HttpSource | Attached
+Source = DataSource | HttpSource | FileSource | Attached
 
 
 class Intake:
@@ -66,7 +67,9 @@ class Intake:
     threads:
         For decoding and hashing beside the render thread.
     on_fetched:
-        Called with the seconds of each fetch.
+        Called with the seconds of each fetch or file.
+    files:
+        For file URLs; ``None`` where they are not read.
     """
 
     def __init__(
@@ -76,7 +79,10 @@ class Intake:
         max_bytes: int,
         threads: ThreadPoolExecutor,
         on_fetched: Callable[[float], None],
+        *,
+        files: LocalFiles | None = None,
     ) -> None:
+        self._files = files
         self._on_fetched = on_fetched
         self._fetcher = fetcher
         self._hasher = hasher
@@ -99,10 +105,16 @@ class Intake:
                     param=part.param,
                 )
             return Attached(data)
-        return parse_source(part.url, param=part.param, max_bytes=self._max_bytes)
+        source = parse_source(
+            part.url, param=part.param, max_bytes=self._max_bytes, local_files=self._files is not None
+        )
+        if isinstance(source, FileSource):
+            assert self._files is not None
+            self._files.beneath(source)
+        return source
 
     def read_now(self, sources: Sequence[Source]) -> list[Medium | None]:
-        """Return the media that need no network, on the calling thread; ``None`` for the others."""
+        """Return the media that are at hand, on the calling thread; ``None`` for the others."""
         return [self._decode(source) for source in sources]
 
     async def read(self, sources: Sequence[Source], parts: Sequence[MediaPart], deadline: float) -> list[Medium]:
@@ -119,17 +131,23 @@ class Intake:
 
     async def _one(self, source: Source, part: MediaPart, deadline: float) -> Medium:
         loop = asyncio.get_running_loop()
-        if isinstance(source, HttpSource):
+        if isinstance(source, HttpSource | FileSource):
             started = time.monotonic()
-            data = await self._fetcher.fetch(source.url, param=part.param, timeout=max(0.001, deadline - loop.time()))
+            data = await self._fetched(source, part, deadline - loop.time())
             self._on_fetched(time.monotonic() - started)
             return await loop.run_in_executor(self._threads, self._hashed, data)
         medium = await loop.run_in_executor(self._threads, self._decode, source)
         assert medium is not None
         return medium
 
-    def _decode(self, source: Source) -> Medium | None:
+    async def _fetched(self, source: HttpSource | FileSource, part: MediaPart, seconds: float) -> bytes:
         if isinstance(source, HttpSource):
+            return await self._fetcher.fetch(source.url, param=part.param, timeout=max(0.001, seconds))
+        assert self._files is not None
+        return await self._files.read(source)
+
+    def _decode(self, source: Source) -> Medium | None:
+        if isinstance(source, HttpSource | FileSource):
             return None
         started = time.monotonic()
         return self._hashed(source.decode() if isinstance(source, DataSource) else source.data, started)
@@ -139,6 +157,11 @@ class Intake:
             started = time.monotonic()
         digest = self._hasher.content_digest(data)
         return Medium(data, digest, time.monotonic() - started)
+
+
+def at_hand(source: Source) -> bool:
+    """Return whether the request itself holds the source's bytes."""
+    return isinstance(source, DataSource | Attached)
 
 
 def size(source: Source) -> int:

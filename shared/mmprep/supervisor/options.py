@@ -38,6 +38,7 @@ class ServeOptions(msgspec.Struct, frozen=True):
     drain_timeout: float
     allowed_media_domains: tuple[str, ...]
     allow_private_networks: bool
+    allowed_local_media_path: str | None
     chat_template: str | None
     log_level: str
 
@@ -88,6 +89,7 @@ class ServeOptions(msgspec.Struct, frozen=True):
             drain_timeout=self.grace,
             allowed_media_domains=self.allowed_media_domains,
             allow_private_networks=self.allow_private_networks,
+            allowed_local_media_path=self.allowed_local_media_path,
             chat_template=self.chat_template,
             log_level=self.log_level,
         )
