@@ -203,6 +203,7 @@ class WriterLink:
         self._lock = ProcessLock(runtime.lock_path("frontend", self._id))
         if not self._lock.acquire():
             raise ServiceUnavailable("another frontend process has this number")
+        self._lock.note(self._instance)
         bulk = context.socket(zmq.PUSH)
         configure(bulk)
         bulk.sndhwm = 16

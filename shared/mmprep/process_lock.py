@@ -103,6 +103,11 @@ class ProcessLock:
                 _held[key] = self
             return True
 
+    def note(self, data: bytes) -> None:
+        """Write ``data`` into the file, for :func:`noted`; the lock is held."""
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, data, 0)
+
     def release(self) -> None:
         """Let the lock go; does nothing where it is not held. The file stays."""
         with _guard:
@@ -168,6 +173,21 @@ def holder(path: Path | str) -> int | None:
         finally:
             os.close(fd)
     return None if kind == fcntl.F_UNLCK else int(pid)
+
+
+def noted(path: Path | str, most: int) -> bytes:
+    """Return up to ``most`` bytes of what the holder of another process's lock has noted in its file.
+
+    Raises
+    ------
+    OSError
+        The file cannot be read.
+    """
+    with _guard:
+        if _identity(Path(path)) in _held:
+            raise ValueError("the lock is this process's own, and closing its file would end it")
+        with Path(path).open("rb") as file:
+            return file.read(most)
 
 
 def _give_to_owner(fd: int, directory: Path) -> None:

@@ -165,6 +165,7 @@ class Registration:
             raise InvalidRequest(
                 f"a living process is registered as {backend_id!r}; choose another backend id", param="backend_id"
             )
+        self._lock.note(self._instance)
         self._link = Link(
             context,
             runtime.writer,

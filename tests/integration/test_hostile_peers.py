@@ -140,6 +140,7 @@ def guest(service):
     runtime = RuntimeDir(service.runtime_dir)
     lock = ProcessLock(runtime.lock_path("backend", "guest"))
     assert lock.acquire()
+    lock.note(b"guest")
     try:
         with peer(runtime.writer) as socket:
 

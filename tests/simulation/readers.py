@@ -133,7 +133,9 @@ class Frontend(Looping):
         self.after(0.0, self._start)
 
     def _start(self):
-        self.link = WriterLink(Context(), Runtime(), int(self.id), hasher="sha256", inline_size=0, on_card=lambda _: None)
+        self.link = WriterLink(
+            Context(), Runtime(), int(self.id), hasher="sha256", inline_size=0, on_card=lambda _: None
+        )
         self.settings.spoil_frontend(self.link)
 
     def validate(self):

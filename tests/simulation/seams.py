@@ -27,6 +27,9 @@ class Lock:
     def acquire(self):
         return self._process.take_lock(self._path)
 
+    def note(self, data):
+        pass
+
     def remove(self):
         if self._world.locks.get(self._path) is self._process:
             del self._world.locks[self._path]

@@ -24,7 +24,7 @@ import mmprep
 from mmprep import failpoints, layout
 from mmprep.errors import Busy, MmprepError, ProtocolError, ServiceUnavailable, StaleAddress, StartupError
 from mmprep.metrics import Metrics
-from mmprep.process_lock import ProcessLock, holder
+from mmprep.process_lock import ProcessLock, holder, noted
 from mmprep.runtime import RuntimeDir
 from mmprep.segment import sibling_name, unlink
 from mmprep.settings import WriterSettings
@@ -251,11 +251,17 @@ class WriterShell:
         failpoints.reach("writer.message.after", message)
 
     def _check_hello(self, hello: messages.Hello) -> None:
-        """Refuse another protocol, and a reader without a process lock: leases hang on that."""
+        """Refuse another protocol, and a reader that has not the process lock of its id: leases hang on that lock."""
         if hello.protocol != PROTOCOL:
             raise ProtocolError(f"this service speaks protocol {PROTOCOL}, the peer {hello.protocol}; use one version")
-        if hello.role in READERS and holder(self._runtime.lock_path(hello.role, hello.id)) is None:
-            raise ProtocolError(f"nobody holds the process lock of {hello.role} {hello.id}")
+        if hello.role in READERS:
+            path = self._runtime.lock_path(hello.role, hello.id)
+            try:
+                holds = holder(path) is not None and noted(path, len(hello.instance) + 1) == hello.instance
+            except OSError:
+                holds = False
+            if not holds:
+                raise ProtocolError(f"the peer does not hold the process lock of {hello.role} {hello.id}")
 
     def _bulk_message(self, frames: list[zmq.Frame]) -> None:
         try:
