@@ -224,6 +224,9 @@ class Registration:
     def hold_now(self, address: Address, sent_at: float | None) -> tuple[Mapping, Lease] | None:
         """Take charge of a leased address; ``None`` where it takes :meth:`hold`. May be called from any thread.
 
+        A view that this process did not ask for itself may have been granted to one before it under the same id, and have
+        ended with that: it takes a word with the writer.
+
         Parameters
         ----------
         sent_at:
@@ -234,7 +237,13 @@ class Registration:
         frozen = self._former.get(address.epoch)
         if frozen is not None:
             return frozen, Lease(None, bytes.fromhex(address.lease))
-        ring, lease, kind = self.mapping, bytes.fromhex(address.lease), address.lease_kind or "copy"
+        if sent_at is None and address.lease_kind == "view":
+            return None
+        return self._adopt(address, sent_at)
+
+    def _adopt(self, address: Address, sent_at: float | None) -> tuple[Mapping, Lease] | None:
+        assert address.lease is not None
+        ring, lease = self.mapping, bytes.fromhex(address.lease)
         if ring is None:
             return None
         spill = self._spill(ring, address)
@@ -245,7 +254,7 @@ class Registration:
                 lease,
                 address.slot,
                 address.generation,
-                kind,
+                address.lease_kind or "copy",
                 epoch=ring.epoch,
                 sent_at=time.monotonic() if sent_at is None else sent_at,
                 sure=sent_at is not None,
@@ -270,7 +279,10 @@ class Registration:
                 await self._until(lambda: self._up and self._knows(address))
         except TimeoutError:
             raise StaleAddress(_EARLIER_LIFE) from None
-        return self.hold_now(address, sent_at) or await self.acquire(address, address.lease_kind or "copy")
+        adopted = self._adopt(address, sent_at)
+        if adopted is not None and (sent_at is not None or adopted[1].id not in await self.renew((adopted[1].id,))):
+            return adopted
+        return await self.acquire(address, address.lease_kind or "copy")
 
     def _knows(self, address: Address) -> bool:
         ring = self.mapping
@@ -405,7 +417,9 @@ class Registration:
                 batch = self._holdings.take_dropped(_BATCH)
             if not batch:
                 return
+            failpoints.reach("backend.release.before")
             self._link.send([pack(messages.Release(0, batch))])
+            failpoints.reach("backend.release.after")
 
     def _greeting(self) -> list[bytes]:
         self._connections += 1

@@ -216,3 +216,17 @@ def test_requests_go_on_while_the_writer_is_killed_again_and_again(service):
             answer = client.chat(user(part(picture(100 + round_))), payload="tensors")
             assert pixels(answer.items["image"][0]).any()
     service.quiet()
+
+
+def test_a_view_that_was_granted_to_the_process_before_is_leased_anew(service):
+    with Client(service.endpoint, backend_id="engine") as former:
+        first = former.chat(user(part(picture(5))), payload="shm", lease_kind="view").items["image"][0]
+        expected, address = pixels(first), first.address
+    with Backend(service.endpoint, id="engine") as backend:
+        item = backend.open(address)
+        leases = {one["id"]: one["leases"] for one in service.status()["backends"]}
+        assert leases["engine"] == 1
+        with item.view() as arrays:
+            assert np.array_equal(arrays["pixel_values"], expected)
+        item.release()
+    service.quiet()
