@@ -26,6 +26,8 @@ from mmprep_frontend.dispatch import WriterLink
 from mmprep_frontend.http.app import make_app
 from mmprep_frontend.http.door import HttpDoor
 from mmprep_frontend.http.server import HttpServer, serve_http
+from mmprep_frontend.media.cache import MediaCache
+from mmprep_frontend.media.cache_disk import CacheDisk
 from mmprep_frontend.media.fetch import Fetcher
 from mmprep_frontend.media.intake import Intake
 from mmprep_frontend.media.policy import UrlPolicy
@@ -64,6 +66,7 @@ class Frontend:
         hasher = Hasher(settings.hash)  # type: ignore[arg-type]
         policy = UrlPolicy(settings.allowed_media_domains, settings.allow_private_networks)
         self._fetcher = Fetcher(policy, max_bytes=settings.max_media_size, timeout=settings.fetch_timeout)
+        self._cache = self._open_cache(policy)
         self._supervisor = SupervisorLink(self._context, self._runtime.supervisor, settings.index, self._report)
         self._tokenizer = asyncio.get_running_loop().run_in_executor(
             self._render_thread, _load_tokenizer, Path(settings.model)
@@ -84,6 +87,7 @@ class Frontend:
                 settings.max_media_size,
                 self._threads,
                 lambda seconds: self._metrics.observe("mmprep_stage_seconds", seconds, stage="fetch"),
+                cache=self._cache,
             ),
             hasher=hasher,
             metrics=self._metrics,
@@ -93,6 +97,15 @@ class Frontend:
             limits=settings.limit_mm_per_prompt,
             request_timeout=settings.request_timeout,
         )
+
+    def _open_cache(self, policy: UrlPolicy) -> MediaCache | None:
+        settings = self._settings
+        if settings.media_cache_dir is None:
+            return None
+        disk = CacheDisk(
+            Path(settings.media_cache_dir), max_bytes=settings.media_cache_max_size, ttl=settings.media_cache_ttl
+        )
+        return MediaCache(disk, self._fetcher, policy, max_bytes=settings.max_media_size, count=self._metrics.count)
 
     async def run(self) -> None:
         """Serve until the second SIGTERM, or until the supervisor is gone, then stop; drain from the first one on."""
@@ -202,6 +215,8 @@ class Frontend:
         grace = max(0.0, self._ends_at - asyncio.get_running_loop().time())
         await asyncio.gather(http.close(grace), native.close(grace))
         await self._fetcher.close()
+        if self._cache is not None:
+            await self._cache.close()
         self._writer.close()
         self._supervisor.close()
         self._render_thread.shutdown(wait=False, cancel_futures=True)

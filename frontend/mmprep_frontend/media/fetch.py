@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Final, Protocol, Self
 
 import aiohttp
@@ -30,9 +31,11 @@ from yarl import URL
 
 from mmprep.errors import Busy, FetchBadGateway, FetchError, FetchTimeout, MmprepError, TooLarge
 from mmprep_frontend.media.policy import Target, UrlPolicy
+from mmprep_frontend.media.storing import Keeping, Validators, keeping, read_validators
 
 MAX_REDIRECTS: Final = 5
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+_NOT_MODIFIED: Final = 304
 #: Addresses of one name that are tried; all are judged.
 _MAX_ADDRESSES: Final = 8
 #: Largest step of decompression, bytes; between two steps the event loop moves on.
@@ -40,6 +43,31 @@ _PIECE: Final = 2**18
 _HEADERS: Final = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "mmprep"}
 
 OpenSocket = Callable[[aiohttp.AddrInfoType], socket.socket]
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A medium that is at hand already, from ``url``: its host need not send it again."""
+
+    url: str
+    validators: Validators
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came of a fetch.
+
+    Attributes
+    ----------
+    data: the medium; ``None`` where the host says that the one at hand has not changed.
+    hops: the URLs that led to it, in normal form; the last one gave it.
+    validators, keeping: what its headers say for a cache; ``None`` where a 304 says nothing of keeping.
+    """
+
+    data: bytes | None
+    hops: tuple[str, ...]
+    validators: Validators
+    keeping: Keeping | None
 
 
 class Resolver(Protocol):
@@ -164,35 +192,63 @@ class Fetcher:
         mmprep.errors.Busy
             Too many fetches at the moment.
         """
+        reply = await self.ask(url, param=param, timeout=timeout)
+        assert reply.data is not None
+        return reply.data
+
+    async def ask(
+        self,
+        url: str,
+        *,
+        param: str | None = None,
+        timeout: float | None = None,
+        condition: Condition | None = None,
+    ) -> Reply:
+        """Return what lies at ``url`` with what its host says about keeping it; errors as of :meth:`fetch`.
+
+        Parameters
+        ----------
+        condition:
+            What is at hand; the host is asked only where the way still leads to the same URL.
+        """
         seconds = self._timeout if timeout is None else min(timeout, self._timeout)
         deadline = asyncio.get_running_loop().time() + seconds
         try:
-            return await self._follow(self._policy.judge_url(url), deadline)
+            return await self._follow(self._policy.judge_url(url), deadline, condition)
         except MmprepError as error:
             if param is not None:
                 error.at(param)
             raise
 
-    async def _follow(self, target: Target, deadline: float) -> bytes:
+    async def _follow(self, target: Target, deadline: float, condition: Condition | None) -> Reply:
+        hops: tuple[str, ...] = ()
         for _ in range(MAX_REDIRECTS + 1):
+            hops += (target.url,)
+            asked = condition is not None and condition.url == target.url
             async with self._slots.hold(target.host, deadline):
-                answer = await self._hop(target, deadline)
-            if isinstance(answer, bytes):
+                answer = await self._hop(target, deadline, hops, condition.validators if condition and asked else None)
+            if isinstance(answer, Reply):
                 return answer
             target = answer
         raise FetchError(f"the host redirects more than {MAX_REDIRECTS} times")
 
-    async def _hop(self, target: Target, deadline: float) -> bytes | Target:
+    async def _hop(
+        self, target: Target, deadline: float, hops: tuple[str, ...], known: Validators | None
+    ) -> Reply | Target:
         """Ask one host once; return the medium, or where it redirects to."""
+        headers = known.condition() if known else {}
         try:
             async with (
                 asyncio.timeout_at(deadline),
-                self._session.get(URL(target.url, encoded=True), allow_redirects=False) as response,
+                self._session.get(URL(target.url, encoded=True), allow_redirects=False, headers=headers) as response,
             ):
                 if response.status in _REDIRECTS:
                     return self._policy.judge_redirect(target, response.headers.get("Location", ""))
+                validators, kept = _for_caches(response)
+                if response.status == _NOT_MODIFIED and headers:
+                    return Reply(None, hops, validators, kept if "Cache-Control" in response.headers else None)
                 _check_status(response.status)
-                return await self._read(response)
+                return Reply(await self._read(response), hops, validators, kept)
         except TimeoutError:
             raise FetchTimeout("the medium's host did not answer, or not to the end, in time") from None
         except aiohttp.ClientConnectorDNSError:
@@ -322,6 +378,12 @@ def _check_status(status: int) -> None:
     # 203 is a 200 that a proxy has changed; anything else is not the whole medium.
     if status not in {200, 203}:
         raise FetchError(f"the medium's host answered with status {status}")
+
+
+def _for_caches(response: aiohttp.ClientResponse) -> tuple[Validators, Keeping]:
+    validators = read_validators(response.headers)
+    control, vary = (", ".join(response.headers.getall(name, ())) for name in ("Cache-Control", "Vary"))
+    return validators, keeping(control, vary, validators)
 
 
 def _inflater(encoding: str) -> zlib._Decompress | None:

@@ -10,11 +10,12 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mmprep.digest import Hasher
 from mmprep.errors import InvalidRequest, TooLarge
+from mmprep_frontend.media.cache import Keepable, MediaCache
 from mmprep_frontend.media.fetch import Fetcher
 from mmprep_frontend.media.sources import DataSource, HttpSource, parse_source
 from mmprep_frontend.render.conversation import MediaPart
@@ -35,11 +36,13 @@ class Medium:
     Attributes
     ----------
     seconds: that reading base64 and hashing took.
+    keepable: where the disk cache may want it once it was decoded.
     """
 
     data: bytes | memoryview
     digest: bytes
     seconds: float
+    keepable: Keepable | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,8 @@ class Intake:
         For decoding and hashing beside the render thread.
     on_fetched:
         Called with the seconds of each fetch.
+    cache:
+        Of fetched media, where there is one.
     """
 
     def __init__(
@@ -76,7 +81,10 @@ class Intake:
         max_bytes: int,
         threads: ThreadPoolExecutor,
         on_fetched: Callable[[float], None],
+        *,
+        cache: MediaCache | None = None,
     ) -> None:
+        self._cache = cache
         self._on_fetched = on_fetched
         self._fetcher = fetcher
         self._hasher = hasher
@@ -105,20 +113,32 @@ class Intake:
         """Return the media that need no network, on the calling thread; ``None`` for the others."""
         return [self._decode(source) for source in sources]
 
-    async def read(self, sources: Sequence[Source], parts: Sequence[MediaPart], deadline: float) -> list[Medium]:
-        """Return all media, fetching and decoding side by side; the first failure cancels the rest."""
+    def decoded(self, medium: Medium) -> None:
+        """Note that a medium turned out to be one."""
+        if self._cache is not None and medium.keepable is not None:
+            self._cache.keep(medium.keepable, medium.data, medium.digest, self._hasher.name)
+
+    async def read(
+        self, sources: Sequence[Source], parts: Sequence[MediaPart], deadline: float, scope: bytes
+    ) -> list[Medium]:
+        """Return all media, fetching and decoding side by side; the first failure cancels the rest.
+
+        ``scope`` is whose media of the disk cache may be used.
+        """
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._one(source, part, deadline))
+                    group.create_task(self._one(source, part, deadline, scope))
                     for source, part in zip(sources, parts, strict=True)
                 ]
         except BaseExceptionGroup as failures:
             raise first_error(failures) from None
         return [task.result() for task in tasks]
 
-    async def _one(self, source: Source, part: MediaPart, deadline: float) -> Medium:
+    async def _one(self, source: Source, part: MediaPart, deadline: float, scope: bytes) -> Medium:
         loop = asyncio.get_running_loop()
+        if isinstance(source, HttpSource) and self._cache is not None:
+            return await self._through(self._cache, source, part, deadline, scope)
         if isinstance(source, HttpSource):
             started = time.monotonic()
             data = await self._fetcher.fetch(source.url, param=part.param, timeout=max(0.001, deadline - loop.time()))
@@ -127,6 +147,19 @@ class Intake:
         medium = await loop.run_in_executor(self._threads, self._decode, source)
         assert medium is not None
         return medium
+
+    async def _through(
+        self, cache: MediaCache, source: HttpSource, part: MediaPart, deadline: float, scope: bytes
+    ) -> Medium:
+        loop, started = asyncio.get_running_loop(), time.monotonic()
+        seconds = max(0.001, deadline - loop.time())
+        fetched = await cache.fetch(source.url, scope=scope, param=part.param, timeout=seconds)
+        if fetched.asked:
+            self._on_fetched(time.monotonic() - started)
+        if fetched.digest is not None and fetched.hash_name == self._hasher.name:
+            return Medium(fetched.data, fetched.digest, 0.0)
+        medium = await loop.run_in_executor(self._threads, self._hashed, fetched.data)
+        return replace(medium, keepable=fetched.keepable)
 
     def _decode(self, source: Source) -> Medium | None:
         if isinstance(source, HttpSource):

@@ -38,6 +38,9 @@ class ServeOptions(msgspec.Struct, frozen=True):
     drain_timeout: float
     allowed_media_domains: tuple[str, ...]
     allow_private_networks: bool
+    media_cache_dir: Path | None
+    media_cache_max_size: int
+    media_cache_ttl: float
     chat_template: str | None
     log_level: str
 
@@ -88,6 +91,9 @@ class ServeOptions(msgspec.Struct, frozen=True):
             drain_timeout=self.grace,
             allowed_media_domains=self.allowed_media_domains,
             allow_private_networks=self.allow_private_networks,
+            media_cache_dir=None if self.media_cache_dir is None else str(self.media_cache_dir),
+            media_cache_max_size=self.media_cache_max_size,
+            media_cache_ttl=self.media_cache_ttl,
             chat_template=self.chat_template,
             log_level=self.log_level,
         )
