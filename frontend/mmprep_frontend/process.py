@@ -29,6 +29,7 @@ from mmprep_frontend.http.server import HttpServer, serve_http
 from mmprep_frontend.media.cache import MediaCache
 from mmprep_frontend.media.cache_disk import CacheDisk
 from mmprep_frontend.media.fetch import Fetcher
+from mmprep_frontend.media.files import LocalFiles
 from mmprep_frontend.media.intake import Intake
 from mmprep_frontend.media.policy import UrlPolicy
 from mmprep_frontend.model import load_model
@@ -66,6 +67,8 @@ class Frontend:
         hasher = Hasher(settings.hash)  # type: ignore[arg-type]
         policy = UrlPolicy(settings.allowed_media_domains, settings.allow_private_networks)
         self._fetcher = Fetcher(policy, max_bytes=settings.max_media_size, timeout=settings.fetch_timeout)
+        root = settings.allowed_local_media_path
+        self._files = None if root is None else LocalFiles(root, settings.max_media_size)
         self._cache = self._open_cache(policy)
         self._supervisor = SupervisorLink(self._context, self._runtime.supervisor, settings.index, self._report)
         self._tokenizer = asyncio.get_running_loop().run_in_executor(
@@ -87,6 +90,7 @@ class Frontend:
                 settings.max_media_size,
                 self._threads,
                 lambda seconds: self._metrics.observe("mmprep_stage_seconds", seconds, stage="fetch"),
+                files=self._files,
                 cache=self._cache,
             ),
             hasher=hasher,
@@ -215,6 +219,8 @@ class Frontend:
         grace = max(0.0, self._ends_at - asyncio.get_running_loop().time())
         await asyncio.gather(http.close(grace), native.close(grace))
         await self._fetcher.close()
+        if self._files is not None:
+            self._files.close()
         if self._cache is not None:
             await self._cache.close()
         self._writer.close()

@@ -23,9 +23,8 @@ from mmprep.items import ItemMeta, unpack_meta
 from mmprep.metrics import Metrics
 from mmprep.wire.messages import ItemAnswer, LeaseTo, Need
 from mmprep_frontend.dispatch import Offered, OfferItem, WriterLink
-from mmprep_frontend.media.intake import SMALL, TINY, Intake, Medium, Source, first_error, size
+from mmprep_frontend.media.intake import SMALL, TINY, Intake, Medium, Source, at_hand, first_error, size
 from mmprep_frontend.media.keys import item_key, scope
-from mmprep_frontend.media.sources import HttpSource
 from mmprep_frontend.model import ServedModel
 from mmprep_frontend.render.answer import check_length, generate_request, json_list
 from mmprep_frontend.render.conversation import Conversation, MediaPart
@@ -280,11 +279,11 @@ class Service:
         sources = self._intake.sources(conversation.media, attachments)
         key = model.prompt_key(conversation, request, walked.nbytes)
         prompt = model.prompts.get(key)
-        at_hand = not any(isinstance(source, HttpSource) for source in sources)
+        complete = all(map(at_hand, sources))
         nbytes = sum(map(size, sources))
-        if prompt is not None and at_hand and nbytes <= TINY:
+        if prompt is not None and complete and nbytes <= TINY:
             return prompt, _all(self._intake.read_now(sources))
-        if at_hand and nbytes <= SMALL:
+        if complete and nbytes <= SMALL:
             encode = model.encode_chat_and_read
             encoded, media = await self._on_render_thread(
                 deadline, encode, conversation, request, self._intake, sources, prompt

@@ -22,10 +22,12 @@ from mmprep.errors import (
     Forbidden,
     InvalidRequest,
     MmprepError,
+    ServiceUnavailable,
     TooLarge,
 )
 from mmprep_frontend.media.fetch import Fetcher, SystemResolver
 from mmprep_frontend.media.policy import UrlPolicy
+from mmprep_frontend.media.retry import RetryPolicy
 
 try:
     import uvloop
@@ -120,7 +122,8 @@ async def serving_raw(handler: Raw) -> AsyncIterator[int]:
 async def fetching(policy: UrlPolicy = PRIVATE, **options: Any) -> AsyncIterator[tuple[Fetcher, Table, Dialled]]:
     table = options.pop("resolver", Table(media_test=["127.0.0.1"]))
     dialled = Dialled()
-    async with Fetcher(policy, **{"max_bytes": LIMIT, **options}, resolver=table, open_socket=dialled) as fetcher:
+    options = {"max_bytes": LIMIT, "retry": RetryPolicy(first=0.0), **options}
+    async with Fetcher(policy, **options, resolver=table, open_socket=dialled) as fetcher:
         yield fetcher, table, dialled
 
 
@@ -153,7 +156,7 @@ def raw_answer(*chunks: bytes) -> Raw:
     return handler
 
 
-def test_a_medium_is_fetched_with_one_resolution_and_plain_headers(run: Run) -> None:
+def test_a_medium_is_fetched_with_plain_headers_and_the_next_one_over_the_same_connection(run: Run) -> None:
     async def main() -> None:
         seen: list[web.BaseRequest] = []
 
@@ -166,8 +169,9 @@ def test_a_medium_is_fetched_with_one_resolution_and_plain_headers(run: Run) -> 
         async with serving(handler) as port, fetching() as (fetcher, table, dialled):
             for _ in range(2):
                 assert await fetcher.fetch(f"http://Media.TEST.:{port}/a%2Fb?x=%20y#z") == MEDIUM
-            assert table.asked == ["media.test"] * 2
-            assert dialled.addresses == ["127.0.0.1"] * 2
+            assert table.asked == ["media.test"]
+            assert dialled.addresses == ["127.0.0.1"]
+        assert len(seen) == 2
         assert seen[0].path_qs == "/a%2Fb?x=%20y"
         assert seen[0].headers["Host"] == f"media.test:{port}"
         assert seen[0].headers["Accept-Encoding"] == "identity"
@@ -297,18 +301,21 @@ def test_the_last_check_stands_even_where_the_url_was_not_judged(run: Run) -> No
 
 @pytest.mark.parametrize(("hops", "arrives"), [(5, True), (6, False)])
 def test_at_most_five_redirects_are_followed(run: Run, hops: int, arrives: bool) -> None:
+    paths: list[int] = []
+
     async def handler(request: web.BaseRequest) -> web.Response:
         left = int(request.path[1:])
+        paths.append(left)
         return web.Response(status=301, headers={"Location": f"/{left - 1}"}) if left else web.Response(body=MEDIUM)
 
     async def main() -> None:
-        async with serving(handler) as port, fetching() as (fetcher, _, dialled):
+        async with serving(handler) as port, fetching() as (fetcher, _, _):
             url = f"http://media.test:{port}/{hops}"
             if arrives:
                 assert await fetcher.fetch(url) == MEDIUM
             else:
                 assert type(await refused(fetcher, url)) is FetchError
-            assert len(dialled.addresses) == 6
+            assert len(paths) == 6
 
     run(main())
 
@@ -576,20 +583,21 @@ def test_one_host_cannot_take_every_connection_and_the_rest_waits(run: Run) -> N
             serving(gate) as port,
             fetching(connections=3, connections_per_host=2, waiting=2, resolver=table) as (fetcher, _, dialled),
         ):
-            first = [asyncio.create_task(fetcher.fetch(f"http://one.test:{port}/")) for _ in range(3)]
+            first = [asyncio.create_task(fetcher.fetch(f"http://one.test:{port}/{n}")) for n in range(3)]
             await gate.until_inside(2)
             other = asyncio.create_task(fetcher.fetch(f"http://two.test:{port}/"))
             await gate.until_inside(3)
             assert table.asked == ["one.test", "one.test", "two.test"]
-            fifth = asyncio.create_task(fetcher.fetch(f"http://two.test:{port}/"))
+            fifth = asyncio.create_task(fetcher.fetch(f"http://two.test:{port}/5"))
             await asyncio.sleep(0)
-            error = await refused(fetcher, f"http://two.test:{port}/")
+            error = await refused(fetcher, f"http://two.test:{port}/6")
             assert type(error) is Busy
             assert error.code == 429
             assert error.retry_after
             gate.open.set()
             assert await asyncio.gather(*first, other, fifth) == [MEDIUM] * 5
-            assert len(dialled.addresses) == 5
+            assert gate.inside == 5
+            assert 3 <= len(dialled.addresses) <= 5
 
     run(main())
 
@@ -601,14 +609,14 @@ def test_who_waits_for_a_connection_can_give_up_or_run_out_of_time(run: Run) -> 
             url = f"http://media.test:{port}/"
             holder = asyncio.create_task(fetcher.fetch(url))
             await gate.until_inside(1)
-            waiter = asyncio.create_task(fetcher.fetch(url))
+            waiter = asyncio.create_task(fetcher.fetch(url + "2"))
             await asyncio.sleep(0)
             waiter.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiter
-            assert type(await refused(fetcher, url, timeout=0.02)) is Busy
+            assert type(await refused(fetcher, url + "3", timeout=0.02)) is Busy
             gate.open.set()
-            assert await holder == await fetcher.fetch(url) == MEDIUM
+            assert await holder == await fetcher.fetch(url + "2") == MEDIUM
 
     run(main())
 
@@ -640,5 +648,285 @@ def test_an_invalid_request_stays_one(run: Run) -> None:
     async def main() -> None:
         async with fetching() as (fetcher, _, _):
             assert type(await refused(fetcher, "")) is InvalidRequest
+
+    run(main())
+
+
+def test_connections_of_two_hosts_at_one_address_are_not_mixed(run: Run) -> None:
+    async def main() -> None:
+        hosts: list[str] = []
+
+        async def handler(request: web.BaseRequest) -> web.Response:
+            hosts.append(request.headers["Host"].partition(":")[0])
+            return web.Response(body=MEDIUM)
+
+        table = Table(one_test=["127.0.0.1"], two_test=["127.0.0.1"])
+        async with serving(handler) as port, fetching(resolver=table) as (fetcher, _, dialled):
+            for name in ("one.test", "two.test") * 2:
+                await fetcher.fetch(f"http://{name}:{port}/")
+            assert hosts == ["one.test", "two.test"] * 2
+            assert table.asked == ["one.test", "two.test"]
+            assert len(dialled.addresses) == 2
+
+    run(main())
+
+
+def test_a_name_that_means_something_else_by_now_is_judged_before_it_is_dialled_again(run: Run) -> None:
+    async def main() -> None:
+        table = Table(media_test=["127.0.0.1"])
+
+        async def handler(_request: web.BaseRequest) -> web.Response:
+            response = web.Response(body=MEDIUM)
+            response.force_close()
+            return response
+
+        async with serving(handler) as port, fetching(LOCAL, resolver=table) as (fetcher, _, dialled):
+            assert await fetcher.fetch(f"http://media.test:{port}/") == MEDIUM
+            table.names["media.test"] = ["169.254.169.254"]
+            assert type(await refused(fetcher, f"http://media.test:{port}/")) is Forbidden
+            assert dialled.addresses == ["127.0.0.1"]
+
+    run(main())
+
+
+def test_idle_connections_do_not_pile_up(run: Run) -> None:
+    async def main() -> None:
+        opened = 0
+        closed = asyncio.Condition()
+
+        async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal opened
+            opened += 1
+            await drain_head(reader)
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
+            await reader.read()
+            writer.close()
+            async with closed:
+                opened -= 1
+                closed.notify_all()
+
+        names = [f"h{number}_test" for number in range(8)]
+        table = Table(**{name: ["127.0.0.1"] for name in names})
+        async with serving_raw(handler) as port, fetching(connections=3, resolver=table) as (fetcher, _, _):
+            for name in table.names:
+                assert await fetcher.fetch(f"http://{name}:{port}/") == b"hello"
+            async with closed:
+                await closed.wait_for(lambda: opened == 6)
+            await fetcher.close()
+            async with closed:
+                await closed.wait_for(lambda: opened == 0)
+
+    run(main())
+
+
+def test_a_hundred_fetches_of_one_url_are_one_download(run: Run) -> None:
+    async def main() -> None:
+        gate = Gate()
+        async with serving(gate) as port, fetching(connections=1, waiting=0) as (fetcher, _, dialled):
+            spellings = (f"http://media.test:{port}/a%20b", f"HTTP://Media.Test.:{port}/a%20b#x")
+            tasks = [asyncio.create_task(fetcher.fetch(spellings[number % 2])) for number in range(100)]
+            await gate.until_inside(1)
+            gate.open.set()
+            assert await asyncio.gather(*tasks) == [MEDIUM] * 100
+            assert (gate.inside, len(dialled.addresses)) == (1, 1)
+            # Nothing is kept: who asks later starts a new download.
+            assert await fetcher.fetch(spellings[0]) == MEDIUM
+            assert gate.inside == 2
+
+    run(main())
+
+
+def test_one_who_gives_up_takes_the_download_from_nobody_and_the_last_one_ends_it(run: Run) -> None:
+    async def main() -> None:
+        asked, out, hung_up = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        requests = 0
+
+        async def handler(_request: web.BaseRequest) -> web.Response:
+            nonlocal requests
+            requests += 1
+            asked.set()
+            try:
+                await (asyncio.Event() if requests == 2 else out).wait()
+            except asyncio.CancelledError:
+                hung_up.set()
+                raise
+            return web.Response(body=MEDIUM)
+
+        async with serving(handler) as port, fetching() as (fetcher, _, _):
+            url = f"http://media.test:{port}/"
+
+            async def three() -> list[asyncio.Task[bytes]]:
+                asked.clear()
+                tasks = [asyncio.create_task(fetcher.fetch(url)) for _ in range(3)]
+                await asked.wait()
+                return tasks
+
+            first, *others = await three()
+            first.cancel()
+            # One whose time is over has not more say than one who was cancelled.
+            assert type(await refused(fetcher, url, timeout=0.01)) is FetchTimeout
+            out.set()
+            assert await asyncio.gather(*others) == [MEDIUM] * 2
+            assert first.cancelled()
+            assert not hung_up.is_set()
+
+            tasks = await three()
+            for task in tasks:
+                task.cancel()
+            # It comes while the old flight is still ending, and is not drawn into that.
+            late = asyncio.create_task(fetcher.fetch(url))
+            await asyncio.wait(tasks)
+            assert await late == MEDIUM
+            await hung_up.wait()
+            assert requests == 3
+
+    run(main())
+
+
+def test_a_flight_outlives_the_deadline_of_the_one_who_started_it(run: Run) -> None:
+    async def main() -> None:
+        gate = Gate()
+        async with serving(gate) as port, fetching() as (fetcher, _, _):
+            url = f"http://media.test:{port}/"
+            hasty = asyncio.create_task(fetcher.fetch(url, timeout=0.1))
+            patient = asyncio.create_task(fetcher.fetch(url))
+            with pytest.raises(FetchTimeout):
+                await hasty
+            gate.open.set()
+            assert await patient == MEDIUM
+            assert gate.inside == 1
+
+    run(main())
+
+
+def test_whether_another_try_fits_is_judged_by_the_latest_deadline(run: Run) -> None:
+    async def main() -> None:
+        host = Failing(1, status=503, headers={"Retry-After": "1"})
+        async with serving(host) as port, fetching() as (fetcher, _, _):
+            url = f"http://media.test:{port}/"
+            hasty = asyncio.create_task(fetcher.fetch(url, timeout=0.9))
+            patient = asyncio.create_task(fetcher.fetch(url))
+            with pytest.raises(FetchBadGateway):
+                await hasty
+            assert await patient == MEDIUM
+
+    run(main())
+
+
+def test_all_who_wait_are_told_of_a_failure_each_with_the_place_in_its_own_request(run: Run) -> None:
+    async def main() -> None:
+        async with serving(answer(status=404)) as port, fetching() as (fetcher, _, _):
+            fetches = (fetcher.fetch(f"http://media.test:{port}/", param=f"part {n}") for n in range(3))
+            errors = await asyncio.gather(*fetches, return_exceptions=True)
+            assert [(type(error), getattr(error, "param", "")) for error in errors] == [
+                (FetchError, f"part {n}") for n in range(3)
+            ]
+
+    run(main())
+
+
+def test_closing_ends_the_fetches_under_way(run: Run) -> None:
+    async def main() -> None:
+        gate = Gate()
+        async with serving(gate) as port, fetching() as (fetcher, _, _):
+            task = asyncio.create_task(fetcher.fetch(f"http://media.test:{port}/"))
+            await gate.until_inside(1)
+            await fetcher.close()
+            with pytest.raises(ServiceUnavailable):
+                await task
+
+    run(main())
+
+
+class Failing:
+    """A server that fails some times in its way, then serves."""
+
+    def __init__(self, times: int, **failure: Any) -> None:
+        self.times = times
+        self.failure = failure
+        self.asked = 0
+
+    async def __call__(self, request: web.BaseRequest) -> web.Response:
+        self.asked += 1
+        if self.asked > self.times:
+            return web.Response(body=MEDIUM)
+        if not self.failure:
+            assert request.transport is not None
+            request.transport.close()
+        return web.Response(**self.failure)
+
+
+@pytest.mark.parametrize("failure", [{"status": 500}, {"status": 503}, {"status": 429}, {}])
+def test_a_host_that_fails_for_a_moment_is_asked_again(run: Run, failure: dict[str, int]) -> None:
+    async def main() -> None:
+        host = Failing(2, **failure)
+        async with serving(host) as port, fetching() as (fetcher, _, _):
+            assert await fetcher.fetch(f"http://media.test:{port}/") == MEDIUM
+            assert host.asked == 3
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("status", "tries", "code"), [(500, 3, 502), (429, 3, 422), (404, 1, 422), (403, 1, 422), (410, 1, 422)]
+)
+def test_what_does_not_pass_is_told_after_as_many_tries_as_make_sense(
+    run: Run, status: int, tries: int, code: int
+) -> None:
+    async def main() -> None:
+        host = Failing(9, status=status)
+        async with serving(host) as port, fetching() as (fetcher, _, _):
+            error = await refused(fetcher, f"http://media.test:{port}/")
+            assert (error.code, host.asked) == (code, tries)
+            assert str(status) in error.message
+
+    run(main())
+
+
+def test_a_host_that_asks_for_more_time_than_there_is_is_not_asked_again(run: Run) -> None:
+    async def main() -> None:
+        host = Failing(9, status=503, headers={"Retry-After": "3600"})
+        async with serving(host) as port, fetching() as (fetcher, _, _):
+            assert type(await refused(fetcher, f"http://media.test:{port}/")) is FetchBadGateway
+            assert host.asked == 1
+
+    run(main())
+
+
+def test_a_host_is_left_alone_for_as_long_as_it_asks(run: Run) -> None:
+    async def main() -> None:
+        host = Failing(1, status=503, headers={"Retry-After": "1"})
+        async with serving(host) as port, fetching() as (fetcher, _, _):
+            started = asyncio.get_running_loop().time()
+            assert await fetcher.fetch(f"http://media.test:{port}/") == MEDIUM
+            assert asyncio.get_running_loop().time() - started >= 1.0
+
+    run(main())
+
+
+def test_whose_time_ends_between_two_tries_is_told_what_the_host_said(run: Run) -> None:
+    async def main() -> None:
+        host = Failing(1, status=503, headers={"Retry-After": "1"})
+        async with serving(host) as port, fetching() as (fetcher, _, _):
+            url = f"http://media.test:{port}/"
+            patient = asyncio.create_task(fetcher.fetch(url))
+            await asyncio.sleep(0)
+            error = await refused(fetcher, url, timeout=0.5)
+            assert type(error) is FetchBadGateway
+            assert "503" in error.message
+            assert await patient == MEDIUM
+
+    run(main())
+
+
+def test_a_fetch_between_two_tries_holds_no_connection_from_others(run: Run) -> None:
+    async def main() -> None:
+        host = Failing(1, status=503, headers={"Retry-After": "1"})
+        async with serving(host) as port, fetching(connections=1, waiting=1) as (fetcher, _, _):
+            pausing = asyncio.create_task(fetcher.fetch(f"http://media.test:{port}/"))
+            other = asyncio.create_task(fetcher.fetch(f"http://media.test:{port}/other"))
+            assert await other == MEDIUM
+            assert not pausing.done()
+            assert await pausing == MEDIUM
 
     run(main())

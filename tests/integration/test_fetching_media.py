@@ -1,4 +1,4 @@
-"""Media at URLs: what the media's host does decides the answer. That private addresses are refused: test_bad_input."""
+"""Media at URLs and in files: what the media's host does decides the answer. That private addresses are refused: test_bad_input."""
 
 import contextlib
 import threading
@@ -77,7 +77,8 @@ def host():
 
 @pytest.fixture(scope="module")
 def service(host):
-    options = ("--allow-private-networks", "--max-media-size", MAX_MEDIUM, "--request-timeout", f"{SECONDS}s")
+    local = ("--allowed-local-media-path", DATA)
+    options = (*local, "--allow-private-networks", "--max-media-size", MAX_MEDIUM, "--request-timeout", f"{SECONDS}s")
     # After the host in the order of fixtures, so before it in the order of ends.
     with serving(*options, "--frontends", 1, "--cache-size", "32MiB") as running:
         assert host.asked == []
@@ -92,6 +93,27 @@ def test_a_picture_at_a_url_equals_the_same_picture_in_the_request(service, host
     for path in ("/cat.png", "/redirect/cat.png"):
         fetched = service.render(at(host.url + path))
         assert fetched["features"] == service.render(user(text("What is this?"), photo("cat.png")))["features"]
+
+
+def test_a_picture_in_a_local_file_equals_the_same_picture_in_the_request(service):
+    read = service.render(at(f"file://{DATA}/cat.png"))
+    assert read["features"] == service.render(user(text("What is this?"), photo("cat.png")))["features"]
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "words"),
+    [
+        (f"{DATA}/absent.png", 422, "no file"),
+        (f"{DATA}/LICENSES.md", 415, "not a picture"),
+        (f"{DATA}/../conftest.py", 400, "'..'"),
+        ("/etc/passwd", 400, "--allowed-local-media-path"),
+    ],
+)
+def test_a_local_file_that_is_no_medium_is_an_error_that_names_its_part(service, path, status, words):
+    answer = service.chat(at(f"file://{path}"))
+    assert (answer.status, answer.error["param"]) == (status, PART), answer.error
+    assert words in answer.error["message"]
+    assert str(DATA) not in answer.error["message"]
 
 
 def test_fetching_is_counted_for_what_is_fetched(service, host):

@@ -32,6 +32,7 @@ WRONG = {
     "max-body-size": ["0", "huge"],
     "max-image-pixels": ["0", "many"],
     "allow-private-networks": ["maybe", "2", ""],
+    "allowed-local-media-path": ["/nonexistent", "/proc/self/maps"],
     "media-cache-max-size": ["1023KiB", "65TiB", "much", ""],
     "media-cache-ttl": ["-1s", "3651d", "soon", ""],
     "chat-template": ["/nonexistent/template"],
@@ -75,6 +76,7 @@ def test_without_anything_the_defaults_are_those_of_the_interface():
     assert options.lanes >= 2
     assert options.allowed_media_domains == ()
     assert not options.allow_private_networks
+    assert options.allowed_local_media_path is None
     assert options.max_model_len is options.chat_template is options.runtime_dir is None
 
 
@@ -274,3 +276,12 @@ def test_help_names_every_option_with_its_default():
     for option in OPTIONS:
         assert f"--{option.name}" in text
         assert option.flag or not option.default or f"(default: {option.default})" in text
+
+
+def test_the_directory_for_local_media_has_to_be_there_and_becomes_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path.parent)
+    options = decide("--allowed-local-media-path", tmp_path.name)
+    assert (
+        options.allowed_local_media_path == options.frontend(0, tmp_path, 1).allowed_local_media_path == str(tmp_path)
+    )
+    assert decide("--allowed-local-media-path", "").allowed_local_media_path is None

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmprep.errors import InvalidRequest, TooLarge
-from mmprep_frontend.media.sources import DataSource, HttpSource, inline_source, parse_source
+from mmprep_frontend.media.sources import DataSource, FileSource, HttpSource, inline_source, parse_source
 
 PARAM = "messages[0].content[1].image_url"
 
 
-def parse(url: str, max_bytes: int = 1000) -> DataSource | HttpSource:
+def parse(url: str, max_bytes: int = 1000) -> DataSource | HttpSource | FileSource:
     return parse_source(url, param=PARAM, max_bytes=max_bytes)
 
 
@@ -121,3 +121,64 @@ def test_another_scheme_is_refused_with_those_that_are_supported(url: str) -> No
 def test_what_is_no_url_is_refused_with_what_raw_base64_needs(url: str) -> None:
     with pytest.raises(InvalidRequest, match="data:<type>;base64,"):
         parse(url)
+
+
+def test_a_file_url_names_the_option_where_there_is_no_directory_for_files() -> None:
+    with pytest.raises(InvalidRequest, match="--allowed-local-media-path") as caught:
+        parse("file:///data/secret.png")
+    assert (caught.value.code, caught.value.param) == (400, PARAM)
+    assert "secret" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("url", "components"),
+    [
+        ("file:///a/b.png", (b"a", b"b.png")),
+        ("FILE://LocalHost/a/b.png", (b"a", b"b.png")),
+        ("file:/a/b.png", (b"a", b"b.png")),
+        ("file:///a%20b/%2e%2e.png", (b"a b", b"...png")),
+        ("file:///a/%252e%252e/b", (b"a", b"%2e%2e", b"b")),
+        ("file:///%C3%A4/ä%FF%3F", ("ä".encode(), "ä".encode() + b"\xff?")),
+        ("file:///a/...", (b"a", b"...")),
+    ],
+)
+def test_a_file_url_is_decoded_once(url: str, components: tuple[bytes, ...]) -> None:
+    source = parse_source(url, param=PARAM, max_bytes=1, local_files=True)
+    assert source == FileSource(components, PARAM)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:",
+        "file://",
+        "file:///",
+        "file:a/b",
+        "file://host/a",
+        "file://127.0.0.1/a",
+        "file://user@localhost/a",
+        "file://localhost:80/a",
+        "file:////a",
+        "file:///a//b",
+        "file:///a/",
+        "file:///a/./b",
+        "file:///a/../b",
+        "file:///a/%2e%2E/b",
+        "file:///a/.%2e/b",
+        "file:///a/..%2fb",
+        "file:///a%00b",
+        "file:///a%",
+        "file:///a%zz",
+        "file:///a b",
+        "file:///a\n",
+        "file:///a\\b",
+        "file:///a?b",
+        "file:///a#b",
+        "file:///\ud800",
+        "file:///" + "a" * 9000,
+    ],
+)
+def test_a_file_url_that_could_be_read_in_two_ways_is_refused(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="file URL") as caught:
+        parse_source(url, param=PARAM, max_bytes=1, local_files=True)
+    assert caught.value.param == PARAM

@@ -5,32 +5,40 @@ to the connection, so that there is no second resolution which could answer othe
 refused whole. Redirects are followed by hand, each judged like a first URL. What opens the sockets judges once more:
 whatever the library below does, nothing is dialled that was not judged.
 
-No proxy from the environment, no cookies, no credentials, no kept-alive connections: a connection serves one request,
-so that idle ones cannot pile up and every fetch is judged by what its name says now.
+No proxy from the environment, no cookies, no credentials. A connection is kept for the next fetch from the same scheme,
+host and port, for a short time: it leads to an address that was judged when it was made.
+
+Who asks for a URL that is on its way already waits for that one flight. It goes on while anybody waits, so its deadline is
+the latest of theirs; everybody leaves at their own. A host that fails or is overloaded, and a connection that is lost,
+get another try, as :mod:`mmprep_frontend.media.retry` decides.
 
 Bounds: bytes (announced and counted, after decompression), time (total, connecting, between two reads), redirects,
-connections in all and per host, and fetches that wait for one.
+tries, connections in all and per host, idle ones, and fetches that wait for one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 import ssl
+import time
 import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final, Protocol, Self
+from typing import Final, Protocol, Self, TypeAlias
+from weakref import WeakSet
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from mmprep.errors import Busy, FetchBadGateway, FetchError, FetchTimeout, MmprepError, TooLarge
+from mmprep.errors import Busy, FetchBadGateway, FetchError, FetchTimeout, MmprepError, ServiceUnavailable, TooLarge
 from mmprep_frontend.media.policy import Target, UrlPolicy
+from mmprep_frontend.media.retry import RetryPolicy, read_retry_after
 from mmprep_frontend.media.storing import Keeping, Validators, keeping, read_validators
 
 MAX_REDIRECTS: Final = 5
@@ -38,6 +46,9 @@ _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _NOT_MODIFIED: Final = 304
 #: Addresses of one name that are tried; all are judged.
 _MAX_ADDRESSES: Final = 8
+#: Seconds that an idle connection is kept.
+_KEPT: Final = 15.0
+_BUSY: Final = "too many media are being fetched at the moment; try again"
 #: Largest step of decompression, bytes; between two steps the event loop moves on.
 _PIECE: Final = 2**18
 _HEADERS: Final = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "mmprep"}
@@ -68,6 +79,10 @@ class Reply:
     hops: tuple[str, ...]
     validators: Validators
     keeping: Keeping | None
+
+
+#: What a flight is shared by: who has something at hand does not wait with those who have not.
+_Course: TypeAlias = tuple[str, Condition | None]
 
 
 class Resolver(Protocol):
@@ -109,9 +124,13 @@ class Fetcher:
     connect_timeout, read_timeout:
         Seconds for one connection to stand, TLS included, and for the next bytes to arrive.
     connections, connections_per_host:
-        At most so many at a time.
+        At most so many in use at a time. None is kept for later while twice ``connections`` are open.
     waiting:
         At most so many fetches wait for a connection; the next one is refused at once.
+    retry:
+        Which failures get another try, and when.
+    chance:
+        Gives random numbers from 0 up to and without 1.
     resolver:
         What names mean.
     open_socket:
@@ -128,7 +147,9 @@ class Fetcher:
         read_timeout: float = 10.0,
         connections: int = 64,
         connections_per_host: int = 16,
-        waiting: int = 256,
+        waiting: int = 1024,
+        retry: RetryPolicy | None = None,
+        chance: Callable[[], float] = random.random,
         resolver: Resolver | None = None,
         open_socket: OpenSocket | None = None,
     ) -> None:
@@ -136,17 +157,29 @@ class Fetcher:
         self._max_bytes = max_bytes
         self._timeout = timeout
         self._slots = _Slots(connections, connections_per_host, waiting)
+        self._flights: dict[_Course, _Flight] = {}
+        self._retry = retry or RetryPolicy()
+        self._chance = chance
+        # As many idle ones as may be in use; beyond, a connection serves one request.
+        self._most_open = 2 * connections
+        self._sockets: WeakSet[socket.socket] = WeakSet()
         self._resolver = resolver or SystemResolver()
         self._open_socket = open_socket or _open_socket
-        self._session = aiohttp.ClientSession(
+        timeouts = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout, sock_read=read_timeout)
+        self._keeping = self._make_session(timeouts, keep=True)
+        self._closing = self._make_session(timeouts, keep=False)
+
+    def _make_session(self, timeouts: aiohttp.ClientTimeout, *, keep: bool) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
-                resolver=_JudgingResolver(policy, self._resolver),
+                resolver=_JudgingResolver(self._policy, self._resolver),
                 socket_factory=self._dial,
                 use_dns_cache=False,
-                force_close=True,
+                force_close=not keep,
+                keepalive_timeout=_KEPT if keep else None,
                 limit=0,
             ),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout, sock_read=read_timeout),
+            timeout=timeouts,
             headers=_HEADERS,
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,
@@ -162,11 +195,17 @@ class Fetcher:
 
     async def close(self) -> None:
         """Close every connection. Fetches under way fail."""
-        await self._session.close()
+        flights = [flight.task for flight in self._flights.values()]
+        for task in flights:
+            task.cancel()
+        if flights:
+            await asyncio.wait(flights)
+        await self._keeping.close()
+        await self._closing.close()
         self._resolver.close()
 
     async def fetch(self, url: str, *, param: str | None = None, timeout: float | None = None) -> bytes:
-        """Return the bytes that lie at ``url``. Cancelling closes the connection.
+        """Return the bytes that lie at ``url``. Where the last who waits for them is cancelled, the connection closes.
 
         Parameters
         ----------
@@ -191,6 +230,8 @@ class Fetcher:
             More than ``max_bytes``.
         mmprep.errors.Busy
             Too many fetches at the moment.
+        mmprep.errors.ServiceUnavailable
+            The fetcher was closed meanwhile.
         """
         reply = await self.ask(url, param=param, timeout=timeout)
         assert reply.data is not None
@@ -214,53 +255,102 @@ class Fetcher:
         seconds = self._timeout if timeout is None else min(timeout, self._timeout)
         deadline = asyncio.get_running_loop().time() + seconds
         try:
-            return await self._follow(self._policy.judge_url(url), deadline, condition)
+            return await self._share(self._policy.judge_url(url), deadline, condition)
         except MmprepError as error:
             if param is not None:
                 error.at(param)
             raise
 
-    async def _follow(self, target: Target, deadline: float, condition: Condition | None) -> Reply:
-        hops: tuple[str, ...] = ()
-        for _ in range(MAX_REDIRECTS + 1):
-            hops += (target.url,)
-            asked = condition is not None and condition.url == target.url
-            async with self._slots.hold(target.host, deadline):
-                answer = await self._hop(target, deadline, hops, condition.validators if condition and asked else None)
+    async def _share(self, target: Target, deadline: float, condition: Condition | None) -> Reply:
+        """Wait for the flight to ``target`` until ``deadline``; start it where there is none."""
+        course = (target.url, condition)
+        flight = self._flights.get(course)
+        if flight is None:
+            flight = self._flights[course] = _Flight(deadline)
+            flight.task = asyncio.create_task(self._fly(target, flight, condition))
+            flight.task.add_done_callback(lambda _: self._landed(course, flight))
+        flight.waiting += 1
+        flight.deadline = max(flight.deadline, deadline)
+        try:
+            await asyncio.wait((flight.task,), timeout=deadline - asyncio.get_running_loop().time())
+        finally:
+            flight.waiting -= 1
+            if not flight.waiting and not flight.task.done():
+                # Who comes now must not join what is being given up.
+                self._landed(course, flight)
+                flight.task.cancel()
+        if not flight.task.done():
+            raise flight.too_late()
+        if flight.task.cancelled():
+            raise ServiceUnavailable("the service is stopping")
+        error = flight.task.exception()
+        if error is not None:
+            raise _own(error)
+        return flight.task.result()
+
+    def _landed(self, course: _Course, flight: _Flight) -> None:
+        if self._flights.get(course) is flight:
+            del self._flights[course]
+        if flight.task.done() and not flight.task.cancelled():
+            flight.task.exception()  # looked at, even where nobody waits any more
+
+    async def _fly(self, target: Target, flight: _Flight, condition: Condition | None) -> Reply:
+        failed = 0
+        hops: tuple[str, ...] = (target.url,)
+        while True:
+            try:
+                flight.queued = True
+                async with self._slots.hold(target.host):
+                    flight.queued = False
+                    answer = await self._hop(target, hops, condition)
+            except _PassingError as passing:
+                failed += 1
+                flight.error = passing.error
+                pause = self._retry.pause(
+                    failed,
+                    left=flight.deadline - asyncio.get_running_loop().time(),
+                    chance=self._chance(),
+                    retry_after=passing.retry_after,
+                )
+                if pause is None:
+                    raise passing.error from None
+                await asyncio.sleep(pause)
+                continue
             if isinstance(answer, Reply):
                 return answer
+            if len(hops) > MAX_REDIRECTS:
+                raise FetchError(f"the host redirects more than {MAX_REDIRECTS} times")
             target = answer
-        raise FetchError(f"the host redirects more than {MAX_REDIRECTS} times")
+            hops += (target.url,)
 
-    async def _hop(
-        self, target: Target, deadline: float, hops: tuple[str, ...], known: Validators | None
-    ) -> Reply | Target:
+    async def _hop(self, target: Target, hops: tuple[str, ...], condition: Condition | None) -> Reply | Target:
         """Ask one host once; return the medium, or where it redirects to."""
-        headers = known.condition() if known else {}
+        # Nobody but who gave it is told what is at hand.
+        headers = condition.validators.condition() if condition and condition.url == target.url else {}
         try:
-            async with (
-                asyncio.timeout_at(deadline),
-                self._session.get(URL(target.url, encoded=True), allow_redirects=False, headers=headers) as response,
-            ):
+            session = self._keeping if self._open_sockets() < self._most_open else self._closing
+            async with session.get(URL(target.url, encoded=True), allow_redirects=False, headers=headers) as response:
                 if response.status in _REDIRECTS:
                     return self._policy.judge_redirect(target, response.headers.get("Location", ""))
                 validators, kept = _for_caches(response)
                 if response.status == _NOT_MODIFIED and headers:
                     return Reply(None, hops, validators, kept if "Cache-Control" in response.headers else None)
-                _check_status(response.status)
+                _check_status(response)
                 return Reply(await self._read(response), hops, validators, kept)
         except TimeoutError:
-            raise FetchTimeout("the medium's host did not answer, or not to the end, in time") from None
+            raise _silence() from None
         except aiohttp.ClientConnectorDNSError:
             raise FetchBadGateway("the name of the medium's host cannot be resolved") from None
         except (aiohttp.ClientSSLError, ssl.SSLError):
             raise FetchBadGateway("no trusted TLS connection to the medium's host could be made") from None
         except aiohttp.ClientConnectorError:
-            raise FetchBadGateway("the medium's host cannot be reached") from None
+            raise _PassingError(FetchBadGateway("the medium's host cannot be reached")) from None
         except aiohttp.ClientResponseError:
             raise FetchBadGateway("the medium's host did not answer with valid HTTP") from None
         except (aiohttp.ClientError, OSError):
-            raise FetchBadGateway("the connection to the medium's host broke before the medium was complete") from None
+            raise _PassingError(
+                FetchBadGateway("the connection to the medium's host broke before the medium was complete")
+            ) from None
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         inflater = _inflater(response.headers.get("Content-Encoding", "identity"))
@@ -287,7 +377,57 @@ class Fetcher:
 
     def _dial(self, address_info: aiohttp.AddrInfoType) -> socket.socket:
         self._policy.judge_address(str(address_info[4][0]))
-        return self._open_socket(address_info)
+        opened = self._open_socket(address_info)
+        self._sockets.add(opened)
+        return opened
+
+    def _open_sockets(self) -> int:
+        """Return the number of connections, idle ones included."""
+        for closed in [known for known in self._sockets if known.fileno() < 0]:
+            self._sockets.discard(closed)
+        return len(self._sockets)
+
+
+class _Flight:
+    """One download and those who wait for it.
+
+    Attributes
+    ----------
+    task: gives the medium, or how it failed.
+    deadline: the latest of those who wait, in the loop's time.
+    waiting: how many wait.
+    queued: whether it has no connection yet.
+    error: how the last try failed.
+    """
+
+    task: asyncio.Task[Reply]
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self.waiting = 0
+        self.queued = True
+        self.error: MmprepError | None = None
+
+    def too_late(self) -> BaseException:
+        """Return what to tell one whose time is over: what the host said, where it has said something."""
+        if self.error is not None:
+            return _own(self.error)
+        return Busy(_BUSY, retry_after=1.0) if self.queued else _silence()
+
+
+class _PassingError(Exception):
+    """A failure that another try may overcome.
+
+    Attributes
+    ----------
+    error: what the client is told if there is no other try.
+    retry_after: seconds for which the host asks to be left alone.
+    """
+
+    def __init__(self, error: MmprepError, retry_after: float | None = None) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.retry_after = retry_after
 
 
 class _JudgingResolver(AbstractResolver):
@@ -323,8 +463,8 @@ class _Slots:
         self._waiting: list[tuple[str, asyncio.Future[None]]] = []
 
     @asynccontextmanager
-    async def hold(self, host: str, deadline: float) -> AsyncIterator[None]:
-        await self._acquire(host, deadline)
+    async def hold(self, host: str) -> AsyncIterator[None]:
+        await self._acquire(host)
         try:
             yield
         finally:
@@ -349,32 +489,42 @@ class _Slots:
                 granted.set_result(None)
                 return
 
-    async def _acquire(self, host: str, deadline: float) -> None:
+    async def _acquire(self, host: str) -> None:
         # Nobody who waits fits, else the last release would have taken it in: whoever fits overtakes nobody.
         if self._fits(host):
             self._take(host)
             return
         if len(self._waiting) >= self._max_waiting:
-            raise Busy("too many media are being fetched at the moment; try again", retry_after=1.0)
+            raise Busy(_BUSY, retry_after=1.0)
         entry = (host, asyncio.get_running_loop().create_future())
         self._waiting.append(entry)
         try:
-            async with asyncio.timeout_at(deadline):
-                await entry[1]
-        except BaseException as error:
+            await entry[1]
+        except BaseException:
             if entry in self._waiting:
                 self._waiting.remove(entry)
             else:
                 # Granted and given up in the same turn of the loop.
                 self._release(host)
-            if isinstance(error, TimeoutError):
-                raise Busy("too many media are being fetched at the moment; try again", retry_after=1.0) from None
             raise
 
 
-def _check_status(status: int) -> None:
+def _own(error: BaseException) -> BaseException:
+    """Return ``error`` for one of several who are told it: each names another place in another request."""
+    return type(error)(error.message, retry_after=error.retry_after) if isinstance(error, MmprepError) else error
+
+
+def _silence() -> FetchTimeout:
+    return FetchTimeout("the medium's host did not answer, or not to the end, in time")
+
+
+def _check_status(response: aiohttp.ClientResponse) -> None:
+    status = response.status
+    retry_after = read_retry_after(response.headers.get("Retry-After"), time.time())
     if 500 <= status < 600:
-        raise FetchBadGateway(f"the medium's host failed with status {status}")
+        raise _PassingError(FetchBadGateway(f"the medium's host failed with status {status}"), retry_after)
+    if status == 429:
+        raise _PassingError(FetchError(f"the medium's host answered with status {status}"), retry_after)
     # 203 is a 200 that a proxy has changed; anything else is not the whole medium.
     if status not in {200, 203}:
         raise FetchError(f"the medium's host answered with status {status}")

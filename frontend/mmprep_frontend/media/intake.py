@@ -1,7 +1,7 @@
 """Media of one request: from URLs and attachments to bytes with digests.
 
 Small data URLs are decoded and hashed in the request's one hop to the executor, together with the template; large ones in
-a hop of their own beside it, on other threads. Fetches start at once, on the loop.
+a hop of their own beside it, on other threads. Fetches start at once, on the loop; files are read on threads of their own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from mmprep.digest import Hasher
 from mmprep.errors import InvalidRequest, TooLarge
 from mmprep_frontend.media.cache import Keepable, MediaCache
 from mmprep_frontend.media.fetch import Fetcher
-from mmprep_frontend.media.sources import DataSource, HttpSource, parse_source
+from mmprep_frontend.media.files import LocalFiles
+from mmprep_frontend.media.sources import DataSource, FileSource, HttpSource, parse_source
 from mmprep_frontend.render.conversation import MediaPart
 
 _ATTACHMENT = "attachment:"
@@ -52,7 +53,7 @@ class Attached:
     data: memoryview
 
 
-Source = DataSource | HttpSource | Attached
+Source = DataSource | HttpSource | FileSource | Attached
 
 
 class Intake:
@@ -69,7 +70,9 @@ class Intake:
     threads:
         For decoding and hashing beside the render thread.
     on_fetched:
-        Called with the seconds of each fetch.
+        Called with the seconds of each fetch or file.
+    files:
+        For file URLs; ``None`` where they are not read.
     cache:
         Of fetched media, where there is one.
     """
@@ -82,8 +85,10 @@ class Intake:
         threads: ThreadPoolExecutor,
         on_fetched: Callable[[float], None],
         *,
+        files: LocalFiles | None = None,
         cache: MediaCache | None = None,
     ) -> None:
+        self._files = files
         self._cache = cache
         self._on_fetched = on_fetched
         self._fetcher = fetcher
@@ -107,10 +112,16 @@ class Intake:
                     param=part.param,
                 )
             return Attached(data)
-        return parse_source(part.url, param=part.param, max_bytes=self._max_bytes)
+        source = parse_source(
+            part.url, param=part.param, max_bytes=self._max_bytes, local_files=self._files is not None
+        )
+        if isinstance(source, FileSource):
+            assert self._files is not None
+            self._files.beneath(source)
+        return source
 
     def read_now(self, sources: Sequence[Source]) -> list[Medium | None]:
-        """Return the media that need no network, on the calling thread; ``None`` for the others."""
+        """Return the media that are at hand, on the calling thread; ``None`` for the others."""
         return [self._decode(source) for source in sources]
 
     def decoded(self, medium: Medium) -> None:
@@ -139,9 +150,9 @@ class Intake:
         loop = asyncio.get_running_loop()
         if isinstance(source, HttpSource) and self._cache is not None:
             return await self._through(self._cache, source, part, deadline, scope)
-        if isinstance(source, HttpSource):
+        if isinstance(source, HttpSource | FileSource):
             started = time.monotonic()
-            data = await self._fetcher.fetch(source.url, param=part.param, timeout=max(0.001, deadline - loop.time()))
+            data = await self._fetched(source, part, deadline - loop.time())
             self._on_fetched(time.monotonic() - started)
             return await loop.run_in_executor(self._threads, self._hashed, data)
         medium = await loop.run_in_executor(self._threads, self._decode, source)
@@ -161,8 +172,14 @@ class Intake:
         medium = await loop.run_in_executor(self._threads, self._hashed, fetched.data)
         return replace(medium, keepable=fetched.keepable)
 
-    def _decode(self, source: Source) -> Medium | None:
+    async def _fetched(self, source: HttpSource | FileSource, part: MediaPart, seconds: float) -> bytes:
         if isinstance(source, HttpSource):
+            return await self._fetcher.fetch(source.url, param=part.param, timeout=max(0.001, seconds))
+        assert self._files is not None
+        return await self._files.read(source)
+
+    def _decode(self, source: Source) -> Medium | None:
+        if isinstance(source, HttpSource | FileSource):
             return None
         started = time.monotonic()
         return self._hashed(source.decode() if isinstance(source, DataSource) else source.data, started)
@@ -172,6 +189,11 @@ class Intake:
             started = time.monotonic()
         digest = self._hasher.content_digest(data)
         return Medium(data, digest, time.monotonic() - started)
+
+
+def at_hand(source: Source) -> bool:
+    """Return whether the request itself holds the source's bytes."""
+    return isinstance(source, DataSource | Attached)
 
 
 def size(source: Source) -> int:

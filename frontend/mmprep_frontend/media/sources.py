@@ -1,10 +1,13 @@
-"""Where a request says that a medium lies: in a data URL, or at an http(s) URL. Anything else is refused by name.
+"""Where a request says that a medium lies: in a data URL, at an http(s) URL, or in a file. Anything else is refused by name.
 
 Parsing is cheap and happens on the event loop. Decoding base64 is not: :meth:`DataSource.decode` belongs in the one hop
 to the executor, together with hashing. The size is judged before, from the length of the text.
 
 A data URL (RFC 2397) is ``data:[type][;name=value]…;base64,payload``. The payload is base64 in the standard alphabet,
 with or without its padding, and nothing else: no line breaks, no percent-encoding, no ``-`` and ``_``.
+
+A file URL (RFC 8089) is ``file:///path`` or ``file://localhost/path``, percent-decoded once. ``.`` and ``..`` are refused,
+not resolved. Whether the file may be read is judged elsewhere.
 """
 
 from __future__ import annotations
@@ -13,12 +16,16 @@ import binascii
 import re
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import unquote_to_bytes
 
 import pybase64
 
 from mmprep.errors import InvalidRequest, TooLarge
+from mmprep_frontend.media.policy import MAX_URL_LENGTH
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,31}):", re.ASCII)
+#: What a URL holds without percent-encoding (RFC 3986, pchar), and what lies beyond ASCII.
+_FILE = re.compile(r"file:(?://(?:localhost)?)?/((?:[\w\-.~!$&'()*+,;=:@/]|%[0-9A-Fa-f]{2})+)", re.IGNORECASE)
 #: Longest head of a data URL, up to its comma, in characters.
 _MAX_HEAD: Final = 1024
 _SUPPORTED: Final = "supported are http://, https:// and data: URLs"
@@ -29,6 +36,20 @@ class HttpSource:
     """A medium at an http(s) URL, which nobody has judged yet."""
 
     url: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileSource:
+    """A file of this machine, which nobody has judged yet.
+
+    Attributes
+    ----------
+    components: the names of the absolute path, from the root on, as bytes.
+    param: the place in the request, for errors.
+    """
+
+    components: tuple[bytes, ...]
+    param: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +92,9 @@ class DataSource:
         return decoded
 
 
-def parse_source(url: str, *, param: str | None, max_bytes: int) -> DataSource | HttpSource:
+def parse_source(
+    url: str, *, param: str | None, max_bytes: int, local_files: bool = False
+) -> DataSource | HttpSource | FileSource:
     """Return what kind of source ``url`` is.
 
     Parameters
@@ -82,11 +105,13 @@ def parse_source(url: str, *, param: str | None, max_bytes: int) -> DataSource |
         The place in the request, as ``messages[0].content[1].image_url``.
     max_bytes:
         Largest medium, in bytes, ``--max-media-size``.
+    local_files:
+        Whether file URLs are read at all.
 
     Raises
     ------
     mmprep.errors.InvalidRequest
-        No URL, a scheme that is not supported, or a data URL that is malformed or not base64.
+        No URL, a scheme that is not supported, a malformed file URL, or a data URL that is malformed or not base64.
     mmprep.errors.TooLarge
         The data is longer than ``max_bytes``.
     """
@@ -100,6 +125,14 @@ def parse_source(url: str, *, param: str | None, max_bytes: int) -> DataSource |
         return _parse_data_url(url, param, max_bytes)
     if scheme in {"http", "https"}:
         return HttpSource(url)
+    if scheme == "file":
+        if local_files:
+            return FileSource(_parse_file_url(url, param), param)
+        raise InvalidRequest(
+            f"file: URLs are only read by a service that has a directory for them (--allowed-local-media-path); "
+            f"{_SUPPORTED}",
+            param=param,
+        )
     raise InvalidRequest(f"{scheme}: URLs are not supported here; {_SUPPORTED}", param=param)
 
 
@@ -128,6 +161,23 @@ def _parse_data_url(url: str, param: str | None, max_bytes: int) -> DataSource:
     if not parameters or parameters[-1] != "base64":
         raise InvalidRequest("the data URL is not base64: write data:<type>;base64,<data>", param=param)
     return inline_source(url[comma + 1 :], param=param, max_bytes=max_bytes)
+
+
+def _parse_file_url(url: str, param: str | None) -> tuple[bytes, ...]:
+    match = _FILE.fullmatch(url) if len(url) <= MAX_URL_LENGTH else None
+    if match is None:
+        raise InvalidRequest(
+            f"the file URL is malformed: write file:///directory/file, at most {MAX_URL_LENGTH:,} characters, with "
+            "everything percent-encoded that is not a letter, a digit or one of -._~!$&'()*+,;=:@/",
+            param=param,
+        )
+    names = tuple(map(unquote_to_bytes, match[1].split("/")))
+    if any(name in {b"", b".", b".."} or b"/" in name or b"\0" in name for name in names):
+        raise InvalidRequest(
+            "the file URL's path has an empty part, '.', '..', or an encoded '/' or NUL in it; write it without",
+            param=param,
+        )
+    return names
 
 
 def _decoded_size(payload: str) -> int:

@@ -140,6 +140,15 @@ def _domains(text: str, option: str) -> tuple[str, ...]:
     return domains
 
 
+def _directory(text: str, option: str) -> str | None:
+    """Return the absolute path of a directory that exists."""
+    if not text:
+        return None
+    if "\0" in text or not Path(text).is_dir():
+        raise StartupError(f"{option}: {text!r} is no directory")
+    return str(Path(text).absolute())
+
+
 OPTIONS = (
     Option("host", _host, "127.0.0.1", "address to listen on"),
     Option("port", _whole(0, 65535), "8790", "port to listen on; 0: a free one"),
@@ -173,6 +182,9 @@ OPTIONS = (
     Option("max-image-pixels", _whole(1, 1 << 31), "178956970", "most pixels of one picture"),
     Option("allowed-media-domains", _domains, "", "only fetch media from these: a.example,*.b.example"),
     Option("allow-private-networks", _switch, "false", "fetch media from private addresses too", flag=True),
+    Option(
+        "allowed-local-media-path", _directory, "", "read media at file:// URLs below this directory; default: none"
+    ),
     Option(
         "media-cache-dir",
         _optional_path,

@@ -38,6 +38,7 @@ class ServeOptions(msgspec.Struct, frozen=True):
     drain_timeout: float
     allowed_media_domains: tuple[str, ...]
     allow_private_networks: bool
+    allowed_local_media_path: str | None
     media_cache_dir: Path | None
     media_cache_max_size: int
     media_cache_ttl: float
@@ -91,6 +92,7 @@ class ServeOptions(msgspec.Struct, frozen=True):
             drain_timeout=self.grace,
             allowed_media_domains=self.allowed_media_domains,
             allow_private_networks=self.allow_private_networks,
+            allowed_local_media_path=self.allowed_local_media_path,
             media_cache_dir=None if self.media_cache_dir is None else str(self.media_cache_dir),
             media_cache_max_size=self.media_cache_max_size,
             media_cache_ttl=self.media_cache_ttl,
