@@ -26,6 +26,8 @@ from mmprep_frontend.dispatch import WriterLink
 from mmprep_frontend.http.app import make_app
 from mmprep_frontend.http.door import HttpDoor
 from mmprep_frontend.http.server import HttpServer, serve_http
+from mmprep_frontend.media.cache import MediaCache
+from mmprep_frontend.media.cache_disk import CacheDisk
 from mmprep_frontend.media.fetch import Fetcher
 from mmprep_frontend.media.files import LocalFiles
 from mmprep_frontend.media.intake import Intake
@@ -67,6 +69,7 @@ class Frontend:
         self._fetcher = Fetcher(policy, max_bytes=settings.max_media_size, timeout=settings.fetch_timeout)
         root = settings.allowed_local_media_path
         self._files = None if root is None else LocalFiles(root, settings.max_media_size)
+        self._cache = self._open_cache(policy)
         self._supervisor = SupervisorLink(self._context, self._runtime.supervisor, settings.index, self._report)
         self._tokenizer = asyncio.get_running_loop().run_in_executor(
             self._render_thread, _load_tokenizer, Path(settings.model)
@@ -88,6 +91,7 @@ class Frontend:
                 self._threads,
                 lambda seconds: self._metrics.observe("mmprep_stage_seconds", seconds, stage="fetch"),
                 files=self._files,
+                cache=self._cache,
             ),
             hasher=hasher,
             metrics=self._metrics,
@@ -97,6 +101,15 @@ class Frontend:
             limits=settings.limit_mm_per_prompt,
             request_timeout=settings.request_timeout,
         )
+
+    def _open_cache(self, policy: UrlPolicy) -> MediaCache | None:
+        settings = self._settings
+        if settings.media_cache_dir is None:
+            return None
+        disk = CacheDisk(
+            Path(settings.media_cache_dir), max_bytes=settings.media_cache_max_size, ttl=settings.media_cache_ttl
+        )
+        return MediaCache(disk, self._fetcher, policy, max_bytes=settings.max_media_size, count=self._metrics.count)
 
     async def run(self) -> None:
         """Serve until the second SIGTERM, or until the supervisor is gone, then stop; drain from the first one on."""
@@ -208,6 +221,8 @@ class Frontend:
         await self._fetcher.close()
         if self._files is not None:
             self._files.close()
+        if self._cache is not None:
+            await self._cache.close()
         self._writer.close()
         self._supervisor.close()
         self._render_thread.shutdown(wait=False, cancel_futures=True)

@@ -304,9 +304,10 @@ class Service:
         known: EncodedPrompt | None,
         deadline: float,
     ) -> tuple[EncodedPrompt, list[Medium]]:
+        scoped = scope(_ANONYMOUS, request.cache_salt)
         try:
             async with _within(deadline), asyncio.TaskGroup() as group:
-                reading = group.create_task(self._intake.read(sources, conversation.media, deadline))
+                reading = group.create_task(self._intake.read(sources, conversation.media, deadline, scoped))
                 if known is None:
                     encode = self._on_render_thread(deadline, model.encode_chat, conversation, request)
                     encoding = group.create_task(encode)
@@ -327,6 +328,10 @@ class Service:
         offered = await self.writer.offer(
             wanted, need=terms.need, deadline=terms.deadline, priority=terms.priority, lease=terms.lease
         )
+        for answer, medium in zip(offered.items, media, strict=True):
+            # Where only a plan was asked for, nobody may have looked behind the header.
+            if answer.fault is None and (answer.length or answer.inline):
+                self._intake.decoded(medium)
         for answer, part in zip(offered.items, parts, strict=True):
             if answer.fault is not None:
                 offered.give_back()

@@ -60,6 +60,9 @@ class FrontendSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     allowed_media_domains: tuple[str, ...]
     allow_private_networks: bool
     allowed_local_media_path: str | None
+    media_cache_dir: str | None
+    media_cache_max_size: int
+    media_cache_ttl: float
     chat_template: str | None
     log_level: str
 

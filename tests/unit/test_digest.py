@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmprep.digest import Hasher
-from mmprep_frontend.media.keys import item_key, scope
+from mmprep_frontend.media.keys import fetched_key, item_key, scope
 
 PARTS: dict[str, Any] = {
     "scope": bytes(range(32)),
@@ -106,3 +106,16 @@ def test_two_scopes_are_equal_only_for_the_same_principal_and_salt(
 def test_a_scope_or_digest_of_another_length_is_refused(part: str) -> None:
     with pytest.raises(ValueError, match="32 bytes"):
         item_key(**{**PARTS, part: b"short"})
+
+
+def test_what_a_fetched_medium_lies_under_is_sha256_of_scope_url_and_reach():
+    parts = (b"mmprep fetched medium 1", bytes(32), b"http://a/b", b"public")
+    encoded = (4).to_bytes(8, "little") + b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+    key = fetched_key(scope=bytes(32), url="http://a/b", allow_private=False)
+    assert key == hashlib.sha256(encoded).digest()
+    others = {
+        fetched_key(scope=b"1" * 32, url="http://a/b", allow_private=False),
+        fetched_key(scope=bytes(32), url="http://a/c", allow_private=False),
+        fetched_key(scope=bytes(32), url="http://a/b", allow_private=True),
+    }
+    assert len(others | {key}) == 4

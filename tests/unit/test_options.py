@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from mmprep.cli.options import OPTIONS, parser, resolve
@@ -31,11 +33,13 @@ WRONG = {
     "max-image-pixels": ["0", "many"],
     "allow-private-networks": ["maybe", "2", ""],
     "allowed-local-media-path": ["/nonexistent", "/proc/self/maps"],
+    "media-cache-max-size": ["1023KiB", "65TiB", "much", ""],
+    "media-cache-ttl": ["-1s", "3651d", "soon", ""],
     "chat-template": ["/nonexistent/template"],
     "log-level": ["trace", "WARNING"],
 }
 #: Every text is right for these, or the system decides.
-FREE = {"runtime-dir", "served-model-name", "allowed-media-domains"}
+FREE = {"runtime-dir", "served-model-name", "allowed-media-domains", "media-cache-dir"}
 ENVIRONMENT = {"queue-limit": "MMPREP_QUEUE_LIMIT", "cache-size": "MMPREP_CACHE_SIZE", "port": "MMPREP_PORT"}
 
 
@@ -105,6 +109,37 @@ def test_a_wrong_value_is_an_error_that_names_the_option_wherever_it_stands(opti
     for place in places:
         with pytest.raises(StartupError, match=f"--{option}"):
             decide(*place.get("arguments", ()), environment=place.get("environment"))
+
+
+ENGINES = {"VLLM_MEDIA_CACHE": "/c", "VLLM_MEDIA_CACHE_MAX_SIZE_MB": "64", "VLLM_MEDIA_CACHE_TTL_HOURS": "0.5"}
+
+
+def test_the_variables_of_an_engine_are_honoured_after_our_own(file):
+    def cache(*arguments, **own):
+        options = decide(*arguments, environment=ENGINES | own)
+        return str(options.media_cache_dir), options.media_cache_max_size, options.media_cache_ttl
+
+    assert cache() == ("/c", 64 << 20, 1800.0)
+    assert cache("--config", file("media-cache-ttl = '1s'\nmedia-cache-dir = '/f'")) == ("/c", 64 << 20, 1800.0)
+    assert cache(MMPREP_MEDIA_CACHE_TTL="2h", MMPREP_MEDIA_CACHE_DIR="/m") == ("/m", 64 << 20, 7200.0)
+    assert cache("--media-cache-max-size", "1GiB", "--media-cache-dir", "/o") == ("/o", 1 << 30, 1800.0)
+    assert cache(VLLM_MEDIA_CACHE_MAX_SIZE_MB="", VLLM_MEDIA_CACHE_TTL_HOURS=" ")[1:] == (5 << 30, 86400.0)
+
+
+@pytest.mark.parametrize(
+    ("variable", "option"),
+    [("VLLM_MEDIA_CACHE_MAX_SIZE_MB", "--media-cache-max-size"), ("VLLM_MEDIA_CACHE_TTL_HOURS", "--media-cache-ttl")],
+)
+def test_a_wrong_number_in_an_engines_variable_is_an_error_that_names_the_option(variable, option):
+    for wrong in ("many", "-1", "64MiB"):
+        with pytest.raises(StartupError, match=option):
+            decide(environment={variable: wrong})
+
+
+def test_there_is_no_disk_cache_unless_it_gets_a_directory(tmp_path):
+    assert decide().media_cache_dir is None
+    frontend = decide("--media-cache-dir", "relative").frontend(0, tmp_path, 1)
+    assert Path(frontend.media_cache_dir) == Path("relative").absolute()
 
 
 def test_names_in_the_file_may_have_dashes_or_underscores(file):

@@ -67,7 +67,10 @@ METRICS: Final[Mapping[str, MetricSpec]] = {
     "mmprep_singleflight_joins_total": MetricSpec("counter", "Items that joined a computation under way."),
     "mmprep_media_cache_hits_total": MetricSpec("counter", "Fetches that the disk cache answered."),
     "mmprep_media_cache_misses_total": MetricSpec("counter", "Fetches that the disk cache did not answer."),
-    "mmprep_media_cache_evictions_total": MetricSpec("counter", "Media dropped from the disk cache."),
+    "mmprep_media_cache_evictions_total": MetricSpec("counter", "Media dropped from the disk cache to make room."),
+    "mmprep_media_cache_errors_total": MetricSpec(
+        "counter", "Errors of the disk cache, each a miss: of the disk or the index, or damaged and partial files."
+    ),
     "mmprep_ring_bytes": MetricSpec("gauge", "Bytes of the ring: free, ready, leased, filling.", ("state",)),
     "mmprep_ring_evictions_total": MetricSpec("counter", "Entries dropped from the ring to make room."),
     "mmprep_spill_bytes": MetricSpec("gauge", "Bytes of the segments beside the ring."),

@@ -28,7 +28,8 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Final, Protocol, Self
+from dataclasses import dataclass
+from typing import Final, Protocol, Self, TypeAlias
 from weakref import WeakSet
 
 import aiohttp
@@ -38,9 +39,11 @@ from yarl import URL
 from mmprep.errors import Busy, FetchBadGateway, FetchError, FetchTimeout, MmprepError, ServiceUnavailable, TooLarge
 from mmprep_frontend.media.policy import Target, UrlPolicy
 from mmprep_frontend.media.retry import RetryPolicy, read_retry_after
+from mmprep_frontend.media.storing import Keeping, Validators, keeping, read_validators
 
 MAX_REDIRECTS: Final = 5
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+_NOT_MODIFIED: Final = 304
 #: Addresses of one name that are tried; all are judged.
 _MAX_ADDRESSES: Final = 8
 #: Seconds that an idle connection is kept.
@@ -51,6 +54,35 @@ _PIECE: Final = 2**18
 _HEADERS: Final = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "mmprep"}
 
 OpenSocket = Callable[[aiohttp.AddrInfoType], socket.socket]
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A medium that is at hand already, from ``url``: its host need not send it again."""
+
+    url: str
+    validators: Validators
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came of a fetch.
+
+    Attributes
+    ----------
+    data: the medium; ``None`` where the host says that the one at hand has not changed.
+    hops: the URLs that led to it, in normal form; the last one gave it.
+    validators, keeping: what its headers say for a cache; ``None`` where a 304 says nothing of keeping.
+    """
+
+    data: bytes | None
+    hops: tuple[str, ...]
+    validators: Validators
+    keeping: Keeping | None
+
+
+#: What a flight is shared by: who has something at hand does not wait with those who have not.
+_Course: TypeAlias = tuple[str, Condition | None]
 
 
 class Resolver(Protocol):
@@ -125,7 +157,7 @@ class Fetcher:
         self._max_bytes = max_bytes
         self._timeout = timeout
         self._slots = _Slots(connections, connections_per_host, waiting)
-        self._flights: dict[str, _Flight] = {}
+        self._flights: dict[_Course, _Flight] = {}
         self._retry = retry or RetryPolicy()
         self._chance = chance
         # As many idle ones as may be in use; beyond, a connection serves one request.
@@ -201,22 +233,42 @@ class Fetcher:
         mmprep.errors.ServiceUnavailable
             The fetcher was closed meanwhile.
         """
+        reply = await self.ask(url, param=param, timeout=timeout)
+        assert reply.data is not None
+        return reply.data
+
+    async def ask(
+        self,
+        url: str,
+        *,
+        param: str | None = None,
+        timeout: float | None = None,
+        condition: Condition | None = None,
+    ) -> Reply:
+        """Return what lies at ``url`` with what its host says about keeping it; errors as of :meth:`fetch`.
+
+        Parameters
+        ----------
+        condition:
+            What is at hand; the host is asked only where the way still leads to the same URL.
+        """
         seconds = self._timeout if timeout is None else min(timeout, self._timeout)
         deadline = asyncio.get_running_loop().time() + seconds
         try:
-            return await self._share(self._policy.judge_url(url), deadline)
+            return await self._share(self._policy.judge_url(url), deadline, condition)
         except MmprepError as error:
             if param is not None:
                 error.at(param)
             raise
 
-    async def _share(self, target: Target, deadline: float) -> bytes:
+    async def _share(self, target: Target, deadline: float, condition: Condition | None) -> Reply:
         """Wait for the flight to ``target`` until ``deadline``; start it where there is none."""
-        flight = self._flights.get(target.url)
+        course = (target.url, condition)
+        flight = self._flights.get(course)
         if flight is None:
-            flight = self._flights[target.url] = _Flight(deadline)
-            flight.task = asyncio.create_task(self._fly(target, flight))
-            flight.task.add_done_callback(lambda _: self._landed(target.url, flight))
+            flight = self._flights[course] = _Flight(deadline)
+            flight.task = asyncio.create_task(self._fly(target, flight, condition))
+            flight.task.add_done_callback(lambda _: self._landed(course, flight))
         flight.waiting += 1
         flight.deadline = max(flight.deadline, deadline)
         try:
@@ -225,7 +277,7 @@ class Fetcher:
             flight.waiting -= 1
             if not flight.waiting and not flight.task.done():
                 # Who comes now must not join what is being given up.
-                self._landed(target.url, flight)
+                self._landed(course, flight)
                 flight.task.cancel()
         if not flight.task.done():
             raise flight.too_late()
@@ -236,20 +288,21 @@ class Fetcher:
             raise _own(error)
         return flight.task.result()
 
-    def _landed(self, url: str, flight: _Flight) -> None:
-        if self._flights.get(url) is flight:
-            del self._flights[url]
+    def _landed(self, course: _Course, flight: _Flight) -> None:
+        if self._flights.get(course) is flight:
+            del self._flights[course]
         if flight.task.done() and not flight.task.cancelled():
             flight.task.exception()  # looked at, even where nobody waits any more
 
-    async def _fly(self, target: Target, flight: _Flight) -> bytes:
-        failed = redirects = 0
+    async def _fly(self, target: Target, flight: _Flight, condition: Condition | None) -> Reply:
+        failed = 0
+        hops: tuple[str, ...] = (target.url,)
         while True:
             try:
                 flight.queued = True
                 async with self._slots.hold(target.host):
                     flight.queued = False
-                    answer = await self._hop(target)
+                    answer = await self._hop(target, hops, condition)
             except _PassingError as passing:
                 failed += 1
                 flight.error = passing.error
@@ -263,22 +316,27 @@ class Fetcher:
                     raise passing.error from None
                 await asyncio.sleep(pause)
                 continue
-            if isinstance(answer, bytes):
+            if isinstance(answer, Reply):
                 return answer
-            redirects += 1
-            if redirects > MAX_REDIRECTS:
+            if len(hops) > MAX_REDIRECTS:
                 raise FetchError(f"the host redirects more than {MAX_REDIRECTS} times")
             target = answer
+            hops += (target.url,)
 
-    async def _hop(self, target: Target) -> bytes | Target:
+    async def _hop(self, target: Target, hops: tuple[str, ...], condition: Condition | None) -> Reply | Target:
         """Ask one host once; return the medium, or where it redirects to."""
+        # Nobody but who gave it is told what is at hand.
+        headers = condition.validators.condition() if condition and condition.url == target.url else {}
         try:
             session = self._keeping if self._open_sockets() < self._most_open else self._closing
-            async with session.get(URL(target.url, encoded=True), allow_redirects=False) as response:
+            async with session.get(URL(target.url, encoded=True), allow_redirects=False, headers=headers) as response:
                 if response.status in _REDIRECTS:
                     return self._policy.judge_redirect(target, response.headers.get("Location", ""))
+                validators, kept = _for_caches(response)
+                if response.status == _NOT_MODIFIED and headers:
+                    return Reply(None, hops, validators, kept if "Cache-Control" in response.headers else None)
                 _check_status(response)
-                return await self._read(response)
+                return Reply(await self._read(response), hops, validators, kept)
         except TimeoutError:
             raise _silence() from None
         except aiohttp.ClientConnectorDNSError:
@@ -342,7 +400,7 @@ class _Flight:
     error: how the last try failed.
     """
 
-    task: asyncio.Task[bytes]
+    task: asyncio.Task[Reply]
 
     def __init__(self, deadline: float) -> None:
         self.deadline = deadline
@@ -470,6 +528,12 @@ def _check_status(response: aiohttp.ClientResponse) -> None:
     # 203 is a 200 that a proxy has changed; anything else is not the whole medium.
     if status not in {200, 203}:
         raise FetchError(f"the medium's host answered with status {status}")
+
+
+def _for_caches(response: aiohttp.ClientResponse) -> tuple[Validators, Keeping]:
+    validators = read_validators(response.headers)
+    control, vary = (", ".join(response.headers.getall(name, ())) for name in ("Cache-Control", "Vary"))
+    return validators, keeping(control, vary, validators)
 
 
 def _inflater(encoding: str) -> zlib._Decompress | None:

@@ -10,11 +10,12 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mmprep.digest import Hasher
 from mmprep.errors import InvalidRequest, TooLarge
+from mmprep_frontend.media.cache import Keepable, MediaCache
 from mmprep_frontend.media.fetch import Fetcher
 from mmprep_frontend.media.files import LocalFiles
 from mmprep_frontend.media.sources import DataSource, FileSource, HttpSource, parse_source
@@ -36,11 +37,13 @@ class Medium:
     Attributes
     ----------
     seconds: that reading base64 and hashing took.
+    keepable: where the disk cache may want it once it was decoded.
     """
 
     data: bytes | memoryview
     digest: bytes
     seconds: float
+    keepable: Keepable | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,8 @@ class Intake:
         Called with the seconds of each fetch or file.
     files:
         For file URLs; ``None`` where they are not read.
+    cache:
+        Of fetched media, where there is one.
     """
 
     def __init__(
@@ -81,8 +86,10 @@ class Intake:
         on_fetched: Callable[[float], None],
         *,
         files: LocalFiles | None = None,
+        cache: MediaCache | None = None,
     ) -> None:
         self._files = files
+        self._cache = cache
         self._on_fetched = on_fetched
         self._fetcher = fetcher
         self._hasher = hasher
@@ -117,20 +124,32 @@ class Intake:
         """Return the media that are at hand, on the calling thread; ``None`` for the others."""
         return [self._decode(source) for source in sources]
 
-    async def read(self, sources: Sequence[Source], parts: Sequence[MediaPart], deadline: float) -> list[Medium]:
-        """Return all media, fetching and decoding side by side; the first failure cancels the rest."""
+    def decoded(self, medium: Medium) -> None:
+        """Note that a medium turned out to be one."""
+        if self._cache is not None and medium.keepable is not None:
+            self._cache.keep(medium.keepable, medium.data, medium.digest, self._hasher.name)
+
+    async def read(
+        self, sources: Sequence[Source], parts: Sequence[MediaPart], deadline: float, scope: bytes
+    ) -> list[Medium]:
+        """Return all media, fetching and decoding side by side; the first failure cancels the rest.
+
+        ``scope`` is whose media of the disk cache may be used.
+        """
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._one(source, part, deadline))
+                    group.create_task(self._one(source, part, deadline, scope))
                     for source, part in zip(sources, parts, strict=True)
                 ]
         except BaseExceptionGroup as failures:
             raise first_error(failures) from None
         return [task.result() for task in tasks]
 
-    async def _one(self, source: Source, part: MediaPart, deadline: float) -> Medium:
+    async def _one(self, source: Source, part: MediaPart, deadline: float, scope: bytes) -> Medium:
         loop = asyncio.get_running_loop()
+        if isinstance(source, HttpSource) and self._cache is not None:
+            return await self._through(self._cache, source, part, deadline, scope)
         if isinstance(source, HttpSource | FileSource):
             started = time.monotonic()
             data = await self._fetched(source, part, deadline - loop.time())
@@ -139,6 +158,19 @@ class Intake:
         medium = await loop.run_in_executor(self._threads, self._decode, source)
         assert medium is not None
         return medium
+
+    async def _through(
+        self, cache: MediaCache, source: HttpSource, part: MediaPart, deadline: float, scope: bytes
+    ) -> Medium:
+        loop, started = asyncio.get_running_loop(), time.monotonic()
+        seconds = max(0.001, deadline - loop.time())
+        fetched = await cache.fetch(source.url, scope=scope, param=part.param, timeout=seconds)
+        if fetched.asked:
+            self._on_fetched(time.monotonic() - started)
+        if fetched.digest is not None and fetched.hash_name == self._hasher.name:
+            return Medium(fetched.data, fetched.digest, 0.0)
+        medium = await loop.run_in_executor(self._threads, self._hashed, fetched.data)
+        return replace(medium, keepable=fetched.keepable)
 
     async def _fetched(self, source: HttpSource | FileSource, part: MediaPart, seconds: float) -> bytes:
         if isinstance(source, HttpSource):

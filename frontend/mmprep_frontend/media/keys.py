@@ -15,6 +15,8 @@ the tests.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final
 
@@ -24,6 +26,7 @@ from mmprep.digest import DIGEST_SIZE, HashName
 
 _ITEM_DOMAIN: Final = b"mmprep item key 1"
 _SCOPE_DOMAIN: Final = b"mmprep scope 1"
+_FETCHED_DOMAIN: Final = b"mmprep fetched medium 1"
 
 
 @lru_cache(maxsize=1024)
@@ -82,10 +85,30 @@ def item_key(
     )
 
 
+def fetched_key(*, scope: bytes, url: str, allow_private: bool) -> bytes:
+    """Return what a fetched medium lies under in the disk cache: SHA-256, 32 bytes.
+
+    Parameters
+    ----------
+    scope:
+        From :func:`scope`.
+    url:
+        In its normal form, as the policy judged it.
+    allow_private:
+        Whether private addresses might be dialled: what was read from one is not there for a service that must not.
+    """
+    parts = (_FETCHED_DOMAIN, scope, url.encode("ascii"), b"private" if allow_private else b"public")
+    return hashlib.sha256(_encode_parts(parts)).digest()
+
+
 def _hash_parts(*parts: bytes) -> bytes:
     """Return blake3 over the number of ``parts`` and each with its length, all numbers as 8 bytes little-endian."""
+    return blake3(_encode_parts(parts)).digest()
+
+
+def _encode_parts(parts: Sequence[bytes]) -> bytes:
     encoded = bytearray(len(parts).to_bytes(8, "little"))
     for part in parts:
         encoded += len(part).to_bytes(8, "little")
         encoded += part
-    return blake3(encoded).digest()
+    return bytes(encoded)

@@ -1,7 +1,7 @@
 """The options of ``mmprep serve``: one table for the command line, the environment and the TOML file.
 
-The command line wins, then the environment (``MMPREP_CACHE_SIZE``), then the file that ``--config`` names. A wrong value is
-an error that names the option.
+The command line wins, then the environment (``MMPREP_CACHE_SIZE``; after it, for some, the variable of the engine that
+people come from), then the file that ``--config`` names. A wrong value is an error that names the option.
 """
 
 from __future__ import annotations
@@ -31,13 +31,17 @@ _DOMAIN = re.compile(r"(\*\.)?[^\s/:*@?#%\\]+|\[[0-9A-Fa-f:.]+\]")
 
 
 class Option(NamedTuple):
-    """One option: its name without dashes, how its text is read, its default as text, and its help."""
+    """One option: its name without dashes, how its text is read, its default as text, and its help.
+
+    ``foreign`` is an engine's variable that means the same, and the unit that its number is in.
+    """
 
     name: str
     read: Callable[[str, str], Any]
     default: str
     help: str
     flag: bool = False
+    foreign: tuple[str, str] | None = None
 
 
 def _text(text: str, _option: str) -> str:
@@ -52,6 +56,10 @@ def _host(text: str, option: str) -> str:
 
 def _optional(text: str, _option: str) -> str | None:
     return text or None
+
+
+def _optional_path(text: str, _option: str) -> Path | None:
+    return Path(text).absolute() if text else None
 
 
 def _whole(low: int, high: int) -> Callable[[str, str], int]:
@@ -177,6 +185,27 @@ OPTIONS = (
     Option(
         "allowed-local-media-path", _directory, "", "read media at file:// URLs below this directory; default: none"
     ),
+    Option(
+        "media-cache-dir",
+        _optional_path,
+        "",
+        "directory of the disk cache of fetched media; default: none",
+        foreign=("VLLM_MEDIA_CACHE", ""),
+    ),
+    Option(
+        "media-cache-max-size",
+        _size("1MiB", "64TiB"),
+        "5GiB",
+        "most bytes of the disk cache",
+        foreign=("VLLM_MEDIA_CACHE_MAX_SIZE_MB", "MiB"),
+    ),
+    Option(
+        "media-cache-ttl",
+        _duration("0s", "3650d"),
+        "24h",
+        "how long its media are used without asking their hosts again",
+        foreign=("VLLM_MEDIA_CACHE_TTL_HOURS", "h"),
+    ),
     Option("chat-template", _optional, "", "file with a chat template in place of the model's"),
     Option("log-level", _choice(*_LEVELS), "warning", "debug, info, warning or error"),
 )
@@ -227,6 +256,9 @@ def _texts(arguments: argparse.Namespace, environment: Mapping[str, str]) -> dic
         given = getattr(arguments, option.name.replace("-", "_"))
         if given is None:
             given = environment.get(f"MMPREP_{option.name.replace('-', '_').upper()}")
+        if given is None and option.foreign is not None:
+            variable, unit = option.foreign
+            given = f"{environment[variable].strip()}{unit}" if environment.get(variable, "").strip() else None
         if given is None:
             given = file.get(option.name)
         texts[option.name] = option.default if given is None else given

@@ -39,6 +39,9 @@ class ServeOptions(msgspec.Struct, frozen=True):
     allowed_media_domains: tuple[str, ...]
     allow_private_networks: bool
     allowed_local_media_path: str | None
+    media_cache_dir: Path | None
+    media_cache_max_size: int
+    media_cache_ttl: float
     chat_template: str | None
     log_level: str
 
@@ -90,6 +93,9 @@ class ServeOptions(msgspec.Struct, frozen=True):
             allowed_media_domains=self.allowed_media_domains,
             allow_private_networks=self.allow_private_networks,
             allowed_local_media_path=self.allowed_local_media_path,
+            media_cache_dir=None if self.media_cache_dir is None else str(self.media_cache_dir),
+            media_cache_max_size=self.media_cache_max_size,
+            media_cache_ttl=self.media_cache_ttl,
             chat_template=self.chat_template,
             log_level=self.log_level,
         )

@@ -1,0 +1,272 @@
+"""The disk cache of fetched media, between the intake and the fetcher. It may make a fetch needless, and never fail one.
+
+A lookup comes after the policy has judged the URL, and whatever led to the medium when it was fetched is judged again.
+What was fetched is offered back by :meth:`MediaCache.keep` when it turned out to be a medium. Nothing here touches the
+disk on the event loop: lookups have threads of their own, so that a disk that hangs holds up nothing else, and a bounded
+time, after which the medium is fetched; writing has one thread and a bounded backlog, beyond which media are not kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from mmprep.digest import HashName
+from mmprep.errors import MmprepError
+from mmprep_frontend.media.cache_disk import CacheDisk, Damaged, Found
+from mmprep_frontend.media.cache_index import Change, Kept
+from mmprep_frontend.media.fetch import Condition, Fetcher, Reply
+from mmprep_frontend.media.keys import fetched_key
+from mmprep_frontend.media.policy import UrlPolicy
+
+_log = logging.getLogger("mmprep.frontend")
+
+#: Seconds after which a lookup is given up.
+_PATIENCE: Final = 1.0
+#: Seconds for what is still to be written when the frontend ends.
+_LAST: Final = 1.0
+_READERS: Final = 2
+#: Lookups under way, media that wait to be written, their bytes, and hits that wait to be noted, at most.
+_LOOKUPS: Final = 512
+_BACKLOG: Final = 64
+_BACKLOG_BYTES: Final = 256 << 20
+_TOUCHES: Final = 4096
+
+Count = Callable[[str, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Keepable:
+    """A fetched medium that may be kept once it was decoded.
+
+    Attributes
+    ----------
+    key: of the cache.
+    reply: what its host said, without the bytes.
+    fetched: the wall clock before it was asked for.
+    """
+
+    key: bytes
+    reply: Reply
+    fetched: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A medium, from the disk or its host.
+
+    Attributes
+    ----------
+    digest, hash_name: of the bytes, where they were checked already.
+    asked: whether a host was asked.
+    keepable: where it is to be offered to the cache.
+    """
+
+    data: bytes
+    digest: bytes | None
+    hash_name: HashName | None
+    asked: bool
+    keepable: Keepable | None
+
+
+class MediaCache:
+    """Fetches through a disk cache. To be made and used within one event loop.
+
+    Parameters
+    ----------
+    disk:
+        What lies on the disk.
+    fetcher, policy:
+        What fetches, and the policy it follows.
+    max_bytes:
+        Largest medium, in bytes, ``--max-media-size``: larger ones are not read from the disk either.
+    count:
+        Told the name of a counter and what to add, on the loop.
+    """
+
+    def __init__(self, disk: CacheDisk, fetcher: Fetcher, policy: UrlPolicy, *, max_bytes: int, count: Count) -> None:
+        self._disk = disk
+        self._fetcher = fetcher
+        self._policy = policy
+        self._max_bytes = max_bytes
+        self._count = count
+        self._loop = asyncio.get_running_loop()
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="cache-read")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="cache-write")
+        self._lookups = 0
+        self._keeping: dict[bytes, int] = {}
+        self._touched: dict[str, None] = {}
+        self._touching = False
+        self._closed = False
+        self._warned = False
+        self._later(disk.sweep, self._swept)
+
+    async def fetch(self, url: str, *, scope: bytes, param: str | None, timeout: float) -> Fetched:
+        """Return the medium at ``url``; errors as of :meth:`Fetcher.fetch`.
+
+        Parameters
+        ----------
+        scope:
+            From :func:`mmprep_frontend.media.keys.scope`; others never see what is kept for it.
+        """
+        deadline = self._loop.time() + timeout
+        try:
+            target = self._policy.judge_url(url)
+        except MmprepError as error:
+            raise error.at(param) if param is not None else error from None
+        key = fetched_key(scope=scope, url=target.url, allow_private=self._policy.allow_private)
+        found = await self._find(key, min(_PATIENCE, timeout))
+        if found is not None and found.fresh:
+            return self._hit(found, asked=False)
+        condition = None
+        if found is not None and found.kept.validators:
+            condition = Condition(found.kept.hops[-1], found.kept.validators)
+        elif found is not None:
+            self._later(partial(self._disk.drop, found.kept.name))
+        fetched = self._disk.now()
+        try:
+            reply = await self._fetcher.ask(
+                url, param=param, timeout=max(0.001, deadline - self._loop.time()), condition=condition
+            )
+        except BaseException:
+            self._count("mmprep_media_cache_misses_total", 1)
+            raise
+        if reply.data is None:
+            assert found is not None
+            self._renew(found.kept, reply)
+            return self._hit(found, asked=True)
+        self._count("mmprep_media_cache_misses_total", 1)
+        return Fetched(reply.data, None, None, True, self._keepable(key, found, reply, fetched))
+
+    def keep(self, keepable: Keepable, data: bytes | memoryview, digest: bytes, hash_name: HashName) -> None:
+        """Keep a medium that was fetched and decoded; returns at once, and may do nothing.
+
+        Parameters
+        ----------
+        digest, hash_name:
+            Of ``data``, to check it with when it is read.
+        """
+        key, reply = keepable.key, keepable.reply
+        waiting = sum(self._keeping.values())
+        if key in self._keeping or len(self._keeping) >= _BACKLOG or (waiting and waiting + len(data) > _BACKLOG_BYTES):
+            return
+        kept = Kept(
+            key,
+            "",
+            len(data),
+            hash_name,
+            digest,
+            reply.hops,
+            reply.validators,
+            reply.keeping == "ask",
+            keepable.fetched,
+        )
+        self._keeping[key] = len(data)
+
+        def done(change: Change | None) -> None:
+            del self._keeping[key]
+            if change is not None and change.evicted:
+                self._count("mmprep_media_cache_evictions_total", change.evicted)
+
+        self._later(partial(self._disk.keep, kept, data, fetched=keepable.fetched), done)
+
+    async def close(self) -> None:
+        """Write what waits, within a second, and let go of the disk."""
+        self._closed = True
+        end = self._loop.run_in_executor(self._writer, self._disk.close)
+        await asyncio.wait([end], timeout=_LAST)
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._writer.shutdown(wait=False, cancel_futures=True)
+
+    async def _find(self, key: bytes, patience: float) -> Found | None:
+        if self._lookups >= _LOOKUPS:
+            return None
+        self._lookups += 1
+        looking = self._loop.run_in_executor(self._readers, partial(self._disk.find, key, max_bytes=self._max_bytes))
+        looking.add_done_callback(self._looked_up)
+        await asyncio.wait([looking], timeout=patience)
+        if not looking.done():
+            self._failed(TimeoutError("the disk is slow"))
+            return None
+        if looking.exception() is not None:
+            return None
+        found = looking.result()
+        return found if found is not None and self._may_be_read(found.kept) else None
+
+    def _looked_up(self, looking: asyncio.Future[Found | None]) -> None:
+        self._lookups -= 1
+        error = None if looking.cancelled() else looking.exception()
+        if error is not None:
+            self._failed(error)
+        if isinstance(error, Damaged):
+            self._later(partial(self._disk.drop, error.name))
+
+    def _may_be_read(self, kept: Kept) -> bool:
+        try:
+            for hop in kept.hops:
+                self._policy.judge_url(hop)
+        except MmprepError:
+            return False
+        return bool(kept.hops)
+
+    def _hit(self, found: Found, *, asked: bool) -> Fetched:
+        self._count("mmprep_media_cache_hits_total", 1)
+        name = found.kept.name
+        if name in self._touched or len(self._touched) < _TOUCHES:
+            self._touched.pop(name, None)
+            self._touched[name] = None
+            if not self._touching:
+                self._note_use(None)
+        return Fetched(found.data, found.kept.digest, found.kept.hash_name, asked, None)
+
+    def _note_use(self, _done: object) -> None:
+        """Write down what was used since the last time, in its order; then again, where more was used meanwhile."""
+        self._touching = bool(self._touched)
+        if self._touching:
+            names = list(self._touched)
+            self._touched.clear()
+            self._later(partial(self._disk.touch, names), self._note_use)
+
+    def _renew(self, kept: Kept, reply: Reply) -> None:
+        if reply.keeping == "never":
+            self._later(partial(self._disk.drop, kept.name))
+            return
+        ask = kept.ask if reply.keeping is None else reply.keeping == "ask"
+        self._later(partial(self._disk.renew, kept.name, kept.validators.renewed(reply.validators), ask=ask))
+
+    def _keepable(self, key: bytes, found: Found | None, reply: Reply, fetched: float) -> Keepable | None:
+        if reply.keeping == "never":
+            if found is not None:
+                self._later(partial(self._disk.drop, found.kept.name))
+            return None
+        return Keepable(key, Reply(None, reply.hops, reply.validators, reply.keeping), fetched)
+
+    def _later(self, work: Callable[[], Any], then: Callable[[Any], None] | None = None) -> None:
+        """Do ``work`` on the writing thread, then tell ``then`` on the loop what came of it, ``None`` after an error."""
+
+        def done(future: asyncio.Future[Any]) -> None:
+            error = None if future.cancelled() else future.exception()
+            if error is not None:
+                self._failed(error)
+            if then is not None:
+                then(None if future.cancelled() or error is not None else future.result())
+
+        if self._closed:
+            return
+        self._loop.run_in_executor(self._writer, work).add_done_callback(done)
+
+    def _swept(self, number: int | None) -> None:
+        if number:
+            self._count("mmprep_media_cache_errors_total", number)
+
+    def _failed(self, error: BaseException) -> None:
+        self._count("mmprep_media_cache_errors_total", 1)
+        if not self._warned and not isinstance(error, Damaged):
+            self._warned = True
+            said = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+            _log.warning("the media cache has errors, which are counted and otherwise ignored; the first: %s", said)

@@ -1,0 +1,167 @@
+"""The disk cache of a whole service: what is fetched once is not fetched again, and no disk fails a request."""
+
+import contextlib
+import hashlib
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from tests.integration.service import DATA, eventually, mmprep, photo, serving, text, user
+
+SMALL = ("--allow-private-networks", "--cache-size", "32MiB", "--frontends", 1)
+CAT = (DATA / "cat.png").read_bytes()
+READ_ONLY = (
+    "unshare",
+    "--mount",
+    "sh",
+    "-c",
+    'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"',
+)
+FULL = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=128k none "$0" && exec "$@"')
+
+
+class Host(BaseHTTPRequestHandler):
+    """Gives the picture that the path ends with, with the headers of ``server.headers``; 304 to who has its tag."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.server.asked.append((self.path, self.headers.get("If-None-Match")))
+        if self.path.startswith("/moved/"):
+            self.send_response(302)
+            self.send_header("Location", f"http://{self.server.elsewhere}/{self.path.rpartition('/')[2]}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        body = b"no picture" if "text" in self.path else CAT
+        tag = f'"{hashlib.sha256(body).hexdigest()}"'
+        unchanged = self.headers.get("If-None-Match") == tag
+        self.send_response(304 if unchanged else 200)
+        self.send_header("ETag", tag)
+        for name, value in self.server.headers.items():
+            self.send_header(name, value)
+        if not unchanged:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if not unchanged:
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+@pytest.fixture
+def host():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Host) as server:
+        server.asked, server.headers = [], {}
+        server.elsewhere = f"localhost:{server.server_port}"
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def at(url):
+    return user(text("What is this?"), {"type": "image_url", "image_url": {"url": url}})
+
+
+def counted(service):
+    metrics = service.metrics()
+    names = ("hits", "misses", "evictions", "errors")
+    return {name: metrics.get(f"mmprep_media_cache_{name}_total", 0) for name in names}
+
+
+def bodies(directory):
+    return [path for path in (directory / "mmprep-media-1" / "bodies").glob("*") if not path.name.endswith(".part")]
+
+
+@contextlib.contextmanager
+def caching(directory, *options, **more):
+    with serving(*SMALL, "--media-cache-dir", directory, *options, **more) as service:
+        yield service
+
+
+def test_a_medium_is_fetched_once_for_all_frontends_and_over_restarts(host, tmp_path):
+    url = f"{host.url}/cat.png"
+    with caching(tmp_path, "--frontends", 2) as service:
+        first = service.render(at(url))["features"]
+        assert first == service.render(user(text("What is this?"), photo("cat.png")))["features"]
+        eventually(lambda: len(bodies(tmp_path)) == 1, "the body on the disk")
+    fetched = len(host.asked)
+    assert fetched == 1
+    with caching(tmp_path, "--frontends", 2) as service:
+        for _ in range(8):
+            assert service.render(at(url))["features"] == first
+        assert len(host.asked) == fetched
+        eventually(lambda: counted(service)["hits"] == 8, "eight hits in the metrics")
+        assert counted(service) == {"hits": 8, "misses": 0, "evictions": 0, "errors": 0}
+        # Another tenant sees nothing of it.
+        assert service.render(at(url), cache_salt="other")["features"]["mm_placeholders"] == first["mm_placeholders"]
+        assert len(host.asked) == fetched + 1
+
+
+def test_what_is_no_medium_or_was_only_counted_is_not_kept(host, tmp_path):
+    with caching(tmp_path) as service:
+        assert service.chat(at(f"{host.url}/text")).status == 415
+        assert service.post("/tokenize", {"messages": at(f"{host.url}/a/cat.png")}).status == 200
+        host.headers = {"Cache-Control": "no-store"}
+        service.render(at(f"{host.url}/b/cat.png"))
+        host.headers = {}
+        # The last one shows that what was offered before it is written or was not offered.
+        service.render(at(f"{host.url}/c/cat.png"))
+        eventually(lambda: bodies(tmp_path), "the body on the disk")
+        assert len(bodies(tmp_path)) == 1
+        assert counted(service)["misses"] == 4
+
+
+def test_after_the_ttl_the_host_is_asked_whether_the_medium_is_the_same(host, tmp_path):
+    url = f"{host.url}/cat.png"
+    with caching(tmp_path, "--media-cache-ttl", "0s") as service:
+        first = service.render(at(url))["features"]
+        eventually(lambda: bodies(tmp_path), "the body on the disk")
+        assert service.render(at(url))["features"] == first
+        assert [tag is None for _, tag in host.asked] == [True, False]
+        assert (counted(service)["hits"], counted(service)["misses"]) == (1, 1)
+
+
+def test_hits_still_meet_the_policy_and_the_size_of_today(host, tmp_path):
+    direct, moved = f"{host.url}/cat.png", f"{host.url}/moved/cat.png"
+    with caching(tmp_path) as service:
+        for url in (direct, moved):
+            service.render(at(url))
+        eventually(lambda: len(bodies(tmp_path)) == 2, "two bodies on the disk")
+    with caching(tmp_path, "--allowed-media-domains", "127.0.0.1") as service:
+        service.render(at(direct))
+        assert service.chat(at(moved)).status == 400
+    with caching(tmp_path, "--max-media-size", "1KiB") as service:
+        assert service.chat(at(direct)).status == 413
+    # Without private networks.
+    with serving("--cache-size", "32MiB", "--frontends", 1, "--media-cache-dir", tmp_path) as service:
+        assert service.chat(at(direct)).status == 400
+        assert counted(service)["hits"] == 0
+
+
+def test_a_directory_that_cannot_be_is_a_miss(host):
+    with caching(Path("/proc/no/such")) as service:
+        for _ in range(2):
+            service.render(at(f"{host.url}/cat.png"))
+        assert len(host.asked) == 2
+        assert (counted(service)["misses"], counted(service)["hits"]) == (2, 0)
+        assert counted(service)["errors"] >= 3
+        assert "/proc" not in "".join(line for line in service.lines if "media cache" in line)
+
+
+@pytest.mark.parametrize("prefix", [READ_ONLY, FULL], ids=["read-only", "full"])
+def test_a_disk_that_takes_nothing_is_a_miss(host, tmp_path, prefix):
+    prefix = (*prefix, str(tmp_path))
+    if mmprep("--version", prefix=prefix).returncode:
+        pytest.skip("this machine does not let tests mount a file system")
+    with caching(tmp_path, prefix=prefix) as service:
+        for _ in range(3):
+            service.render(at(f"{host.url}/cat.png"))
+        assert len(host.asked) == 3
+        eventually(lambda: counted(service)["errors"] >= 3, "errors in the metrics")
+        assert (counted(service)["misses"], counted(service)["hits"]) == (3, 0)
