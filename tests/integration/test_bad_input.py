@@ -206,7 +206,7 @@ CASES = {
         chat(user({**photo("cat.png"), "uuid": "u1"})), 400, BAD, "messages[0].content[0].uuid", "leave it out"
     ),
     # places that are not read from
-    "file": Case(chat(with_url("file:///etc/passwd")), 400, BAD, PART, "file: URLs are not supported"),
+    "file": Case(chat(with_url("file:///etc/passwd")), 400, BAD, PART, "file: URLs are only read by a service that"),
     "ftp": Case(chat(with_url("ftp://example.com/a.png")), 400, BAD, PART, "ftp: URLs"),
     "attachment": Case(chat(with_url("attachment:0")), 400, BAD, PART, ""),
     "cloud metadata": Case(

@@ -19,9 +19,11 @@ WALL_CLOCKS = {
     ("datetime", "today"),
     ("date", "today"),
 }
-#: Where the time of day is shown to somebody, and limits nothing: module and number of uses.
+#: Where the time of day is shown to somebody, or compared with one that comes from elsewhere: module and number of uses.
 SHOWN = {
     "frontend/mmprep_frontend/http/door.py": 1,  # "created" of /v1/models
+    "frontend/mmprep_frontend/media/cache_disk.py": 1,  # when a body was written, perhaps before a restart
+    "frontend/mmprep_frontend/media/fetch.py": 1,  # a Retry-After that is a date
     "frontend/mmprep_frontend/render/template.py": 1,  # strftime_now of chat templates
     "shared/mmprep/chaos/__main__.py": 1,  # a seed
 }
