@@ -100,6 +100,7 @@ class Frontend:
             tensor_dtype=settings.tensor_dtype,
             limits=settings.limit_mm_per_prompt,
             request_timeout=settings.request_timeout,
+            trusts_kwargs=settings.trust_request_mm_kwargs,
         )
 
     def _open_cache(self, policy: UrlPolicy) -> MediaCache | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -17,11 +17,12 @@ from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
+from mmprep.card import Io, ItemOptions, pack_io
 from mmprep.digest import Hasher
 from mmprep.errors import DeadlineExceeded, InternalError, InvalidRequest, ServiceUnavailable
 from mmprep.items import ItemMeta, unpack_meta
 from mmprep.metrics import Metrics
-from mmprep.wire.messages import ItemAnswer, LeaseTo, Need
+from mmprep.wire.messages import HEAVY_COST, ItemAnswer, LeaseTo, Need
 from mmprep_frontend.dispatch import Offered, OfferItem, WriterLink
 from mmprep_frontend.media.intake import SMALL, TINY, Intake, Medium, Source, at_hand, first_error, size
 from mmprep_frontend.media.keys import item_key, scope
@@ -49,7 +50,9 @@ _FEW_IDS = 16_384
 _ANSWER = 100
 #: Bytes of tensors up to which an answer is encoded on the loop.
 _FEW_BYTES = 64 * 1024
-_PIXELS_A_BYTE = 4
+#: What one medium is estimated to cost, in pixels: the least, and for each encoded byte. A second of video is as much
+#: as a large picture, so every video is slow work.
+_COST = {"image": (4096, 4), "video": (HEAVY_COST, 40), "audio": (65_536, 1)}
 #: Characters and ids that one completion request has tokenized or checked before others get their turn.
 _TURN = 64 * 1024
 _ANONYMOUS = "anonymous"
@@ -74,6 +77,7 @@ class Terms:
     need: tensors, or only plans.
     lease: to whom the addresses are to be leased; else they are pinned.
     dtype: of the main tensors, or ``auto``.
+    io: how media are read, by modality.
     salt: of the cache, or ``None``.
     priority: lower is more urgent.
     deadline: by the loop's clock.
@@ -82,6 +86,7 @@ class Terms:
     need: Need
     lease: LeaseTo | None
     dtype: str
+    io: Mapping[str, Io]
     salt: str | None
     priority: int
     deadline: float
@@ -156,6 +161,8 @@ class Service:
         Media a request, by modality.
     request_timeout:
         Seconds, for requests without ``deadline_ms``.
+    trusts_kwargs:
+        Whether requests may say how media are read.
     """
 
     def __init__(
@@ -170,6 +177,7 @@ class Service:
         tensor_dtype: str,
         limits: dict[str, int],
         request_timeout: float,
+        trusts_kwargs: bool,
     ) -> None:
         self.writer = writer
         self.metrics = metrics
@@ -182,6 +190,7 @@ class Service:
         self._tensor_dtype = tensor_dtype
         self._limits = limits
         self._request_timeout = request_timeout
+        self._trusts_kwargs = trusts_kwargs
 
     async def on_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         """Return what ``work`` returns on a thread; awaits its end also when cancelled.
@@ -225,7 +234,7 @@ class Service:
             With the place in the request as ``param``.
         """
         model, arrived = self.served(), _now()
-        request = await self._parse(body, lambda: parse(body, "chat"))
+        request = await self._parse(body, lambda: parse(body, "chat", trusted=self._trusts_kwargs))
         model.check_name(request.model)
         deadline = self._deadline(arrived, request.deadline_ms)
         with _naming("messages"):
@@ -254,6 +263,7 @@ class Service:
             need="plan" if request.payload == "none" else "tensors",
             lease=LeaseTo(request.backend_id or "", request.lease_kind or "copy") if request.payload == "shm" else None,
             dtype=request.mm_dtype or self._tensor_dtype,
+            io=request.io,
             salt=request.cache_salt,
             priority=request.priority or 0,
             deadline=deadline,
@@ -322,8 +332,7 @@ class Service:
             self._observe("hash", medium.seconds)
         scoped = scope(_ANONYMOUS, terms.salt)
         wanted = [
-            self._offer_item(model, scoped, part, medium, terms.dtype)
-            for part, medium in zip(parts, media, strict=True)
+            self._offer_item(model, scoped, part, medium, terms) for part, medium in zip(parts, media, strict=True)
         ]
         offered = await self.writer.offer(
             wanted, need=terms.need, deadline=terms.deadline, priority=terms.priority, lease=terms.lease
@@ -347,15 +356,16 @@ class Service:
         return offered, items
 
     def _offer_item(
-        self, model: ServedModel, scoped: bytes, part: MediaPart, medium: Medium, dtype_name: str
+        self, model: ServedModel, scoped: bytes, part: MediaPart, medium: Medium, terms: Terms
     ) -> OfferItem:
         dtypes = model.card.dtypes[part.modality]
-        dtype = dtypes[0] if dtype_name == "auto" else dtype_name
+        dtype = dtypes[0] if terms.dtype == "auto" else terms.dtype
         if dtype not in dtypes:
             raise InvalidRequest(
                 f"This model's tensors of modality '{part.modality}' come as {', '.join(dtypes)}, not as {dtype}.",
                 param="mm_dtype",
             )
+        io = pack_io(terms.io.get(part.modality, {}))
         key = item_key(
             scope=scoped,
             digest=medium.digest,
@@ -363,10 +373,12 @@ class Service:
             modality=part.modality,
             fingerprint=model.card.fingerprint,
             dtype=dtype,
-            options=b"",
+            options=io,
         )
-        cost = max(4096, len(medium.data) * _PIXELS_A_BYTE)
-        return OfferItem(key, part.modality, medium.data, medium.digest, msgspec.msgpack.encode((dtype,)), cost)
+        least, a_byte = _COST[part.modality]
+        cost = max(least, len(medium.data) * a_byte)
+        options = msgspec.msgpack.encode(ItemOptions(dtype, io))
+        return OfferItem(key, part.modality, medium.data, medium.digest, options, cost)
 
     def _expand(self, prompt: EncodedPrompt, items: Sequence[RenderedItem]) -> Expanded:
         plans: dict[str, list[Any]] = {}
@@ -381,7 +393,7 @@ class Service:
         """Render a completion request; JSON of a list of GenerateRequests, one a prompt."""
         model, arrived = self.served(), _now()
         model.bounds.check_json(len(body))
-        request = await self._parse(body, lambda: parse(body, "completion"))
+        request = await self._parse(body, lambda: parse(body, "completion", trusted=self._trusts_kwargs))
         model.check_name(request.model)
         numbered = request.is_batch
         with _naming("prompt"):
@@ -422,7 +434,7 @@ class Service:
     async def tokenize(self, body: Body, attachments: Sequence[memoryview] = ()) -> bytes:
         """Tokenize a text or a chat, to JSON; media are expanded, and only their plans are computed."""
         model, arrived = self.served(), _now()
-        request = await self._parse(body, lambda: parse(body, "tokenize"))
+        request = await self._parse(body, lambda: parse(body, "tokenize", trusted=self._trusts_kwargs))
         model.check_name(request.model)
         deadline = self._deadline(arrived, request.deadline_ms)
         if request.prompt is not None:
@@ -469,6 +481,7 @@ class Service:
             need="plan",
             lease=None,
             dtype=request.mm_dtype or self._tensor_dtype,
+            io=request.io,
             salt=request.cache_salt,
             priority=request.priority or 0,
             deadline=deadline,

@@ -5,9 +5,45 @@ The worker's lanes know the family; the frontend knows none. It receives a card 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Annotated, TypeAlias
+
 import msgspec
 
 from mmprep.items import Normalization
+
+_Text = Annotated[str, msgspec.Meta(max_length=64)]
+_Whole = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]
+#: One value of ``media_io_kwargs``.
+IoValue: TypeAlias = bool | _Whole | float | _Text | tuple[_Whole, ...] | None
+#: What a request may choose about reading one medium: how many frames of a video are taken, say.
+Io: TypeAlias = Annotated[dict[_Text, IoValue], msgspec.Meta(max_length=16)]
+
+
+class ItemOptions(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What a request may choose for one medium. All of it is part of the item's key.
+
+    Attributes
+    ----------
+    dtype: of the main tensor; one of the card's for the modality.
+    io: how the medium is read, from :func:`pack_io`; empty where the request chose nothing.
+    """
+
+    dtype: _Text
+    io: Annotated[bytes, msgspec.Meta(max_length=4096)] = b""
+
+
+def pack_io(io: Mapping[str, IoValue]) -> bytes:
+    """Return ``io`` as JSON, the same for equal choices; empty where nothing was chosen.
+
+    JSON since the service's own messages have no place for floating-point numbers, of which some are no numbers.
+    """
+    return msgspec.json.encode(io, order="deterministic") if io else b""
+
+
+def unpack_io(packed: bytes) -> dict[str, IoValue]:
+    """Return what :func:`pack_io` packed; raises ``msgspec.MsgspecError`` for what it never packs."""
+    return msgspec.json.decode(packed, type=Io) if packed else {}
 
 
 class Placeholder(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -29,6 +29,9 @@ class WriterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inline_size: int
     max_media_size: int
     max_image_pixels: int
+    max_video_frames: int
+    max_video_duration: float
+    max_audio_duration: float
     queue_limit: int
     queue_bytes: int
     lease_seconds: float
@@ -64,6 +67,7 @@ class FrontendSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     media_cache_max_size: int
     media_cache_ttl: float
     chat_template: str | None
+    trust_request_mm_kwargs: bool
     log_level: str
 
 

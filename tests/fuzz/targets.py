@@ -19,7 +19,7 @@ from tests.wire_strategies import LINKS
 
 from mmprep import layout
 from mmprep.address import Address, check_against, check_record, parse_address
-from mmprep.card import ModelCard
+from mmprep.card import ItemOptions, ModelCard
 from mmprep.errors import InvalidRequest, ProtocolError, StaleAddress
 from mmprep.items import DTYPE_SIZES, ItemMeta, region_size, unpack_meta
 from mmprep.layout import PAGE, RECORD_SIZE, Geometry, Header, Record, State
@@ -27,7 +27,6 @@ from mmprep.result import Head, unpack_head
 from mmprep.wire import messages
 from mmprep.wire.codec import CONTROL_LIMIT, pack, unpack
 from mmprep_worker.lanes.config import LaneConfig
-from mmprep_worker.models.family import ItemOptions
 from mmprep_worker.ring.policy import Clock
 from mmprep_worker.ring.ring import Ring
 

@@ -19,10 +19,11 @@ from PIL import Image
 from tests.integration.service import Service, _is_quiet, eventually, serving, user
 
 from mmprep import embedded
+from mmprep.card import ItemOptions
 from mmprep.cli.desk import DeskClient
 from mmprep.failpoints import VARIABLE
 from mmprep.items import field_array, region_size
-from mmprep_worker.models.family import ItemOptions
+from mmprep_worker.models.family import MediaLimits
 from mmprep_worker.models.registry import load_family
 
 
@@ -121,7 +122,7 @@ def drawn(number: int, side: int = 100) -> bytes:
 
 @cache
 def _family():
-    return load_family(embedded.path(), max_image_pixels=1 << 27)
+    return load_family(embedded.path(), MediaLimits(1 << 27, 64, 60.0, 60.0))
 
 
 def expected(picture: bytes) -> np.ndarray:

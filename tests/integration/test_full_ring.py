@@ -18,10 +18,11 @@ from PIL import Image
 from tests.integration.service import SHM, Service, decode_item, eventually, image, serving, text, user
 
 from mmprep import AsyncClient, Backend, Busy, Client, LeaseLost, StaleAddress, TooLarge, embedded
+from mmprep.card import ItemOptions
 from mmprep.items import field_array, region_size
 from mmprep.runtime import RuntimeDir
 from mmprep.segment import segments_of
-from mmprep_worker.models.family import ItemOptions
+from mmprep_worker.models.family import MediaLimits
 from mmprep_worker.models.registry import load_family
 
 #: Pixels a side of a picture that fits four times into the ring.
@@ -39,7 +40,7 @@ def picture(number, side=SIDE):
 
 @pytest.fixture(scope="module")
 def family():
-    return load_family(embedded.path(), max_image_pixels=1 << 24)
+    return load_family(embedded.path(), MediaLimits(1 << 24, 64, 60.0, 60.0))
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from mmprep.process_lock import holder
 from mmprep.segment import Segment
 from mmprep_worker.lanes.config import LaneConfig
 from mmprep_worker.lanes.pool import LanePool
+from mmprep_worker.models.family import MediaLimits
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def orders(runtime_dir, segment, token=bytes(32)):
         lock=str(runtime_dir / "lane-0.lock"),
         segment=segment,
         model=str(embedded.path()),
-        max_image_pixels=1 << 24,
+        limits=MediaLimits(1 << 24, 64, 60.0, 60.0),
         max_media_size=1 << 24,
         data_limit=4 << 30,
         nice=0,

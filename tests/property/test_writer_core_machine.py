@@ -23,6 +23,7 @@ from mmprep.metrics import Metrics
 from mmprep.segment import sibling_name
 from mmprep.wire import messages
 from mmprep.wire.codec import PROTOCOL, pack, unpack
+from mmprep.wire.messages import HEAVY_COST
 from mmprep_worker.ring.policy import Clock
 from mmprep_worker.ring.ring import Ring
 from mmprep_worker.ring.spills import Spill
@@ -32,7 +33,6 @@ from mmprep_worker.scheduling.queue import FairQueue
 from mmprep_worker.writer.core import WriterCore
 from mmprep_worker.writer.plans import PlanStore
 from mmprep_worker.writer.state import KillLane, RemoveSegment, Send, ToLane
-from mmprep_worker.writer.tasks import HEAVY_COST
 
 GEOMETRY = Geometry.plan(4096, 6)
 UPLOAD_SECONDS, LEASE_SECONDS, TASK_SECONDS = 6, 10, 8

@@ -22,8 +22,8 @@ from tests.simulation.writer import QUARANTINE_SECONDS, Writer
 from mmprep import errors
 from mmprep.layout import Geometry
 from mmprep.wire import messages
+from mmprep.wire.messages import HEAVY_COST
 from mmprep_worker.writer.core import WriterCore
-from mmprep_worker.writer.tasks import HEAVY_COST
 
 #: Seconds that a call may take beyond its deadline until its outcome is there.
 GRACE = 1.0

@@ -4,6 +4,13 @@ import json
 
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from mmprep_worker.models.family import MediaLimits
+
+
+def limits(image_pixels=178_956_970, video_frames=768, video_seconds=3600.0, audio_seconds=3600.0):
+    return MediaLimits(image_pixels, video_frames, video_seconds, audio_seconds)
+
+
 QWEN2_TOKENS = (
     "<|endoftext|>",
     "<|vision_start|>",

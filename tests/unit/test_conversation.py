@@ -4,12 +4,13 @@ import jinja2
 import pytest
 from tiny_tokenizer import CHAT_TEMPLATE, STRING_TEMPLATE, build, card
 
-from mmprep.card import ModelCard
+from mmprep.card import ModelCard, Placeholder
 from mmprep.errors import InvalidRequest
 from mmprep_frontend.render.conversation import MediaPart, detect_format, walk
 from mmprep_frontend.render.requests import parse
 from mmprep_frontend.render.sentinels import Sentinels
 
+MODALITIES = ("image", "video", "audio")
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 
 
@@ -36,6 +37,22 @@ def test_media_are_taken_out_in_order_with_their_places(model):
     ]
     assert conversation.messages[0]["content"] == [{"type": "text", "text": "a"}, {"type": "image"}]
     assert conversation.sentinels == 0
+
+
+def test_videos_and_recordings_are_taken_out_like_pictures():
+    takes_all = ModelCard("any", b"", tuple(Placeholder(m, f"<{m}>", 7, f"<{m}>") for m in MODALITIES), {}, {})
+    parts = [
+        {"type": "video_url", "video_url": {"url": "http://v/"}},
+        {"type": "audio_url", "audio_url": "http://a/"},
+        {"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}},
+    ]
+    conversation = walked([{"role": "user", "content": parts}], takes_all)
+    assert conversation.media == [
+        MediaPart("video", "http://v/", "messages[0].content[0].video_url"),
+        MediaPart("audio", "http://a/", "messages[0].content[1].audio_url"),
+        MediaPart("audio", "AA==", "messages[0].content[2].input_audio", bare=True),
+    ]
+    assert [part["type"] for part in conversation.messages[0]["content"]] == ["video", "audio", "audio"]
 
 
 def test_a_string_template_gets_joined_text_with_sentinels(model):
@@ -80,9 +97,14 @@ def test_reasoning_is_given_under_every_name_that_templates_read(model):
     ("messages", "param"),
     [
         ([{"role": "user"}], "messages[0].content"),
-        ([{"role": "user", "content": [{"type": "video_url", "video_url": {}}]}], "messages[0].content[0].type"),
-        ([{"role": "user", "content": [{"type": "audio_url"}]}], "messages[0].content[0].type"),
-        ([{"role": "user", "content": [{"type": "input_audio"}]}], "messages[0].content[0].type"),
+        (
+            [{"role": "user", "content": [{"type": "audio_url", "audio_url": "http://x/"}]}],
+            "messages[0].content[0].type",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "AA=="}}]}],
+            "messages[0].content[0].type",
+        ),
         ([{"role": "user", "content": [{"type": "image_embeds"}]}], "messages[0].content[0].type"),
         ([{"role": "user", "content": [{**PICTURE, "uuid": "u"}]}], "messages[0].content[0].uuid"),
         (
@@ -102,7 +124,7 @@ def test_what_cannot_be_rendered_is_refused_at_its_place(messages, param, model)
 
 
 def test_a_model_without_images_refuses_them():
-    with pytest.raises(InvalidRequest, match="takes no images"):
+    with pytest.raises(InvalidRequest, match="takes no media of modality 'image'"):
         walked([{"role": "user", "content": [PICTURE]}], ModelCard("text", b"", (), {}, {}))
 
 

@@ -5,13 +5,13 @@ import time
 
 import numpy as np
 import pytest
-from model_fixtures import write_llava, write_qwen2_vl
+from model_fixtures import limits, write_llava, write_qwen2_vl
 from PIL import Image, ImageOps
 from transformers import AutoProcessor
 
+from mmprep.card import ItemOptions
 from mmprep.errors import DecodeError, InvalidRequest, StartupError
 from mmprep.items import Plan, Run, storage_dtype, unpack_meta
-from mmprep_worker.models.family import ItemOptions
 from mmprep_worker.models.registry import load_family
 
 RANDOM = np.random.default_rng(5)
@@ -27,7 +27,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def family(model):
-    return load_family(model, max_image_pixels=LIMIT)
+    return load_family(model, limits(LIMIT))
 
 
 @pytest.fixture(scope="module")
@@ -118,14 +118,14 @@ def test_errors_are_those_of_the_seam(family):
 def test_a_processor_that_needs_torch_is_refused_at_the_start(tmp_path):
     write_qwen2_vl(tmp_path, processor={"image_processor_type": "Qwen2VLImageProcessor", "resample": 2})
     with pytest.raises(StartupError, match="needs torch"):
-        load_family(tmp_path, max_image_pixels=LIMIT)
+        load_family(tmp_path, limits(LIMIT))
 
 
 def test_a_broken_processor_is_refused_at_the_start(tmp_path):
     write_llava(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(StartupError, match=r"preprocessor_config\.json"):
-        load_family(tmp_path, max_image_pixels=LIMIT)
+        load_family(tmp_path, limits(LIMIT))
 
 
 def test_decoding_is_counted_apart_from_processing(family, monkeypatch):

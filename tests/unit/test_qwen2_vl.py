@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_fixtures import QWEN2_VL, QWEN3_VL, write_json, write_qwen2_vl
+from model_fixtures import QWEN2_VL, QWEN3_VL, limits, write_json, write_qwen2_vl
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_resize
 
+from mmprep.card import ItemOptions
 from mmprep.errors import DecodeError, InvalidRequest, MmprepError, StartupError, TooLarge, UnsupportedMedia
 from mmprep.items import storage_dtype, unpack_meta
 from mmprep_worker.images.resample import PillowResampler
-from mmprep_worker.models.family import ItemOptions
 from mmprep_worker.models.qwen2_vl import Qwen2VLFamily, read_settings, smart_resize
 from mmprep_worker.models.registry import load_family
 
@@ -63,7 +63,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def family(model):
-    return load_family(model, max_image_pixels=LIMIT)
+    return load_family(model, limits(LIMIT))
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_any_size_equals_transformers_or_is_refused_as_there(family, processor, 
 @pytest.mark.parametrize("size", [(640, 480), (1920, 1080), (50, 900)])
 def test_qwen3_vl_equals_transformers(tmp_path, size):
     write_qwen2_vl(tmp_path, "qwen3_vl", QWEN3_VL)
-    three = load_family(tmp_path, max_image_pixels=LIMIT)
+    three = load_family(tmp_path, limits(LIMIT))
     assert_equals_transformers(three, AutoImageProcessor.from_pretrained(tmp_path), encoded(drawn(*size)))
 
 
@@ -172,7 +172,7 @@ def test_narrow_types_are_float32_rounded(family):
 
 
 def test_pillow_in_place_of_the_kernel_gives_the_same_bits(model):
-    other = load_family(model, max_image_pixels=LIMIT)
+    other = load_family(model, limits(LIMIT))
     data = encoded(drawn(640, 481))
     kernel = {dtype: processed(other, data, dtype)[1]["pixel_values"] for dtype in other.card.dtypes["image"]}
     other.resampler = PillowResampler()
@@ -236,7 +236,7 @@ def test_errors_say_what_to_change(family):
 
 def test_the_limit_of_pixels_is_the_servers(model):
     with pytest.raises(TooLarge, match="--max-image-pixels"):
-        load_family(model, max_image_pixels=99).open("image", encoded(drawn(10, 10)), ItemOptions("uint8"))
+        load_family(model, limits(99)).open("image", encoded(drawn(10, 10)), ItemOptions("uint8"))
 
 
 def test_settings_follow_both_spellings_and_the_defaults():
@@ -270,7 +270,7 @@ def test_settings_that_cannot_be_honoured_are_not_taken(change):
 def test_a_section_of_the_processors_file_wins(tmp_path):
     write_qwen2_vl(tmp_path)
     write_json(tmp_path / "processor_config.json", {"image_processor": {**QWEN2_VL, "max_pixels": 50_000}})
-    both = load_family(tmp_path, max_image_pixels=LIMIT)
+    both = load_family(tmp_path, limits(LIMIT))
     assert isinstance(both, Qwen2VLFamily)
     assert both.settings.max_pixels == 50_000
 
@@ -281,14 +281,14 @@ def test_tokens_are_found_by_name_where_the_configuration_leaves_them_out(tmp_pa
     (tmp_path / "tokenizer.json").unlink()
     added = {str(number): {"content": token} for token, number in ids.items()}
     write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": added})
-    named = load_family(tmp_path, max_image_pixels=LIMIT)
+    named = load_family(tmp_path, limits(LIMIT))
     assert named.card.placeholder("image").token_id == ids["<|image_pad|>"]
 
 
 def test_the_fingerprint_changes_with_the_configuration_only(model, family, tmp_path):
-    assert load_family(model, max_image_pixels=5).card.fingerprint == family.card.fingerprint
+    assert load_family(model, limits(5)).card.fingerprint == family.card.fingerprint
     write_qwen2_vl(tmp_path)
-    assert load_family(tmp_path, max_image_pixels=LIMIT).card.fingerprint != family.card.fingerprint
+    assert load_family(tmp_path, limits(LIMIT)).card.fingerprint != family.card.fingerprint
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tokenizer.json"])
@@ -296,19 +296,19 @@ def test_a_missing_or_broken_file_is_named_at_the_start(tmp_path, name):
     write_qwen2_vl(tmp_path)
     (tmp_path / name).write_text("{")
     with pytest.raises(StartupError, match=name) as caught:
-        load_family(tmp_path, max_image_pixels=LIMIT)
+        load_family(tmp_path, limits(LIMIT))
     assert str(tmp_path.parent) not in caught.value.message
     (tmp_path / name).write_text("[]")
     with pytest.raises(StartupError, match=name):
-        load_family(tmp_path, max_image_pixels=LIMIT)
+        load_family(tmp_path, limits(LIMIT))
     (tmp_path / name).unlink()
     with pytest.raises(MmprepError):
-        load_family(tmp_path, max_image_pixels=LIMIT)
+        load_family(tmp_path, limits(LIMIT))
 
 
 def test_a_missing_directory_is_named_at_the_start(tmp_path):
     with pytest.raises(StartupError, match="'nowhere' is no directory"):
-        load_family(tmp_path / "nowhere", max_image_pixels=LIMIT)
+        load_family(tmp_path / "nowhere", limits(LIMIT))
 
 
 def test_decoding_is_counted_where_it_happens_in_filling_too(family):

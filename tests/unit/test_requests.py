@@ -36,7 +36,16 @@ def test_images_come_as_an_object_or_as_a_plain_url():
     content = parse(chat(messages=[{"role": "user", "content": parts}]), "chat").messages[0].content
     assert isinstance(content[0], TextPart)
     assert isinstance(content[1], ImageUrlPart)
-    assert [part.url for part in content[1:]] == ["data:a", "data:b", "data:c"]
+    assert content[1].image_url.url == "data:a"
+    assert [part.image_url for part in content[2:]] == ["data:b", "data:c"]
+
+
+def test_how_media_are_read_may_be_said_where_it_is_trusted():
+    body = chat(media_io_kwargs={"video": {"num_frames": 4, "fps": 1.5}})
+    assert parse(body, "chat", trusted=True).io == {"video": {"num_frames": 4, "fps": 1.5}}
+    with pytest.raises(InvalidRequest) as caught:
+        parse(chat(media_io_kwargs={"smell": {}}), "chat", trusted=True)
+    assert "smell" in caught.value.message
 
 
 @pytest.mark.parametrize(
@@ -89,7 +98,7 @@ def test_what_breaks_the_schema_is_refused_at_its_place(body, param):
     [
         ("chat_template", "{{ messages }}"),
         ("mm_processor_kwargs", {"max_pixels": 1}),
-        ("media_io_kwargs", {}),
+        ("media_io_kwargs", {"video": {"num_frames": 4}}),
         ("truncate_prompt_tokens", 10),
         ("truncate_prompt_tokens", 0),
         ("truncation_side", "left"),

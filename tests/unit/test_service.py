@@ -50,6 +50,7 @@ def service(model):
         tensor_dtype="auto",
         limits={},
         request_timeout=60.0,
+        trusts_kwargs=False,
     )
     made.model = model
     yield made

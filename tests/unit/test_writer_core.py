@@ -11,6 +11,7 @@ from mmprep.layout import RECORD_SIZE, Geometry
 from mmprep.metrics import Metrics
 from mmprep.wire import messages
 from mmprep.wire.codec import CONTROL_LIMIT, PROTOCOL, unpack
+from mmprep.wire.messages import HEAVY_COST
 from mmprep_worker.ring.policy import Clock
 from mmprep_worker.ring.ring import Ring
 from mmprep_worker.scheduling.admission import Admission, Quarantine
@@ -19,7 +20,7 @@ from mmprep_worker.scheduling.queue import FairQueue
 from mmprep_worker.writer.core import WriterCore
 from mmprep_worker.writer.plans import PlanStore
 from mmprep_worker.writer.state import KillLane, ReadersSilent, RemoveSegment, Send, ToLane
-from mmprep_worker.writer.tasks import HEAVY_COST, MAX_METADATA
+from mmprep_worker.writer.tasks import MAX_METADATA
 
 GEOMETRY = Geometry.plan(16 * 4096, 64)
 QUARTER = GEOMETRY.arena_capacity // 4

@@ -26,16 +26,17 @@ from mmprep import tensors
 from mmprep.bench import pictures
 from mmprep.bench.figures import median
 from mmprep.bench.running import full_size_model
+from mmprep.card import ItemOptions
 from mmprep.items import field_array, region_size
 from mmprep_worker.images.patches import write_patches
 from mmprep_worker.images.resample import NumbaResampler
-from mmprep_worker.models.family import ItemOptions, Prepared
+from mmprep_worker.models.family import MediaLimits, Prepared
 from mmprep_worker.models.qwen2_vl import Qwen2VLFamily
 from mmprep_worker.models.registry import load_family
 
 _SIZES = (pictures.VGA, pictures.HD, pictures.FULL_HD)
 _REPEATS = 15
-_MAX_IMAGE_PIXELS = 178_956_970
+_LIMITS = MediaLimits(image_pixels=178_956_970, video_frames=768, video_seconds=3600.0, audio_seconds=3600.0)
 
 Step = Callable[[], Any]
 
@@ -151,7 +152,7 @@ def measure(model: Path, sizes: tuple[pictures.Size, ...], repeats: int) -> dict
     """Return the comparison for every size, dtype and start."""
     from transformers import Qwen2VLImageProcessorPil  # noqa: PLC0415 -- slow to import; the rest of this module is not
 
-    family = load_family(model, max_image_pixels=_MAX_IMAGE_PIXELS)
+    family = load_family(model, _LIMITS)
     assert isinstance(family, Qwen2VLFamily)
     reference = Qwen2VLImageProcessorPil.from_pretrained(str(model))
     runs = []

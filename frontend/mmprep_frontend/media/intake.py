@@ -18,7 +18,7 @@ from mmprep.errors import InvalidRequest, TooLarge
 from mmprep_frontend.media.cache import Keepable, MediaCache
 from mmprep_frontend.media.fetch import Fetcher
 from mmprep_frontend.media.files import LocalFiles
-from mmprep_frontend.media.sources import DataSource, FileSource, HttpSource, parse_source
+from mmprep_frontend.media.sources import DataSource, FileSource, HttpSource, inline_source, parse_source
 from mmprep_frontend.render.conversation import MediaPart
 
 _ATTACHMENT = "attachment:"
@@ -112,6 +112,8 @@ class Intake:
                     param=part.param,
                 )
             return Attached(data)
+        if part.bare:
+            return inline_source(part.url, param=part.param, max_bytes=self._max_bytes)
         source = parse_source(
             part.url, param=part.param, max_bytes=self._max_bytes, local_files=self._files is not None
         )

@@ -25,13 +25,19 @@ from jinja2 import nodes
 from mmprep.card import ModelCard, Placeholder
 from mmprep.errors import InvalidRequest
 from mmprep_frontend.render.requests import (
+    AudioUrlPart,
+    ImageEmbedsPart,
     ImageUrlPart,
+    InputAudioPart,
     InputImagePart,
+    MediumPart,
     Message,
     Part,
     RefusalPart,
     TextPart,
     ToolCall,
+    Url,
+    VideoUrlPart,
 )
 from mmprep_frontend.render.sentinels import Sentinels
 
@@ -40,11 +46,20 @@ ContentFormat: TypeAlias = Literal["string", "parts", "both"]
 
 @dataclass(frozen=True)
 class MediaPart:
-    """One medium of a conversation: what it is, where its bytes are, and where the request says so."""
+    """One medium of a conversation.
+
+    Attributes
+    ----------
+    modality: ``image``, ``video`` or ``audio``.
+    url: where its bytes are; where it is ``bare``, the bytes themselves, in base64.
+    param: where the request says so.
+    bare: whether there is no URL around the data.
+    """
 
     modality: str
     url: str
     param: str
+    bare: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,16 +147,32 @@ class _Walker:
             return part.text
         if isinstance(part, RefusalPart):
             return part.refusal
-        if not isinstance(part, ImageUrlPart | InputImagePart):
-            kind = part.__struct_config__.tag
-            raise InvalidRequest(f"Parts of type '{kind}' are not supported yet.", param=f"{param}.type")
+        if isinstance(part, ImageEmbedsPart):
+            raise InvalidRequest("Parts of type 'image_embeds' are not supported yet.", param=f"{param}.type")
         if part.uuid is not None:
             raise InvalidRequest("'uuid' is not supported yet; leave it out.", param=f"{param}.uuid")
-        placeholder = self._card.placeholder("image")
+        medium = _medium(part, param)
+        placeholder = self._card.placeholder(medium.modality)
         if placeholder is None:
-            raise InvalidRequest("This model takes no images.", param=f"{param}.type")
-        self.media.append(MediaPart("image", part.url, f"{param}.image_url"))
+            raise InvalidRequest(f"This model takes no media of modality '{medium.modality}'.", param=f"{param}.type")
+        self.media.append(medium)
         return placeholder
+
+
+def _medium(part: MediumPart, param: str) -> MediaPart:
+    match part:
+        case ImageUrlPart() | InputImagePart():
+            return MediaPart("image", _url(part.image_url), f"{param}.image_url")
+        case VideoUrlPart():
+            return MediaPart("video", _url(part.video_url), f"{param}.video_url")
+        case AudioUrlPart():
+            return MediaPart("audio", _url(part.audio_url), f"{param}.audio_url")
+        case InputAudioPart():
+            return MediaPart("audio", part.input_audio.data, f"{param}.input_audio", bare=True)
+
+
+def _url(value: Url | str) -> str:
+    return value if isinstance(value, str) else value.url
 
 
 def _tool_call(call: ToolCall, param: str) -> dict[str, Any]:

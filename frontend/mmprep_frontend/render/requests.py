@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeAlias, overload
 import msgspec
 from msgspec import Meta, Struct
 
+from mmprep.card import Io
 from mmprep.errors import InvalidRequest
 from mmprep.wire.messages import Name
 from mmprep_frontend.render.bounds import MAX_PROMPTS
@@ -47,23 +48,25 @@ class RefusalPart(Struct, tag="refusal", tag_field="type"):
     refusal: str
 
 
-class ImageUrl(Struct):
-    """Where a picture is. ``detail`` is accepted and changes nothing, as in engines."""
+class Url(Struct):
+    """Where a medium is. ``detail``, of pictures, is accepted and changes nothing, as in engines."""
 
     url: _Url
     detail: str | None = None
 
 
+class InputAudio(Struct):
+    """A recording in base64. What ``format`` says is not looked at: its bytes tell."""
+
+    data: _Url
+    format: str | None = None
+
+
 class ImageUrlPart(Struct, tag="image_url", tag_field="type"):
     """A picture, as OpenAI's chat API names it."""
 
-    image_url: ImageUrl | _Url
+    image_url: Url | _Url
     uuid: Any = None
-
-    @property
-    def url(self) -> str:
-        """The picture's URL."""
-        return self.image_url.url if isinstance(self.image_url, ImageUrl) else self.image_url
 
 
 class InputImagePart(Struct, tag="input_image", tag_field="type"):
@@ -73,38 +76,34 @@ class InputImagePart(Struct, tag="input_image", tag_field="type"):
     detail: str | None = None
     uuid: Any = None
 
-    @property
-    def url(self) -> str:
-        """The picture's URL."""
-        return self.image_url
-
 
 class VideoUrlPart(Struct, tag="video_url", tag_field="type"):
-    """Known by name, to be refused by name."""
+    """A video, as engines name it."""
+
+    video_url: Url | _Url
+    uuid: Any = None
 
 
 class AudioUrlPart(Struct, tag="audio_url", tag_field="type"):
-    """Known by name, to be refused by name."""
+    """A recording, as engines name it."""
+
+    audio_url: Url | _Url
+    uuid: Any = None
 
 
 class InputAudioPart(Struct, tag="input_audio", tag_field="type"):
-    """Known by name, to be refused by name."""
+    """A recording, as OpenAI's chat API names it."""
+
+    input_audio: InputAudio
+    uuid: Any = None
 
 
 class ImageEmbedsPart(Struct, tag="image_embeds", tag_field="type"):
     """Known by name, to be refused by name."""
 
 
-Part: TypeAlias = (
-    TextPart
-    | RefusalPart
-    | ImageUrlPart
-    | InputImagePart
-    | VideoUrlPart
-    | AudioUrlPart
-    | InputAudioPart
-    | ImageEmbedsPart
-)
+MediumPart: TypeAlias = ImageUrlPart | InputImagePart | VideoUrlPart | AudioUrlPart | InputAudioPart
+Part: TypeAlias = TextPart | RefusalPart | MediumPart | ImageEmbedsPart
 
 
 class FunctionCall(Struct):
@@ -141,9 +140,14 @@ class _Request(Struct, kw_only=True):
     model: str | None = None
     chat_template: Any = None
     mm_processor_kwargs: Any = None
-    media_io_kwargs: Any = None
+    media_io_kwargs: dict[Literal["image", "video", "audio"], Io] | None = None
     truncate_prompt_tokens: Any = None
     truncation_side: Any = None
+
+    @property
+    def io(self) -> dict[str, Io]:
+        """How media are read, by modality."""
+        return {str(modality): io for modality, io in (self.media_io_kwargs or {}).items()}
 
 
 class _Generating(_Request, kw_only=True):
@@ -301,20 +305,21 @@ _DECODERS: dict[Kind, msgspec.json.Decoder[Any]] = {
 
 
 @overload
-def parse(body: bytes | memoryview, kind: Literal["chat"]) -> ChatRequest: ...
+def parse(body: bytes | memoryview, kind: Literal["chat"], *, trusted: bool = ...) -> ChatRequest: ...
 @overload
-def parse(body: bytes | memoryview, kind: Literal["completion"]) -> CompletionRequest: ...
+def parse(body: bytes | memoryview, kind: Literal["completion"], *, trusted: bool = ...) -> CompletionRequest: ...
 @overload
-def parse(body: bytes | memoryview, kind: Literal["tokenize"]) -> TokenizeRequest: ...
+def parse(body: bytes | memoryview, kind: Literal["tokenize"], *, trusted: bool = ...) -> TokenizeRequest: ...
 @overload
-def parse(body: bytes | memoryview, kind: Literal["detokenize"]) -> DetokenizeRequest: ...
-def parse(body: bytes | memoryview, kind: Kind) -> Request:
+def parse(body: bytes | memoryview, kind: Literal["detokenize"], *, trusted: bool = ...) -> DetokenizeRequest: ...
+def parse(body: bytes | memoryview, kind: Kind, *, trusted: bool = False) -> Request:
     """Return the request in ``body``.
 
     Parameters
     ----------
     body: the JSON text, UTF-8.
     kind: which schema it must follow.
+    trusted: whether the request may say how media are read, ``--trust-request-mm-kwargs``.
 
     Raises
     ------
@@ -329,11 +334,11 @@ def parse(body: bytes | memoryview, kind: Kind) -> Request:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
     except RecursionError:
         raise InvalidRequest("The body is nested too deeply.") from None
-    _check(request)
+    _check(request, trusted=trusted)
     return request
 
 
-_REFUSED = ("chat_template", "mm_processor_kwargs", "media_io_kwargs")
+_REFUSED = ("chat_template", "mm_processor_kwargs")
 _NOT_YET = (
     "truncate_prompt_tokens",
     "truncation_side",
@@ -365,12 +370,10 @@ _OPEN = (
 _DEEPEST = 128
 
 
-def _check(request: Request) -> None:
+def _check(request: Request, *, trusted: bool) -> None:
     """Refuse what the schema allows and this service does not honour, or what contradicts itself."""
     _check_depth(request)
-    for name in _REFUSED:
-        if getattr(request, name, None) is not None:
-            raise InvalidRequest(f"'{name}' is not accepted from requests by this service; leave it out.", param=name)
+    _check_trust(request, trusted=trusted)
     for name in _NOT_YET:
         value = getattr(request, name, None)
         if value is not None and value is not False:
@@ -386,6 +389,18 @@ def _check(request: Request) -> None:
         if (request.prompt is None) == (request.messages is None):
             raise InvalidRequest("Send either 'prompt' or 'messages'.", param="prompt")
         _check_conversation(request)
+
+
+def _check_trust(request: Request, *, trusted: bool) -> None:
+    for name in _REFUSED:
+        if getattr(request, name, None) is not None:
+            raise InvalidRequest(f"'{name}' is not accepted from requests by this service; leave it out.", param=name)
+    if isinstance(request, _Request) and request.media_io_kwargs and not trusted:
+        raise InvalidRequest(
+            "'media_io_kwargs' is only accepted by a service that trusts its clients with it "
+            "(--trust-request-mm-kwargs); leave it out.",
+            param="media_io_kwargs",
+        )
 
 
 def _check_depth(request: Request) -> None:

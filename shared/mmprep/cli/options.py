@@ -179,7 +179,10 @@ OPTIONS = (
     Option("drain-timeout", _duration("0s", "1d"), "10s", "time for requests under way when the service stops"),
     Option("max-media-size", _size("1KiB", "64GiB"), "256MiB", "largest medium, encoded"),
     Option("max-body-size", _size("1KiB", "64GiB"), "384MiB", "largest request body"),
-    Option("max-image-pixels", _whole(1, 1 << 31), "178956970", "most pixels of one picture"),
+    Option("max-image-pixels", _whole(1, 1 << 31), "178956970", "most pixels of one picture, or of a video's frame"),
+    Option("max-video-frames", _whole(1, 1 << 16), "768", "most frames of one video that are processed"),
+    Option("max-video-duration", _duration("1s", "1d"), "1h", "longest video"),
+    Option("max-audio-duration", _duration("1s", "1d"), "1h", "longest recording"),
     Option("allowed-media-domains", _domains, "", "only fetch media from these: a.example,*.b.example"),
     Option("allow-private-networks", _switch, "false", "fetch media from private addresses too", flag=True),
     Option(
@@ -205,6 +208,9 @@ OPTIONS = (
         "24h",
         "how long its media are used without asking their hosts again",
         foreign=("VLLM_MEDIA_CACHE_TTL_HOURS", "h"),
+    ),
+    Option(
+        "trust-request-mm-kwargs", _switch, "false", "let requests say how media are read (media_io_kwargs)", flag=True
     ),
     Option("chat-template", _optional, "", "file with a chat template in place of the model's"),
     Option("log-level", _choice(*_LEVELS), "warning", "debug, info, warning or error"),

@@ -28,6 +28,9 @@ class ServeOptions(msgspec.Struct, frozen=True):
     max_media_size: int
     max_body_size: int
     max_image_pixels: int
+    max_video_frames: int
+    max_video_duration: float
+    max_audio_duration: float
     max_model_len: int | None
     limit_mm_per_prompt: dict[str, int]
     tensor_dtype: str
@@ -43,6 +46,7 @@ class ServeOptions(msgspec.Struct, frozen=True):
     media_cache_max_size: int
     media_cache_ttl: float
     chat_template: str | None
+    trust_request_mm_kwargs: bool
     log_level: str
 
     @property
@@ -62,6 +66,9 @@ class ServeOptions(msgspec.Struct, frozen=True):
             inline_size=self.inline_size,
             max_media_size=self.max_media_size,
             max_image_pixels=self.max_image_pixels,
+            max_video_frames=self.max_video_frames,
+            max_video_duration=self.max_video_duration,
+            max_audio_duration=self.max_audio_duration,
             queue_limit=self.queue_limit,
             queue_bytes=max(self.max_media_size, 1 << 30),
             lease_seconds=self.lease_seconds,
@@ -97,5 +104,6 @@ class ServeOptions(msgspec.Struct, frozen=True):
             media_cache_max_size=self.media_cache_max_size,
             media_cache_ttl=self.media_cache_ttl,
             chat_template=self.chat_template,
+            trust_request_mm_kwargs=self.trust_request_mm_kwargs,
             log_level=self.log_level,
         )

@@ -21,6 +21,8 @@ ShortText = Annotated[str, msgspec.Meta(max_length=2048)]
 Call = Natural
 #: Items of one offer.
 MAX_ITEMS = 256
+#: Estimated pixels of an item from which it is slow work, which one lane never takes.
+HEAVY_COST = 16_000_000
 Need = Literal["tensors", "plan"]
 LeaseKind = Literal["copy", "view"]
 

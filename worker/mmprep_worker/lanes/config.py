@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import msgspec
 
+from mmprep_worker.models.family import MediaLimits
+
 
 class LaneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One lane's orders.
@@ -20,7 +22,7 @@ class LaneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lock: path of the lane's process lock; while it is held, the lane may write to extents granted to it.
     segment: name of the ring's segment.
     model: the model directory.
-    max_image_pixels: of one picture.
+    limits: of one medium.
     max_media_size: of one medium's encoded bytes.
     data_limit: RLIMIT_DATA in bytes; RLIMIT_AS would refuse the ring.
     nice: how much the lane steps behind the message loops.
@@ -34,7 +36,7 @@ class LaneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lock: str
     segment: str
     model: str
-    max_image_pixels: int
+    limits: MediaLimits
     max_media_size: int
     data_limit: int
     nice: int

@@ -22,6 +22,7 @@ import msgspec
 import zmq
 
 from mmprep import failpoints
+from mmprep.card import ItemOptions
 from mmprep.digest import Hasher
 from mmprep.errors import DecodeError, InternalError, MmprepError, ProtocolError, StartupError, TooLarge
 from mmprep.items import DTYPE_SIZES, ItemMeta, align, field_array, region_size
@@ -36,7 +37,7 @@ from mmprep.wire.sockets import configure
 from mmprep_worker.lanes.config import LaneConfig
 from mmprep_worker.lanes.garbage import garbage
 from mmprep_worker.lanes.warmup import warm_up
-from mmprep_worker.models.family import Family, ItemOptions, Prepared
+from mmprep_worker.models.family import Family, Prepared
 from mmprep_worker.models.registry import load_family
 
 _log = logging.getLogger("mmprep.lane")
@@ -75,7 +76,7 @@ class Lane:
         """Warm up, announce, then work until the writer is gone."""
         token = bytes.fromhex(self._config.token)
         try:
-            family = load_family(Path(self._config.model), max_image_pixels=self._config.max_image_pixels)
+            family = load_family(Path(self._config.model), self._config.limits)
             warm_up(family)
         except MmprepError as error:
             self._broken(token, error)

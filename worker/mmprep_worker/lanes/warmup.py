@@ -11,8 +11,9 @@ import io
 import numpy as np
 from PIL import Image
 
+from mmprep.card import ItemOptions
 from mmprep.items import field_array, region_size
-from mmprep_worker.models.family import Family, ItemOptions
+from mmprep_worker.models.family import Family
 
 
 def _sample(width: int, height: int, kind: str) -> bytes:

@@ -15,19 +15,25 @@ from typing import Any, Protocol
 import msgspec
 from numpy.typing import NDArray
 
-from mmprep.card import ModelCard
+from mmprep.card import ItemOptions, ModelCard
 from mmprep.items import ItemMeta, Plan
 
 
-class ItemOptions(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What a request may choose for one medium. All of it is part of the item's key.
+class MediaLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one medium may be at most before it is decoded; whatever is above is refused as too large.
 
     Attributes
     ----------
-    dtype: of the main tensor; one of the card's for the modality.
+    image_pixels: of a picture, and of a frame of a video, ``--max-image-pixels``.
+    video_frames: of a video that are processed, ``--max-video-frames``.
+    video_seconds: duration of a video, ``--max-video-duration``.
+    audio_seconds: duration of a recording, ``--max-audio-duration``.
     """
 
-    dtype: str
+    image_pixels: int
+    video_frames: int
+    video_seconds: float
+    audio_seconds: float
 
 
 class Prepared(Protocol):
@@ -85,5 +91,5 @@ class Family(Protocol):
         mmprep.errors.DecodeError
             Of a known kind, and broken.
         mmprep.errors.TooLarge
-            Above a limit of pixels.
+            Above one of the limits.
         """

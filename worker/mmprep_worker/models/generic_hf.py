@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mmprep.card import ModelCard, Placeholder
+from mmprep.card import ItemOptions, ModelCard, Placeholder
 from mmprep.errors import DecodeError, InvalidRequest, StartupError
 from mmprep.items import FieldSpec, ItemMeta, Plan, Run, lay_out
 from mmprep_worker.images.decode import Picture, open_picture
 from mmprep_worker.images.tables import cast
-from mmprep_worker.models.family import ItemOptions, Prepared
+from mmprep_worker.models.family import MediaLimits, Prepared
 
 #: ``auto`` is the first.
 DTYPES = ("float32", "bfloat16", "float16")
@@ -36,7 +36,7 @@ _PROBES = ((64, 48), (333, 777), (640, 480))
 
 
 def load_generic(
-    model_dir: Path, config: Mapping[str, Any], *, fingerprint: Callable[..., bytes], max_image_pixels: int
+    model_dir: Path, config: Mapping[str, Any], *, fingerprint: Callable[..., bytes], limits: MediaLimits
 ) -> GenericFamily:
     """Return the family of a model that has no kernel of its own.
 
@@ -48,8 +48,8 @@ def load_generic(
         Its ``config.json``.
     fingerprint:
         :func:`mmprep_worker.models.registry.fingerprint`.
-    max_image_pixels:
-        The most pixels that a picture may have.
+    limits:
+        Of one medium.
 
     Raises
     ------
@@ -62,7 +62,7 @@ def load_generic(
     try:
         load: Any = AutoProcessor.from_pretrained
         processor = load(model_dir, local_files_only=True)
-        family = GenericFamily(processor, str(kind), fingerprint=fingerprint, max_image_pixels=max_image_pixels)
+        family = GenericFamily(processor, str(kind), fingerprint=fingerprint, limits=limits)
     except ImportError as error:
         missing = next((name for name in ("torchvision", "torch") if name in str(error).lower()), "a missing package")
         raise StartupError(
@@ -91,7 +91,7 @@ class GenericFamily:
     """
 
     def __init__(
-        self, processor: Any, model_type: str, *, fingerprint: Callable[..., bytes], max_image_pixels: int
+        self, processor: Any, model_type: str, *, fingerprint: Callable[..., bytes], limits: MediaLimits
     ) -> None:
         self.processor = processor
         token = getattr(processor, "image_token", None)
@@ -104,7 +104,7 @@ class GenericFamily:
         token_id = int(processor.tokenizer.convert_tokens_to_ids(token))
         self._converts = getattr(processor.image_processor, "do_convert_rgb", None) is True
         self._token_id = token_id
-        self._max_image_pixels = max_image_pixels
+        self._limits = limits
         self._counts = self._counts_from_headers()
         self.card = ModelCard(
             family=f"hf:{model_type}",
@@ -150,7 +150,7 @@ class GenericFamily:
             raise InvalidRequest(f"this model takes pictures here, not {modality}")
         if options.dtype not in DTYPES:
             raise InvalidRequest(f"mm_dtype {options.dtype!r} is not one of {', '.join(DTYPES)}", param="mm_dtype")
-        return open_picture(medium, max_pixels=self._max_image_pixels)
+        return open_picture(medium, max_pixels=self._limits.image_pixels)
 
     def _image(self, picture: Picture) -> Image.Image:
         return picture.pil() if self._converts else Image.fromarray(picture.rgb())

@@ -18,14 +18,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from mmprep.card import ModelCard, Placeholder
+from mmprep.card import ItemOptions, ModelCard, Placeholder
 from mmprep.errors import InvalidRequest, StartupError
 from mmprep.items import ItemMeta, Normalization, Plan, Run, lay_out
 from mmprep_worker.images.decode import Picture, open_picture
 from mmprep_worker.images.patches import write_patches
 from mmprep_worker.images.resample import Resampler, make_resampler
 from mmprep_worker.images.tables import lookup_tables
-from mmprep_worker.models.family import ItemOptions, Prepared
+from mmprep_worker.models.family import MediaLimits, Prepared
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
@@ -155,12 +155,12 @@ class Qwen2VLFamily:
         The image token, its id, and the text a template needs in place of a picture.
     fingerprint:
         Of the card.
-    max_image_pixels:
-        The most pixels that a picture may have before it is resized.
+    limits:
+        Of one medium.
     """
 
     def __init__(
-        self, settings: Settings, placeholder: Placeholder, *, fingerprint: bytes, max_image_pixels: int
+        self, settings: Settings, placeholder: Placeholder, *, fingerprint: bytes, limits: MediaLimits
     ) -> None:
         if settings.patch * settings.merge > 4096:
             raise StartupError("preprocessor_config.json: patch_size times merge_size is above 4096; correct it")
@@ -177,7 +177,7 @@ class Qwen2VLFamily:
         self.resampler: Resampler = make_resampler()
         self.tables = {dtype: lookup_tables(settings.scale, settings.mean, settings.std, dtype) for dtype in DTYPES}
         self._token_id = placeholder.token_id
-        self._max_image_pixels = max_image_pixels
+        self._limits = limits
         self._warm()
 
     def _warm(self) -> None:
@@ -231,7 +231,7 @@ class Qwen2VLFamily:
     def _open(self, modality: str, medium: bytes | memoryview) -> Picture:
         if modality != "image":
             raise InvalidRequest(f"this model takes pictures here, not {modality}")
-        return open_picture(medium, max_pixels=self._max_image_pixels)
+        return open_picture(medium, max_pixels=self._limits.image_pixels)
 
     def _grid(self, picture: Picture) -> tuple[int, int]:
         height, width = smart_resize(picture.height, picture.width, self.settings)

@@ -19,7 +19,7 @@ from mmprep.card import Placeholder
 from mmprep.errors import StartupError
 from mmprep_worker.images.resample import KERNEL_VERSION
 from mmprep_worker.models import qwen2_vl
-from mmprep_worker.models.family import Family
+from mmprep_worker.models.family import Family, MediaLimits
 
 #: Their versions may change pixels or ids.
 _DECIDING = ("transformers", "pillow", "simplejpeg", "numpy")
@@ -49,15 +49,15 @@ def fingerprint(**parts: Any) -> bytes:
     return blake3.blake3(canonical.encode()).digest()
 
 
-def load_family(model_dir: Path, *, max_image_pixels: int) -> Family:
+def load_family(model_dir: Path, limits: MediaLimits) -> Family:
     """Return the family of the model in ``model_dir``.
 
     Parameters
     ----------
     model_dir:
         In Hugging Face layout; weights are not needed.
-    max_image_pixels:
-        The most pixels that a picture may have.
+    limits:
+        Of one medium.
 
     Raises
     ------
@@ -75,10 +75,10 @@ def load_family(model_dir: Path, *, max_image_pixels: int) -> Family:
             digest = fingerprint(
                 processor="Qwen2VLImageProcessor", config=processor, placeholder=msgspec.to_builtins(placeholder)
             )
-            return qwen2_vl.Qwen2VLFamily(settings, placeholder, fingerprint=digest, max_image_pixels=max_image_pixels)
+            return qwen2_vl.Qwen2VLFamily(settings, placeholder, fingerprint=digest, limits=limits)
     from mmprep_worker.models.generic_hf import load_generic  # noqa: PLC0415, transformers is slow to import and large
 
-    return load_generic(model_dir, config, fingerprint=fingerprint, max_image_pixels=max_image_pixels)
+    return load_generic(model_dir, config, fingerprint=fingerprint, limits=limits)
 
 
 def _read(model_dir: Path, name: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from mmprep.wire.outbox import Outbox
 from mmprep.wire.sockets import configure, router
 from mmprep_worker.lanes.config import LaneConfig
 from mmprep_worker.lanes.pool import LanePool
+from mmprep_worker.models.family import MediaLimits
 from mmprep_worker.scheduling.admission import Admission, Quarantine
 from mmprep_worker.scheduling.flights import Flights
 from mmprep_worker.scheduling.queue import FairQueue
@@ -152,7 +153,12 @@ class WriterShell:
             lock=str(self._runtime.lock_path("lane", str(number))),
             segment=self._segment.name,
             model=settings.model,
-            max_image_pixels=settings.max_image_pixels,
+            limits=MediaLimits(
+                settings.max_image_pixels,
+                settings.max_video_frames,
+                settings.max_video_duration,
+                settings.max_audio_duration,
+            ),
             max_media_size=settings.max_media_size,
             data_limit=settings.lane_memory,
             nice=5,

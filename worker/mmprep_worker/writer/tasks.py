@@ -21,6 +21,7 @@ from mmprep.items import align
 from mmprep.metrics import Metrics
 from mmprep.wire import messages
 from mmprep.wire.codec import CONTROL_LIMIT
+from mmprep.wire.messages import HEAVY_COST
 from mmprep_worker.ring.directory import Entry
 from mmprep_worker.ring.ring import Grant, Ring
 from mmprep_worker.ring.spills import Spill
@@ -34,9 +35,6 @@ from mmprep_worker.writer.holds import Holds
 from mmprep_worker.writer.plans import PlanStore
 from mmprep_worker.writer.state import Action, Ended, KillLane, PendingCall, Result, ToLane
 from mmprep_worker.writer.transfers import Transfer, Transfers
-
-#: Estimated pixels above which an item is slow work, which one lane never takes.
-HEAVY_COST = 16_000_000
 
 #: The largest packed metadata of an item, in bytes: an answer about one item has to fit into a control frame.
 MAX_METADATA = CONTROL_LIMIT - 1024
