@@ -119,11 +119,11 @@ class ServedModel:
         self.stages.append((stage, time.monotonic() - started))
 
     def prompt_key(
-        self, conversation: Conversation, request: ChatRequest | TokenizeRequest, nbytes: int
+        self, conversation: Conversation, request: ChatRequest | TokenizeRequest, nbytes: int, scope: bytes
     ) -> bytes | None:
         """Return what identifies the prompt in :attr:`prompts` of a request of ``nbytes`` of JSON beside its media."""
         special = _adds_special_tokens(request)
-        return self.prompts.key(conversation, request, nbytes=nbytes, special=special, salt=request.cache_salt)
+        return self.prompts.key(conversation, request, nbytes=nbytes, special=special, scope=scope)
 
     def encode_chat_and_read(
         self,

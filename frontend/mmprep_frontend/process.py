@@ -25,6 +25,7 @@ from mmprep.wire import messages
 from mmprep_frontend.dispatch import WriterLink
 from mmprep_frontend.http.app import make_app
 from mmprep_frontend.http.door import HttpDoor
+from mmprep_frontend.http.keys import Keyring
 from mmprep_frontend.http.server import HttpServer, serve_http
 from mmprep_frontend.media.cache import MediaCache
 from mmprep_frontend.media.cache_disk import CacheDisk
@@ -121,8 +122,11 @@ class Frontend:
             self._service, not_ready=self._not_ready, refusal=self._refusal, collect=self._supervisor.metrics
         )
         max_body = self._settings.max_body_size
+        keyring = Keyring(
+            self._settings.api_keys, self._settings.admin_keys, shared=self._settings.share_cache_across_keys
+        )
         room = Room(max_body_bytes=max(_BODIES, max_body))
-        app = make_app(door, version=mmprep.__version__, max_body=max_body, room=room)
+        app = make_app(door, version=mmprep.__version__, max_body=max_body, room=room, keyring=keyring)
         http = await serve_http(app, self._settings.host, self._settings.port)
         native = self._native = NativeDoor(
             self._context,

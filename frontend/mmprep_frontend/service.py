@@ -23,6 +23,7 @@ from mmprep.errors import DeadlineExceeded, InternalError, InvalidRequest, Servi
 from mmprep.items import ItemMeta, unpack_meta
 from mmprep.metrics import Metrics
 from mmprep.wire.messages import HEAVY_COST, ItemAnswer, LeaseTo, Need
+from mmprep_frontend.caller import ANONYMOUS
 from mmprep_frontend.dispatch import Offered, OfferItem, WriterLink
 from mmprep_frontend.media.intake import SMALL, TINY, Intake, Medium, Source, at_hand, first_error, size
 from mmprep_frontend.media.keys import item_key, scope
@@ -55,7 +56,6 @@ _FEW_BYTES = 64 * 1024
 _COST = {"image": (4096, 4), "video": (HEAVY_COST, 40), "audio": (65_536, 1)}
 #: Characters and ids that one completion request has tokenized or checked before others get their turn.
 _TURN = 64 * 1024
-_ANONYMOUS = "anonymous"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Terms:
     lease: to whom the addresses are to be leased; else they are pinned.
     dtype: of the main tensors, or ``auto``.
     io: how media are read, by modality.
-    salt: of the cache, or ``None``.
+    scope: the name space of the items' keys.
     priority: lower is more urgent.
     deadline: by the loop's clock.
     """
@@ -87,17 +87,18 @@ class Terms:
     lease: LeaseTo | None
     dtype: str
     io: Mapping[str, Io]
-    salt: str | None
+    scope: bytes
     priority: int
     deadline: float
 
 
 @dataclass(frozen=True, slots=True)
 class _Walked:
-    """A request's conversation, and the bytes of its JSON beside its media."""
+    """A request's conversation, the bytes of its JSON beside its media, and the name space of its keys."""
 
     conversation: Conversation
     nbytes: int
+    scope: bytes
 
 
 @dataclass(slots=True)
@@ -218,7 +219,9 @@ class Service:
 
     # --- chat -----------------------------------------------------------------------------------------------------
 
-    async def chat(self, body: Body, attachments: Sequence[memoryview] = ()) -> RenderedChat:
+    async def chat(
+        self, body: Body, attachments: Sequence[memoryview] = (), *, principal: str = ANONYMOUS
+    ) -> RenderedChat:
         """Render one chat request.
 
         Parameters
@@ -227,6 +230,8 @@ class Service:
             JSON.
         attachments:
             What ``attachment:<n>`` URLs name; only through the native door.
+        principal:
+            Whose cache is used.
 
         Raises
         ------
@@ -238,14 +243,14 @@ class Service:
         model.check_name(request.model)
         deadline = self._deadline(arrived, request.deadline_ms)
         with _naming("messages"):
-            walked = self._walk(model, request, body)
+            walked = self._walk(model, request, body, principal)
             return await self._render(model, request, walked, attachments, deadline)
 
-    def _walk(self, model: ServedModel, request: ChatRequest | TokenizeRequest, body: Body) -> _Walked:
+    def _walk(self, model: ServedModel, request: ChatRequest | TokenizeRequest, body: Body, principal: str) -> _Walked:
         conversation = model.walk(request, self._limits)
         nbytes = len(body) - sum(len(part.url) for part in conversation.media)
         model.bounds.check_json(nbytes)
-        return _Walked(conversation, nbytes)
+        return _Walked(conversation, nbytes, scope(principal, request.cache_salt))
 
     async def _render(
         self,
@@ -264,7 +269,7 @@ class Service:
             lease=LeaseTo(request.backend_id or "", request.lease_kind or "copy") if request.payload == "shm" else None,
             dtype=request.mm_dtype or self._tensor_dtype,
             io=request.io,
-            salt=request.cache_salt,
+            scope=walked.scope,
             priority=request.priority or 0,
             deadline=deadline,
         )
@@ -287,7 +292,7 @@ class Service:
     ) -> tuple[EncodedPrompt, list[Medium]]:
         conversation = walked.conversation
         sources = self._intake.sources(conversation.media, attachments)
-        key = model.prompt_key(conversation, request, walked.nbytes)
+        key = model.prompt_key(conversation, request, walked.nbytes, walked.scope)
         prompt = model.prompts.get(key)
         complete = all(map(at_hand, sources))
         nbytes = sum(map(size, sources))
@@ -300,7 +305,7 @@ class Service:
             )
             model.prompts.put(key, encoded)
             return encoded, _all(media)
-        encoded, read = await self._side_by_side(model, request, conversation, sources, known=prompt, deadline=deadline)
+        encoded, read = await self._side_by_side(model, request, walked, sources, known=prompt, deadline=deadline)
         model.prompts.put(key, encoded)
         return encoded, read
 
@@ -308,16 +313,16 @@ class Service:
         self,
         model: ServedModel,
         request: ChatRequest | TokenizeRequest,
-        conversation: Conversation,
+        walked: _Walked,
         sources: list[Source],
         *,
         known: EncodedPrompt | None,
         deadline: float,
     ) -> tuple[EncodedPrompt, list[Medium]]:
-        scoped = scope(_ANONYMOUS, request.cache_salt)
+        conversation = walked.conversation
         try:
             async with _within(deadline), asyncio.TaskGroup() as group:
-                reading = group.create_task(self._intake.read(sources, conversation.media, deadline, scoped))
+                reading = group.create_task(self._intake.read(sources, conversation.media, deadline, walked.scope))
                 if known is None:
                     encode = self._on_render_thread(deadline, model.encode_chat, conversation, request)
                     encoding = group.create_task(encode)
@@ -330,10 +335,7 @@ class Service:
     ) -> tuple[Offered, list[RenderedItem]]:
         for medium in media:
             self._observe("hash", medium.seconds)
-        scoped = scope(_ANONYMOUS, terms.salt)
-        wanted = [
-            self._offer_item(model, scoped, part, medium, terms) for part, medium in zip(parts, media, strict=True)
-        ]
+        wanted = [self._offer_item(model, part, medium, terms) for part, medium in zip(parts, media, strict=True)]
         offered = await self.writer.offer(
             wanted, need=terms.need, deadline=terms.deadline, priority=terms.priority, lease=terms.lease
         )
@@ -355,9 +357,7 @@ class Service:
             raise InternalError("an item's metadata cannot be read") from None
         return offered, items
 
-    def _offer_item(
-        self, model: ServedModel, scoped: bytes, part: MediaPart, medium: Medium, terms: Terms
-    ) -> OfferItem:
+    def _offer_item(self, model: ServedModel, part: MediaPart, medium: Medium, terms: Terms) -> OfferItem:
         dtypes = model.card.dtypes[part.modality]
         dtype = dtypes[0] if terms.dtype == "auto" else terms.dtype
         if dtype not in dtypes:
@@ -367,7 +367,7 @@ class Service:
             )
         io = pack_io(terms.io.get(part.modality, {}))
         key = item_key(
-            scope=scoped,
+            scope=terms.scope,
             digest=medium.digest,
             hash_name=self._hasher.name,
             modality=part.modality,
@@ -431,7 +431,9 @@ class Service:
             )
         return encoded
 
-    async def tokenize(self, body: Body, attachments: Sequence[memoryview] = ()) -> bytes:
+    async def tokenize(
+        self, body: Body, attachments: Sequence[memoryview] = (), *, principal: str = ANONYMOUS
+    ) -> bytes:
         """Tokenize a text or a chat, to JSON; media are expanded, and only their plans are computed."""
         model, arrived = self.served(), _now()
         request = await self._parse(body, lambda: parse(body, "tokenize", trusted=self._trusts_kwargs))
@@ -446,7 +448,7 @@ class Service:
         else:
             with _naming("messages"):
                 token_ids = await self._tokenize_chat(
-                    model, request, self._walk(model, request, body), attachments, deadline
+                    model, request, self._walk(model, request, body, principal), attachments, deadline
                 )
         strings = None
         if request.return_token_strs:
@@ -482,7 +484,7 @@ class Service:
             lease=None,
             dtype=request.mm_dtype or self._tensor_dtype,
             io=request.io,
-            salt=request.cache_salt,
+            scope=walked.scope,
             priority=request.priority or 0,
             deadline=deadline,
         )

@@ -10,6 +10,8 @@ from typing import Any
 
 import msgspec
 
+from mmprep.keys import ApiKey
+
 #: Exit status of a process that tells the supervisor not to try again: its message was for who starts the service.
 CANNOT_START = 78
 
@@ -68,6 +70,9 @@ class FrontendSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     media_cache_ttl: float
     chat_template: str | None
     trust_request_mm_kwargs: bool
+    api_keys: tuple[ApiKey, ...]
+    admin_keys: tuple[ApiKey, ...]
+    share_cache_across_keys: bool
     log_level: str
 
 

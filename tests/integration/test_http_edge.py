@@ -16,10 +16,13 @@ import aiohttp
 import pytest
 
 from mmprep.errors import Busy, DecodeError, InvalidRequest, MmprepError, ServiceUnavailable, StartupError
+from mmprep.keys import ApiKey, digest_of
+from mmprep_frontend.caller import Caller
 from mmprep_frontend.http.app import make_app
 from mmprep_frontend.http.exposition import expose
+from mmprep_frontend.http.keys import Keyring
 from mmprep_frontend.http.server import HttpServer, reserve_port, serve_http
-from mmprep_frontend.room import Held, Room
+from mmprep_frontend.room import Room
 
 try:
     import uvloop
@@ -66,25 +69,25 @@ class Echo:
                 raise
         return json.dumps({"route": route, "size": len(body), **more}).encode()
 
-    async def render_chat(self, body: bytes, request_id: str, held: Held) -> bytes:
-        held.hold_answer(self.encoding)
-        return await self._answer("chat", body, request_id=request_id)
+    async def render_chat(self, body: bytes, caller: Caller) -> bytes:
+        caller.held.hold_answer(self.encoding)
+        return await self._answer("chat", body, request_id=caller.request_id)
 
-    async def render_completions(self, body: bytes, request_id: str, held: Held) -> bytes:
-        held.hold_answer(self.encoding)
-        return await self._answer("completions", body, request_id=request_id)
+    async def render_completions(self, body: bytes, caller: Caller) -> bytes:
+        caller.held.hold_answer(self.encoding)
+        return await self._answer("completions", body, request_id=caller.request_id)
 
-    async def tokenize(self, body: bytes) -> bytes:
-        return await self._answer("tokenize", body)
+    async def tokenize(self, body: bytes, caller: Caller) -> bytes:
+        return await self._answer("tokenize", body, principal=caller.principal)
 
-    async def detokenize(self, body: bytes) -> bytes:
-        return await self._answer("detokenize", body)
+    async def detokenize(self, body: bytes, caller: Caller) -> bytes:
+        return await self._answer("detokenize", body, principal=caller.principal)
 
-    async def renew_leases(self, body: bytes) -> bytes:
-        return await self._answer("renew", body)
+    async def renew_leases(self, body: bytes, caller: Caller) -> bytes:
+        return await self._answer("renew", body, principal=caller.principal)
 
-    async def release_leases(self, body: bytes) -> bytes:
-        return await self._answer("release", body)
+    async def release_leases(self, body: bytes, caller: Caller) -> bytes:
+        return await self._answer("release", body, principal=caller.principal)
 
     async def metrics(self) -> bytes:
         return expose({"counters": {("mmprep_singleflight_joins_total", ()): 3}, "gauges": {}, "histograms": {}})
@@ -705,3 +708,79 @@ def test_the_metrics_text_holds_cumulated_buckets_and_the_names_that_boards_know
 def test_numbers_that_the_table_of_metrics_does_not_know_are_refused(numbers: Any) -> None:
     with pytest.raises(ValueError, match="mmprep_"):
         expose({"counters": {}, "gauges": {}, "histograms": {}, **numbers})
+
+
+# --- keys ---------------------------------------------------------------------------------------------------------
+
+
+def key_of(name: str) -> str:
+    return f"{name}-0123456789abcdef"
+
+
+def keyring(*names: str, admins: tuple[str, ...] = ()) -> Keyring:
+    return Keyring(
+        [ApiKey(name, digest_of(key_of(name))) for name in names],
+        [ApiKey(name, digest_of(key_of(name))) for name in admins],
+    )
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def test_with_keys_every_request_needs_one_and_probes_do_not(run):
+    async def main() -> None:
+        async with serving(keyring=keyring("a")) as served:
+            for method, path in [*(("POST", path) for path in POSTS), ("GET", "/v1/models")]:
+                for headers in ({}, bearer("wrong-0123456789abcdef"), {"Authorization": "Basic YTpi"}, bearer("")):
+                    status, error, answered = await served.error(method, path, headers=headers)
+                    assert (status, error["type"]) == (401, "AuthenticationError")
+                    assert answered["WWW-Authenticate"] == "Bearer"
+                    assert key_of("a") not in error["message"]
+                status, _, _ = await served.ask(method, path, headers=bearer(key_of("a")))
+                assert status == 200
+            for path in ("/health", "/ready", "/metrics", "/version"):
+                async with served.client.get(path) as answer:
+                    assert answer.status == 200
+
+    run(main())
+
+
+def test_a_key_comes_in_either_header_and_names_its_principal(run):
+    async def main() -> None:
+        async with serving(keyring=keyring("a", "b", admins=("root",))) as served:
+            for headers, principal in (
+                (bearer(key_of("a")), "a"),
+                ({"authorization": f"bEARER  {key_of('b')} "}, "b"),
+                ({"X-Api-Key": key_of("b")}, "b"),
+                (bearer(key_of("root")), "root"),
+            ):
+                status, _, answer = await served.ask("POST", "/tokenize", headers=headers)
+                assert (status, answer["principal"]) == (200, principal)
+
+    run(main())
+
+
+def test_a_body_of_somebody_without_a_key_is_not_read(run):
+    async def main() -> None:
+        async with serving(keyring=keyring("a")) as served:
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\nExpect: 100-continue\r\n\r\n"
+            reader, writer = await asyncio.open_connection("127.0.0.1", served.server.port)
+            writer.write(head.encode())
+            assert (await reader.readline()).startswith(b"HTTP/1.1 401")
+            writer.close()
+            await writer.wait_closed()
+
+    run(main())
+
+
+def test_nothing_is_allowed_across_origins(run):
+    async def main() -> None:
+        async with serving() as served:
+            headers = {"Origin": "http://elsewhere.example", "Access-Control-Request-Method": "POST"}
+            status, _, answered = await served.error("OPTIONS", CHAT, headers=headers)
+            assert status == 405
+            _, more, _ = await served.ask("POST", CHAT, headers=headers)
+            assert not [name for name in (*answered, *more) if name.lower().startswith("access-control")]
+
+    run(main())

@@ -18,8 +18,8 @@ def request(**fields):
     return parse(msgspec.json.encode(body), "chat")
 
 
-def key(cache, conversation=HELLO, *, nbytes=100, special=False, salt=None, **fields):
-    return cache.key(conversation, request(**fields), nbytes=nbytes, special=special, salt=salt)
+def key(cache, conversation=HELLO, *, nbytes=100, special=False, scope=b"", **fields):
+    return cache.key(conversation, request(**fields), nbytes=nbytes, special=special, scope=scope)
 
 
 def encoded(length, text=""):
@@ -46,7 +46,7 @@ def test_everything_that_the_template_is_given_is_part_of_the_key():
         key(cache, add_generation_prompt=False),
         key(cache, add_generation_prompt=False, continue_final_message=True),
         key(cache, special=True),
-        key(cache, salt="tenant"),
+        key(cache, scope=b"tenant"),
     ]
     assert len({key(cache), *others}) == len(others) + 1
 

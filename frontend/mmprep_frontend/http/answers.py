@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
-from mmprep.errors import InternalError, InvalidRequest, MethodNotAllowed, MmprepError, NotFound
+from mmprep.errors import AuthenticationError, InternalError, InvalidRequest, MethodNotAllowed, MmprepError, NotFound
 from mmprep_frontend.room import RETRY_AFTER
 
 REQUEST_ID_HEADER: Final = "X-Request-Id"
@@ -42,6 +42,8 @@ def error_answer(error: MmprepError) -> web.Response:
         ),
         error.code,
     )
+    if isinstance(error, AuthenticationError):
+        answer.headers["WWW-Authenticate"] = "Bearer"
     if error.retryable:
         answer.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or RETRY_AFTER)))
     return answer

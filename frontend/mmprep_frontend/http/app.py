@@ -1,5 +1,8 @@
 """The routes of the HTTP edge. It reads a body within bounds, hands it on, and tells the answer or the error.
 
+Where keys are configured, requests and leases need one (:mod:`mmprep_frontend.http.keys`), and are told so before
+anything else. ``/health``, ``/ready``, ``/metrics`` and ``/version`` never do: probes and monitors have none.
+
 ``/health`` answers at once, always: it touches nothing. ``/ready`` and the routes that need the model answer 503 with
 the reason until the service is warm, and again while it drains; leases can be renewed and released all the time, since
 those who hold some must be able to give them back while the service drains.
@@ -18,6 +21,7 @@ from typing import Final
 from aiohttp import web
 
 from mmprep.errors import MmprepError, ServiceUnavailable
+from mmprep_frontend.caller import Caller
 from mmprep_frontend.http.answers import (
     REQUEST_ID_HEADER,
     error_answer,
@@ -29,6 +33,7 @@ from mmprep_frontend.http.answers import (
 )
 from mmprep_frontend.http.bodies import Bodies
 from mmprep_frontend.http.exposition import CONTENT_TYPE
+from mmprep_frontend.http.keys import Keyring, Need
 from mmprep_frontend.http.ports import Service
 from mmprep_frontend.room import RETRY_AFTER, Held, Room
 
@@ -63,6 +68,7 @@ def make_app(
     version: str,
     max_body: int = 64 * 2**20,
     room: Room | None = None,
+    keyring: Keyring | None = None,
     body_seconds: float = 60.0,
     answer_seconds: float = 60.0,
 ) -> web.Application:
@@ -78,18 +84,20 @@ def make_app(
         As :class:`mmprep_frontend.http.bodies.Bodies` has them.
     room:
         Shared with other doors; ``None``: one of its own.
+    keyring:
+        Who may ask; ``None``: everybody.
     answer_seconds:
         How long a client may read nothing of a large answer before it is hung up on.
     """
     bodies = Bodies(max_body=max_body, room=room or Room(), seconds=body_seconds)
-    edge = _Edge(service, version, bodies, answer_seconds)
+    edge = _Edge(service, version, bodies, keyring or Keyring(), answer_seconds)
     app = web.Application(middlewares=[_tell])
     app[RUNNING] = Running()
     for path, handler in (
-        ("/v1/chat/completions/render", edge.rendering(service.render_chat, "chatcmpl-")),
-        ("/v1/completions/render", edge.rendering(service.render_completions, "cmpl-")),
-        ("/tokenize", edge.answering(service.tokenize, needs_model=True)),
-        ("/detokenize", edge.answering(service.detokenize, needs_model=True)),
+        ("/v1/chat/completions/render", edge.answering(service.render_chat, prefix="chatcmpl-")),
+        ("/v1/completions/render", edge.answering(service.render_completions, prefix="cmpl-")),
+        ("/tokenize", edge.answering(service.tokenize)),
+        ("/detokenize", edge.answering(service.detokenize)),
         ("/leases/renew", edge.answering(service.renew_leases, needs_model=False)),
         ("/leases/release", edge.answering(service.release_leases, needs_model=False)),
     ):
@@ -105,31 +113,40 @@ def make_app(
 class _Edge:
     """The handlers of one application."""
 
-    def __init__(self, service: Service, version: str, bodies: Bodies, answer_seconds: float) -> None:
+    def __init__(self, service: Service, version: str, bodies: Bodies, keyring: Keyring, answer_seconds: float) -> None:
         self._service = service
         self._version = version
         self._bodies = bodies
+        self._keyring = keyring
         self._answer_seconds = answer_seconds
 
-    def rendering(self, render: Callable[[bytes, str, Held], Awaitable[bytes]], prefix: str) -> Handler:
-        """Return a handler that renders a body under the request's id behind ``prefix``."""
+    def answering(
+        self,
+        answer: Callable[[bytes, Caller], Awaitable[bytes]],
+        *,
+        prefix: str = "",
+        needs_model: bool = True,
+        needs: Need = "key",
+    ) -> Handler:
+        """Return a handler that answers a body.
+
+        Parameters
+        ----------
+        prefix:
+            Before the request's id.
+        needs_model:
+            Whether it answers only while the service is ready.
+        needs:
+            Whose key it asks for.
+        """
 
         async def handler(request: web.Request) -> web.StreamResponse:
-            self._check_ready()
-            async with self._bodies.body(request) as (body, held):
-                answer = await render(body, prefix + request[_REQUEST_ID], held)
-                return await self._send(request, answer, held)
-
-        return handler
-
-    def answering(self, answer: Callable[[bytes], Awaitable[bytes]], *, needs_model: bool) -> Handler:
-        """Return a handler that answers a body; one that ``needs_model`` only while the service is ready."""
-
-        async def handler(request: web.Request) -> web.StreamResponse:
+            principal = self._keyring.admit(request.headers, needs)
             if needs_model:
                 self._check_ready()
             async with self._bodies.body(request) as (body, held):
-                return await self._send(request, await answer(body), held)
+                caller = Caller(prefix + request[_REQUEST_ID], principal, held)
+                return await self._send(request, await answer(body, caller), held)
 
         return handler
 
@@ -160,9 +177,13 @@ class _Edge:
         return answer
 
     async def go_on(self, request: web.Request) -> None:
-        """Tell a client that asks whether to send its body to do so, unless its length speaks against it."""
+        """Tell a client that asks whether to send its body to do so, unless its length or its key speaks against it."""
         expected = request.headers.get("Expect", "").lower() == "100-continue"
-        if expected and (request.content_length or 0) <= self._bodies.max_body:
+        if (
+            expected
+            and self._keyring.admits(request.headers)
+            and (request.content_length or 0) <= self._bodies.max_body
+        ):
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             # The answer itself has not begun.
             request.writer.output_size = 0
@@ -174,7 +195,8 @@ class _Edge:
         _refuse(self._service.ready())
         return json_answer(b'{"status":"ready"}')
 
-    async def models(self, _request: web.Request) -> web.StreamResponse:
+    async def models(self, request: web.Request) -> web.StreamResponse:
+        self._keyring.admit(request.headers, "key")
         return plain_answer(self._service.models())
 
     async def version(self, _request: web.Request) -> web.StreamResponse:

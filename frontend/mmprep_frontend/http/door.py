@@ -13,9 +13,9 @@ import msgspec
 from mmprep.errors import InvalidRequest, MmprepError
 from mmprep.metrics import BUCKETS, Labels, Snapshot
 from mmprep.wire.messages import Name
+from mmprep_frontend.caller import Caller
 from mmprep_frontend.http.chat_answer import encode_chat_answer
 from mmprep_frontend.http.exposition import METRICS, HistogramData, Numbers, Series, expose
-from mmprep_frontend.room import Held
 from mmprep_frontend.service import Service
 
 T = TypeVar("T")
@@ -58,25 +58,25 @@ class HttpDoor:
         self._collect = collect
         self._started = int(time.time())
 
-    async def render_chat(self, body: bytes, request_id: str, held: Held) -> bytes:
-        return await self._counted("/v1/chat/completions/render", self._render_chat(body, request_id, held))
+    async def render_chat(self, body: bytes, caller: Caller) -> bytes:
+        return await self._counted("/v1/chat/completions/render", self._render_chat(body, caller))
 
-    async def render_completions(self, body: bytes, request_id: str, held: Held) -> bytes:  # noqa: ARG002, the seam
-        return await self._counted("/v1/completions/render", self._service.completions(body, request_id))
+    async def render_completions(self, body: bytes, caller: Caller) -> bytes:
+        return await self._counted("/v1/completions/render", self._service.completions(body, caller.request_id))
 
-    async def tokenize(self, body: bytes) -> bytes:
-        return await self._counted("/tokenize", self._service.tokenize(body))
+    async def tokenize(self, body: bytes, caller: Caller) -> bytes:
+        return await self._counted("/tokenize", self._service.tokenize(body, principal=caller.principal))
 
-    async def detokenize(self, body: bytes) -> bytes:
+    async def detokenize(self, body: bytes, caller: Caller) -> bytes:  # noqa: ARG002, the seam
         return await self._counted("/detokenize", self._service.detokenize(body))
 
-    async def renew_leases(self, body: bytes) -> bytes:
+    async def renew_leases(self, body: bytes, caller: Caller) -> bytes:  # noqa: ARG002, the seam
         request = _lease_request(body)
         renewed = await self._service.writer.renew(request.backend_id, _ids(request))
         lost = [lease.hex() for lease in renewed.lost]
         return msgspec.json.encode({"lost": lost, "lease_seconds": renewed.lease_ms // 1000})
 
-    async def release_leases(self, body: bytes) -> bytes:
+    async def release_leases(self, body: bytes, caller: Caller) -> bytes:  # noqa: ARG002, the seam
         request = _lease_request(body)
         await self._service.writer.release(request.backend_id, _ids(request))
         return b'{"released":true}'
@@ -105,13 +105,13 @@ class HttpDoor:
     def refusal(self) -> str | None:
         return self._refusal()
 
-    async def _render_chat(self, body: bytes, request_id: str, held: Held) -> bytes:
-        chat = await self._service.chat(body)
+    async def _render_chat(self, body: bytes, caller: Caller) -> bytes:
+        chat, held = await self._service.chat(body, principal=caller.principal), caller.held
         try:
             model = self._service.served()
             inline = chat.inline_bytes()
             held.hold_answer(inline * _ENCODING)
-            work = partial(encode_chat_answer, chat, model, request_id)
+            work = partial(encode_chat_answer, chat, model, caller.request_id)
             answer = await self._service.encode(len(chat.expanded.token_ids), work, nbytes=inline)
             held.hold_answer(len(answer))
         except BaseException:

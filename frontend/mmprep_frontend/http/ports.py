@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from mmprep_frontend.room import Held
+from mmprep_frontend.caller import Caller
 
 
 class Service(Protocol):
@@ -12,25 +12,25 @@ class Service(Protocol):
 
     Every coroutine takes a body as it came and returns the answer's JSON, encoded. It raises errors of
     :mod:`mmprep.errors`, which the edge turns into statuses, and is cancelled when the client hangs up. What encoding an
-    answer takes is counted in ``held`` before; the answer itself is counted by the edge, until it is sent.
+    answer takes is counted in the caller's ``held`` before; the answer itself is counted by the edge, until it is sent.
     """
 
-    async def render_chat(self, body: bytes, request_id: str, held: Held) -> bytes:
+    async def render_chat(self, body: bytes, caller: Caller) -> bytes:
         """Answer a chat completion request with its GenerateRequest."""
 
-    async def render_completions(self, body: bytes, request_id: str, held: Held) -> bytes:
+    async def render_completions(self, body: bytes, caller: Caller) -> bytes:
         """Answer a completion request with a list of GenerateRequests."""
 
-    async def tokenize(self, body: bytes) -> bytes:
+    async def tokenize(self, body: bytes, caller: Caller) -> bytes:
         """Answer with the tokens of a text or a chat."""
 
-    async def detokenize(self, body: bytes) -> bytes:
+    async def detokenize(self, body: bytes, caller: Caller) -> bytes:
         """Answer with the text of tokens."""
 
-    async def renew_leases(self, body: bytes) -> bytes:
+    async def renew_leases(self, body: bytes, caller: Caller) -> bytes:
         """Extend leases."""
 
-    async def release_leases(self, body: bytes) -> bytes:
+    async def release_leases(self, body: bytes, caller: Caller) -> bytes:
         """End leases."""
 
     async def metrics(self) -> bytes:

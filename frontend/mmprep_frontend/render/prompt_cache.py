@@ -50,7 +50,7 @@ class PromptCache:
         *,
         nbytes: int,
         special: bool,
-        salt: str | None,
+        scope: bytes,
     ) -> bytes | None:
         """Return what identifies the prompt, 32 bytes, or ``None`` where it is not to be cached.
 
@@ -60,8 +60,8 @@ class PromptCache:
             Of the request's JSON without its media.
         special:
             Whether the tokenizer's own special tokens are added.
-        salt:
-            The request's ``cache_salt``: tenants do not share prompts either.
+        scope:
+            The name space of the request's items: tenants do not share prompts either.
         """
         if not self._max_bytes or nbytes > LONGEST_JSON:
             return None
@@ -74,7 +74,7 @@ class PromptCache:
             request.add_generation_prompt,
             request.continue_final_message,
             special,
-            salt,
+            scope,
         )
         try:
             return blake3(msgspec.json.encode(given)).digest()

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from mmprep import embedded
 from mmprep.cli.models import find_model
 from mmprep.errors import StartupError
+from mmprep.keys import ApiKey, read_keys
 from mmprep.sizes import parse_duration, parse_size
 from mmprep.supervisor.options import ServeOptions
 
@@ -149,6 +150,10 @@ def _directory(text: str, option: str) -> str | None:
     return str(Path(text).absolute())
 
 
+def _keys(text: str, option: str) -> tuple[ApiKey, ...]:
+    return read_keys(Path(text), option) if text else ()
+
+
 OPTIONS = (
     Option("host", _host, "127.0.0.1", "address to listen on"),
     Option("port", _whole(0, 65535), "8790", "port to listen on; 0: a free one"),
@@ -212,6 +217,9 @@ OPTIONS = (
     Option(
         "trust-request-mm-kwargs", _switch, "false", "let requests say how media are read (media_io_kwargs)", flag=True
     ),
+    Option("api-key-file", _keys, "", "file with the keys of clients, one a line; default: everybody may ask"),
+    Option("admin-key-file", _keys, "", "file with the operator's keys"),
+    Option("share-cache-across-keys", _switch, "false", "let clients with different keys share the cache", flag=True),
     Option("chat-template", _optional, "", "file with a chat template in place of the model's"),
     Option("log-level", _choice(*_LEVELS), "warning", "debug, info, warning or error"),
 )

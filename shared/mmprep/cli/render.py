@@ -30,6 +30,7 @@ def run(arguments: list[str]) -> int:
         passed = _passed_on(arguments, parsed.file)
         command = [sys.executable, "-m", "mmprep.cli", "serve", *passed]
         command += ["--runtime-dir", directory, "--port", "0", "--frontends", "1"]
+        command += ["--api-key-file", "", "--admin-key-file", ""]  # nobody else can reach it, and we have no key
         if parsed.model:
             command.append(parsed.model)
         service = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from mmprep.keys import ApiKey
 from mmprep.settings import FrontendSettings, WriterSettings
 
 
@@ -47,6 +48,9 @@ class ServeOptions(msgspec.Struct, frozen=True):
     media_cache_ttl: float
     chat_template: str | None
     trust_request_mm_kwargs: bool
+    api_key_file: tuple[ApiKey, ...]
+    admin_key_file: tuple[ApiKey, ...]
+    share_cache_across_keys: bool
     log_level: str
 
     @property
@@ -105,5 +109,8 @@ class ServeOptions(msgspec.Struct, frozen=True):
             media_cache_ttl=self.media_cache_ttl,
             chat_template=self.chat_template,
             trust_request_mm_kwargs=self.trust_request_mm_kwargs,
+            api_keys=self.api_key_file,
+            admin_keys=self.admin_key_file,
+            share_cache_across_keys=self.share_cache_across_keys,
             log_level=self.log_level,
         )

@@ -1,0 +1,28 @@
+"""Who a request is from, as the door that it came through knows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from mmprep_frontend.room import Held
+
+#: The principal of those who show no key: everybody where there are no keys, and native clients, who are of the
+#: service's own user.
+ANONYMOUS: Final = "anonymous"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The sender of one request.
+
+    Attributes
+    ----------
+    request_id: the sender's own, or a fresh one.
+    principal: whose cache the request uses.
+    held: what the request holds of the frontend's memory.
+    """
+
+    request_id: str
+    principal: str
+    held: Held
