@@ -1,7 +1,7 @@
 """The routes of the HTTP edge. It reads a body within bounds, hands it on, and tells the answer or the error.
 
 Where keys are configured, requests and leases need one (:mod:`mmprep_frontend.http.keys`), and are told so before
-anything else. ``/health``, ``/ready``, ``/metrics`` and ``/version`` never do: probes and monitors have none.
+anything else. ``/health``, ``/ready``, ``/metrics`` and ``/version``, and the description of the interface, never do: probes and monitors have none.
 
 ``/health`` answers at once, always: it touches nothing. ``/ready`` and the routes that need the model answer 503 with
 the reason until the service is warm, and again while it drains; leases can be renewed and released all the time, since
@@ -18,6 +18,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+import msgspec
 from aiohttp import web
 
 from mmprep.errors import MmprepError, ServiceUnavailable
@@ -34,6 +35,7 @@ from mmprep_frontend.http.answers import (
 from mmprep_frontend.http.bodies import Bodies
 from mmprep_frontend.http.exposition import CONTENT_TYPE
 from mmprep_frontend.http.keys import Keyring, Need
+from mmprep_frontend.http.openapi import describe, page
 from mmprep_frontend.http.ports import Service
 from mmprep_frontend.room import RETRY_AFTER, Held, Room
 
@@ -107,7 +109,33 @@ def make_app(
     app.router.add_get("/ready", edge.ready)
     app.router.add_get("/metrics", edge.metrics)
     app.router.add_get("/version", edge.version)
+    description = _Description(version)
+    app.router.add_get("/openapi.json", description.data)
+    app.router.add_get("/docs", description.page)
     return app
+
+
+class _Description:
+    """The description of the interface. It is made when somebody asks for it, once and on a thread."""
+
+    def __init__(self, version: str) -> None:
+        self._version = version
+        self._made: asyncio.Future[tuple[bytes, bytes]] | None = None
+
+    async def data(self, _request: web.Request) -> web.StreamResponse:
+        return json_answer((await self._texts())[0])
+
+    async def page(self, _request: web.Request) -> web.StreamResponse:
+        return web.Response(body=(await self._texts())[1], content_type="text/html", charset="utf-8")
+
+    async def _texts(self) -> tuple[bytes, bytes]:
+        if self._made is None:
+            self._made = asyncio.get_running_loop().run_in_executor(None, self._make)
+        return await asyncio.shield(self._made)
+
+    def _make(self) -> tuple[bytes, bytes]:
+        described = describe(self._version)
+        return msgspec.json.encode(described), page(described).encode()
 
 
 class _Edge:

@@ -1,0 +1,187 @@
+"""The description of the HTTP interface: OpenAPI 3.1, made from the types that requests are parsed by, and a page of it.
+
+The page needs no script and nothing from elsewhere.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from mmprep_frontend.http import forms
+from mmprep_frontend.http.door import LeaseRequest
+from mmprep_frontend.render.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+
+
+class Operation(NamedTuple):
+    """One route.
+
+    Attributes
+    ----------
+    request: the type of its body, ``None`` where it has none.
+    answer: the type of its answer, ``None`` where that is no JSON.
+    errors: the statuses that it may answer with beside 200.
+    open: whether it needs no key.
+    """
+
+    method: str
+    path: str
+    summary: str
+    request: Any
+    answer: Any
+    errors: tuple[int, ...] = ()
+    open: bool = False
+
+
+_TEXT: Final = (400, 401, 404, 405, 408, 413, 429, 500, 503)
+_MEDIA: Final = (*_TEXT, 415, 422, 502, 504)
+_LEASES: Final = (400, 401, 404, 405, 408, 413, 429, 500, 503)
+
+OPERATIONS: Final = (
+    Operation("post", "/v1/chat/completions/render", "Render a chat", ChatRequest, forms.GenerateRequest, _MEDIA),
+    Operation(
+        "post", "/v1/completions/render", "Render prompts", CompletionRequest, list[forms.GenerateRequest], _TEXT
+    ),
+    Operation("post", "/tokenize", "A text or a chat to token ids", TokenizeRequest, forms.Tokens, _MEDIA),
+    Operation("post", "/detokenize", "Token ids to text", DetokenizeRequest, forms.Text, _TEXT),
+    Operation("post", "/leases/renew", "Prolong leases", LeaseRequest, forms.Renewed, _LEASES),
+    Operation("post", "/leases/release", "End leases", LeaseRequest, forms.Released, _LEASES),
+    Operation("get", "/v1/models", "What is served", None, forms.ServedModels, (401,)),
+    Operation("get", "/health", "Whether the process is alive", None, forms.Status, open=True),
+    Operation("get", "/ready", "Whether requests are taken", None, forms.Status, (503,), open=True),
+    Operation("get", "/metrics", "Metrics of the whole service, as Prometheus text", None, None, (503,), open=True),
+    Operation("get", "/version", "The service's version", None, forms.Version, open=True),
+    Operation("get", "/openapi.json", "This description", None, dict[str, Any], open=True),
+    Operation("get", "/docs", "This description as a page", None, None, open=True),
+)
+
+_KINDS: Final = {"/metrics": "text/plain", "/docs": "text/html"}
+_REF: Final = "#/components/schemas/{name}"
+_MEANINGS: Final = {
+    400: "the request is wrong",
+    401: "the key is missing or wrong",
+    404: "something that the request names is not there",
+    405: "the path takes another method",
+    408: "the request's time was over",
+    413: "too large",
+    415: "not a kind of medium that is read",
+    422: "a medium could not be fetched or decoded",
+    429: "full; again after Retry-After",
+    500: "a fault of the service",
+    502: "a medium's host failed",
+    503: "starting or draining; again after Retry-After",
+    504: "a medium's host did not answer",
+}
+
+
+def describe(version: str, operations: Sequence[Operation] = OPERATIONS) -> dict[str, Any]:
+    """Return the OpenAPI document of the interface.
+
+    Parameters
+    ----------
+    version:
+        Of the service.
+    """
+    types = [kind for operation in operations for kind in (operation.request, operation.answer) if kind is not None]
+    schemas, components = msgspec.json.schema_components([*types, forms.Error], ref_template=_REF)
+    by_type = dict(zip(map(str, [*types, forms.Error]), schemas, strict=True))
+    paths: dict[str, Any] = {}
+    for operation in operations:
+        paths.setdefault(operation.path, {})[operation.method] = _operation(operation, by_type)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "mmprep", "version": version},
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _operation(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
+    answer = _content(operation.answer, schemas, _KINDS.get(operation.path, "application/json"))
+    responses = {"200": {"description": "the answer", **answer}}
+    for status in sorted(operation.errors):
+        responses[str(status)] = {
+            "description": _MEANINGS[status],
+            **_content(forms.Error, schemas, "application/json"),
+        }
+    described: dict[str, Any] = {"summary": operation.summary, "responses": responses}
+    if operation.request is not None:
+        described["requestBody"] = {
+            "required": True,
+            **_content(operation.request, schemas, "application/json"),
+        }
+    described["security"] = [] if operation.open else [{"key": []}, {}]
+    return described
+
+
+def _content(kind: Any, schemas: dict[str, Any], media_type: str) -> dict[str, Any]:
+    schema = {"type": "string"} if kind is None else schemas[str(kind)]
+    return {"content": {media_type: {"schema": schema}}}
+
+
+_PAGE: Final = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>mmprep {version}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }}
+code, pre {{ font: 14px/1.45 ui-monospace, monospace }}
+pre {{ background: #f5f5f5; padding: .75rem; overflow: auto; max-height: 30rem }}
+summary {{ cursor: pointer; padding: .35rem 0 }}
+table {{ border-collapse: collapse }} td, th {{ text-align: left; padding: .1rem 1.2rem .1rem 0; vertical-align: top }}
+.method {{ display: inline-block; min-width: 3.5rem; font-weight: 600 }}
+@media (prefers-color-scheme: dark) {{ body {{ background: #161616; color: #e8e8e8 }} pre {{ background: #242424 }} a {{ color: #8ab4f8 }} }}
+</style></head><body>
+<h1>mmprep {version}</h1>
+<p>The HTTP interface; as data: <a href="openapi.json">openapi.json</a>.</p>
+{operations}
+<h2>Types</h2>
+{types}
+</body></html>
+"""
+
+
+def page(document: dict[str, Any]) -> str:
+    """Return the document of :func:`describe` as HTML."""
+    operations = "\n".join(
+        _operation_html(method, path, described)
+        for path, methods in document["paths"].items()
+        for method, described in methods.items()
+    )
+    types = "\n".join(_type_html(name, schema) for name, schema in sorted(document["components"]["schemas"].items()))
+    return _PAGE.format(version=html.escape(document["info"]["version"]), operations=operations, types=types)
+
+
+def _operation_html(method: str, path: str, described: dict[str, Any]) -> str:
+    body = described.get("requestBody")
+    rows = "".join(
+        f"<tr><td><code>{status}</code></td><td>{html.escape(response['description'])}</td>"
+        f"<td>{_named(response)}</td></tr>"
+        for status, response in described["responses"].items()
+    )
+    return (
+        f"<details><summary><span class=method>{method.upper()}</span> <code>{html.escape(path)}</code> "
+        f"&nbsp; {html.escape(described['summary'])}</summary>"
+        f"<p>Body: {_named(body) if body else 'none'}</p><table>{rows}</table></details>"
+    )
+
+
+def _type_html(name: str, schema: dict[str, Any]) -> str:
+    text = html.escape(msgspec.json.format(msgspec.json.encode(schema), indent=2).decode())
+    about = html.escape(schema.get("description", ""))
+    return f'<details id="{html.escape(name)}"><summary><code>{html.escape(name)}</code> &nbsp; {about}</summary><pre>{text}</pre></details>'
+
+
+def _named(described: dict[str, Any]) -> str:
+    ((kind, content),) = described["content"].items()
+    schema = content["schema"]
+    many = "a list of " if schema.get("type") == "array" else ""
+    reference = schema.get("$ref") or schema.get("items", {}).get("$ref")
+    if reference is None:
+        return html.escape(kind)
+    name = html.escape(reference.rpartition("/")[2])
+    return f'{many}<a href="#{name}"><code>{name}</code></a>'
