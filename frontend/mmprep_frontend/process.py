@@ -119,7 +119,11 @@ class Frontend:
         loop.add_signal_handler(signal.SIGTERM, self._told_to_stop)
         loop.add_reader(_INPUT, self._input_ready)
         door = HttpDoor(
-            self._service, not_ready=self._not_ready, refusal=self._refusal, collect=self._supervisor.metrics
+            self._service,
+            not_ready=self._not_ready,
+            refusal=self._refusal,
+            collect=self._supervisor.metrics,
+            status=self._supervisor.status,
         )
         max_body = self._settings.max_body_size
         keyring = Keyring(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import zmq
@@ -56,16 +56,22 @@ class SupervisorLink:
 
     async def metrics(self) -> Snapshot:
         """Return the whole service's metrics; raises ServiceUnavailable where the supervisor does not answer."""
+        return msgspec.json.decode(await self._ask("metrics"), type=Snapshot)
+
+    async def status(self) -> bytes:
+        """Return the whole service's status as JSON; raises as :meth:`metrics`."""
+        return bytes(await self._ask("status"))
+
+    async def _ask(self, subject: Literal["status", "metrics"]) -> Any:
         number, future = self._calls.open()
         try:
-            self._link.send([pack(messages.Ask(number, "metrics"))])
+            self._link.send([pack(messages.Ask(number, subject))])
             async with asyncio.timeout(_ANSWER_SECONDS):
-                frame = await future
+                return await future
         except TimeoutError:
             raise ServiceUnavailable("the supervisor did not answer", retry_after=1.0) from None
         finally:
             self._calls.forget(number)
-        return msgspec.json.decode(frame, type=Snapshot)
 
     def close(self) -> None:
         """Disconnect."""

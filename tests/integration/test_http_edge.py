@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 import logging
@@ -91,6 +92,9 @@ class Echo:
 
     async def metrics(self) -> bytes:
         return expose({"counters": {("mmprep_singleflight_joins_total", ()): 3}, "gauges": {}, "histograms": {}})
+
+    async def status(self) -> bytes:
+        return b"{}"
 
     def models(self) -> dict[str, Any]:
         return {"object": "list", "data": []}
@@ -784,3 +788,24 @@ def test_nothing_is_allowed_across_origins(run):
             assert not [name for name in (*answered, *more) if name.lower().startswith("access-control")]
 
     run(main())
+
+
+def test_the_dashboard_is_the_operators_and_a_browser_may_ask_for_the_key(run):
+    async def main() -> None:
+        async with serving(keyring=keyring("a", admins=("root",))) as served:
+            for path in ("/dashboard", "/dashboard/status"):
+                for wrong in ({}, bearer(key_of("a")), basic(key_of("a")), {"Authorization": "Basic ???"}):
+                    status, _, answered = await served.error("GET", path, headers=wrong)
+                    assert (status, answered["WWW-Authenticate"]) == (401, 'Basic realm="mmprep"')
+                for right in (bearer(key_of("root")), basic(key_of("root"))):
+                    async with served.client.get(path, headers=right) as answer:
+                        assert answer.status == 200
+            # A password that the browser sends by itself opens nothing that changes something.
+            status, _, _ = await served.error("POST", "/tokenize", headers=basic(key_of("root")))
+            assert status == 401
+
+    run(main())
+
+
+def basic(password: str) -> dict[str, str]:
+    return {"Authorization": "Basic " + base64.b64encode(f"anybody:{password}".encode()).decode()}

@@ -15,6 +15,7 @@ import msgspec
 from aiohttp import web
 
 from mmprep.errors import AuthenticationError, InternalError, InvalidRequest, MethodNotAllowed, MmprepError, NotFound
+from mmprep_frontend.http.keys import PasswordError
 from mmprep_frontend.room import RETRY_AFTER
 
 REQUEST_ID_HEADER: Final = "X-Request-Id"
@@ -43,7 +44,7 @@ def error_answer(error: MmprepError) -> web.Response:
         error.code,
     )
     if isinstance(error, AuthenticationError):
-        answer.headers["WWW-Authenticate"] = "Bearer"
+        answer.headers["WWW-Authenticate"] = 'Basic realm="mmprep"' if isinstance(error, PasswordError) else "Bearer"
     if error.retryable:
         answer.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or RETRY_AFTER)))
     return answer

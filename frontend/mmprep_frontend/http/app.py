@@ -33,6 +33,7 @@ from mmprep_frontend.http.answers import (
     routing_error,
 )
 from mmprep_frontend.http.bodies import Bodies
+from mmprep_frontend.http.dashboard import HEADERS, PAGE
 from mmprep_frontend.http.exposition import CONTENT_TYPE
 from mmprep_frontend.http.keys import Keyring, Need
 from mmprep_frontend.http.openapi import describe, page
@@ -109,6 +110,8 @@ def make_app(
     app.router.add_get("/ready", edge.ready)
     app.router.add_get("/metrics", edge.metrics)
     app.router.add_get("/version", edge.version)
+    app.router.add_get("/dashboard", edge.dashboard)
+    app.router.add_get("/dashboard/status", edge.status)
     description = _Description(version)
     app.router.add_get("/openapi.json", description.data)
     app.router.add_get("/docs", description.page)
@@ -229,6 +232,14 @@ class _Edge:
 
     async def version(self, _request: web.Request) -> web.StreamResponse:
         return plain_answer({"version": self._version})
+
+    async def dashboard(self, request: web.Request) -> web.StreamResponse:
+        self._keyring.admit(request.headers, "page")
+        return web.Response(body=PAGE, content_type="text/html", charset="utf-8", headers=HEADERS)
+
+    async def status(self, request: web.Request) -> web.StreamResponse:
+        self._keyring.admit(request.headers, "page")
+        return json_answer(await self._service.status())
 
     async def metrics(self, _request: web.Request) -> web.StreamResponse:
         return web.Response(body=await self._service.metrics(), headers={"Content-Type": CONTENT_TYPE})

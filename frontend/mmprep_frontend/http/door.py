@@ -42,6 +42,8 @@ class HttpDoor:
         Returns why the service takes no requests, or ``None``.
     collect:
         Returns the whole service's metrics.
+    status:
+        Returns its status, as JSON.
     """
 
     def __init__(
@@ -51,11 +53,13 @@ class HttpDoor:
         not_ready: Callable[[], str | None],
         refusal: Callable[[], str | None],
         collect: Callable[[], Awaitable[Snapshot]],
+        status: Callable[[], Awaitable[bytes]],
     ) -> None:
         self._service = service
         self._not_ready = not_ready
         self._refusal = refusal
         self._collect = collect
+        self._status = status
         self._started = int(time.time())
 
     async def render_chat(self, body: bytes, caller: Caller) -> bytes:
@@ -83,6 +87,9 @@ class HttpDoor:
 
     async def metrics(self) -> bytes:
         return expose(_numbers(await self._collect()))
+
+    async def status(self) -> bytes:
+        return await self._status()
 
     def models(self) -> dict[str, Any]:
         model = self._service.model

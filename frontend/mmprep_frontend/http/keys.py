@@ -8,6 +8,7 @@ Every configured key is compared, in constant time, whatever was sent: how long 
 
 from __future__ import annotations
 
+import base64
 import hmac
 from collections.abc import Mapping, Sequence
 from typing import Final, Literal, TypeAlias
@@ -16,11 +17,12 @@ from mmprep.errors import AuthenticationError
 from mmprep.keys import ApiKey, digest_of
 from mmprep_frontend.caller import ANONYMOUS
 
-#: What a route asks for: nothing, any key, or an admin key.
-Need: TypeAlias = Literal["nothing", "key", "admin"]
+#: What a route asks for: nothing, any key, an admin key, or an admin key that a browser may send as a password.
+Need: TypeAlias = Literal["nothing", "key", "admin", "page"]
 
 _LONGEST: Final = 1024
 _SCHEME: Final = "bearer "
+_BASIC: Final = "basic "
 
 
 class Keyring:
@@ -58,13 +60,13 @@ class Keyring:
         """
         if need == "nothing" or not (self._keys or self._admin_keys):
             return ANONYMOUS
-        digest = digest_of(_presented(headers))
+        digest = digest_of(_presented(headers, password=need == "page"))
         admin, principal = _owner(self._admin_keys, digest), _owner(self._keys, digest)
-        if admin is None and need == "admin":
-            raise AuthenticationError(
+        if admin is None and need in {"admin", "page"}:
+            if not self._admin_keys:
+                raise AuthenticationError("this needs an admin key, and the service has none (--admin-key-file)")
+            raise (PasswordError if need == "page" else AuthenticationError)(
                 "this needs an admin key: send one as 'Authorization: Bearer <key>'"
-                if self._admin_keys
-                else "this needs an admin key, and the service has none (--admin-key-file)"
             )
         if admin is None and principal is None and self._keys:
             raise AuthenticationError("the API key is missing or wrong: send it as 'Authorization: Bearer <key>'")
@@ -80,8 +82,18 @@ class Keyring:
         return True
 
 
-def _presented(headers: Mapping[str, str]) -> str:
+class PasswordError(AuthenticationError):
+    """A browser may ask its user for the key."""
+
+
+def _presented(headers: Mapping[str, str], *, password: bool) -> str:
     authorization = headers.get("Authorization", "").strip()
+    if password and authorization[: len(_BASIC)].lower() == _BASIC:
+        try:
+            pair = base64.b64decode(authorization[len(_BASIC) :][:_LONGEST], validate=True).decode()
+        except ValueError:
+            return ""
+        return pair.partition(":")[2]
     if authorization[: len(_SCHEME)].lower() == _SCHEME:
         return authorization[len(_SCHEME) :].strip()[:_LONGEST]
     return headers.get("X-Api-Key", "").strip()[:_LONGEST]

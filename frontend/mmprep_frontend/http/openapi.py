@@ -54,11 +54,13 @@ OPERATIONS: Final = (
     Operation("get", "/ready", "Whether requests are taken", None, forms.Status, (503,), open=True),
     Operation("get", "/metrics", "Metrics of the whole service, as Prometheus text", None, None, (503,), open=True),
     Operation("get", "/version", "The service's version", None, forms.Version, open=True),
+    Operation("get", "/dashboard", "A page that shows what the service does", None, None, (401,)),
+    Operation("get", "/dashboard/status", "What the page shows, as data", None, dict[str, Any], (401, 503)),
     Operation("get", "/openapi.json", "This description", None, dict[str, Any], open=True),
     Operation("get", "/docs", "This description as a page", None, None, open=True),
 )
 
-_KINDS: Final = {"/metrics": "text/plain", "/docs": "text/html"}
+_KINDS: Final = {"/metrics": "text/plain", "/docs": "text/html", "/dashboard": "text/html"}
 _REF: Final = "#/components/schemas/{name}"
 _MEANINGS: Final = {
     400: "the request is wrong",

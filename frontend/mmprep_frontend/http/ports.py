@@ -36,6 +36,9 @@ class Service(Protocol):
     async def metrics(self) -> bytes:
         """Return the whole service's metrics as Prometheus text, see :mod:`mmprep_frontend.http.exposition`."""
 
+    async def status(self) -> bytes:
+        """Return the whole service's status, as ``mmprep status --json`` prints it."""
+
     def models(self) -> dict[str, Any]:
         """Return the answer of ``/v1/models``, as data that JSON can hold."""
 
