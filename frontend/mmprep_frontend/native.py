@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 import mmprep
 from mmprep.errors import InternalError, MmprepError, ProtocolError, ServiceUnavailable
+from mmprep.logs import event
 from mmprep.result import Head, HeadItem, Place, ids_to_bytes
 from mmprep.wire import messages
 from mmprep.wire.codec import MAX_FRAMES, PROTOCOL, pack, unpack
@@ -31,6 +32,7 @@ from mmprep_frontend.room import Held, Room
 from mmprep_frontend.service import RenderedChat, RenderedItem, Service
 
 _log = logging.getLogger("mmprep.native")
+_requests = logging.getLogger("mmprep.requests")
 
 _OUTBOX_BYTES = 1 << 30
 #: Bytes of tensors from which on they are copied off the loop.
@@ -177,7 +179,9 @@ class NativeDoor:
             service.inflight -= 1
             path = f"native/{request.operation}"
             service.metrics.count("mmprep_requests_total", path=path, outcome=outcome)
-            service.metrics.observe("mmprep_request_seconds", time.monotonic() - started, path=path)
+            seconds = time.monotonic() - started
+            service.metrics.observe("mmprep_request_seconds", seconds, path=path)
+            event(_requests, logging.INFO, "request", path=path, outcome=outcome, ms=round(seconds * 1000, 3))
 
     def _failed(self, peer: bytes, request: messages.Request, error: MmprepError) -> None:
         """Answer a request that is not let in."""

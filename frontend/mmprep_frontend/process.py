@@ -265,7 +265,7 @@ def main() -> None:
     """Run one frontend; the orders come on standard input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     settings: FrontendSettings = read_settings(FrontendSettings)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    settings.logs.apply()
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         uvloop.run(_run(settings))

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from mmprep.keys import ApiKey
+from mmprep.logs import LogSettings
 
 #: Exit status of a process that tells the supervisor not to try again: its message was for who starts the service.
 CANNOT_START = 78
@@ -40,7 +41,7 @@ class WriterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     upload_seconds: float
     task_seconds: float
     lane_memory: int
-    log_level: str
+    logs: LogSettings
 
 
 class FrontendSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,7 +74,7 @@ class FrontendSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     api_keys: tuple[ApiKey, ...]
     admin_keys: tuple[ApiKey, ...]
     share_cache_across_keys: bool
-    log_level: str
+    logs: LogSettings
 
 
 def read_settings(kind: Any) -> Any:

@@ -11,6 +11,7 @@ import pytest
 from tests.integration.service import eventually
 
 from mmprep import embedded
+from mmprep.logs import LogSettings
 from mmprep.process_lock import holder
 from mmprep.segment import Segment
 from mmprep_worker.lanes.config import LaneConfig
@@ -38,7 +39,7 @@ def orders(runtime_dir, segment, token=bytes(32)):
         max_media_size=1 << 24,
         data_limit=4 << 30,
         nice=0,
-        log_level="warning",
+        logs=LogSettings("warning", "text"),
     )
 
 

@@ -43,6 +43,7 @@ WRONG = {
     "media-cache-max-size": ["1023KiB", "65TiB", "much", ""],
     "media-cache-ttl": ["-1s", "3651d", "soon", ""],
     "chat-template": ["/nonexistent/template"],
+    "log-format": ["xml", ""],
     "log-level": ["trace", "WARNING"],
 }
 #: Every text is right for these, or the system decides.

@@ -21,6 +21,7 @@ from typing import Final
 import msgspec
 from aiohttp import web
 
+from mmprep import logs
 from mmprep.errors import MmprepError, ServiceUnavailable
 from mmprep_frontend.caller import Caller
 from mmprep_frontend.http.answers import (
@@ -257,6 +258,7 @@ def _refuse(reason: str | None) -> None:
 async def _tell(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give the request its id, and turn whatever is raised for it into an answer."""
     request[_REQUEST_ID] = request_id = request_id_of(request)
+    logs.request_id.set(request_id)
     running, task = request.app[RUNNING], asyncio.current_task()
     assert task is not None
     running.tasks.add(task)

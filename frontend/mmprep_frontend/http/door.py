@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from mmprep.errors import InvalidRequest, MmprepError
+from mmprep.logs import event
 from mmprep.metrics import BUCKETS, Labels, Snapshot
 from mmprep.wire.messages import Name
 from mmprep_frontend.caller import Caller
@@ -18,6 +20,7 @@ from mmprep_frontend.http.chat_answer import encode_chat_answer
 from mmprep_frontend.http.exposition import METRICS, HistogramData, Numbers, Series, expose
 from mmprep_frontend.service import Service
 
+_log = logging.getLogger("mmprep.requests")
 T = TypeVar("T")
 
 #: Bytes that encoding takes for one byte of tensors: base64 of all items and once more as JSON, and one packed item.
@@ -144,7 +147,9 @@ class HttpDoor:
         finally:
             service.inflight -= 1
             service.metrics.count("mmprep_requests_total", path=path, outcome=outcome)
-            service.metrics.observe("mmprep_request_seconds", time.monotonic() - started, path=path)
+            seconds = time.monotonic() - started
+            service.metrics.observe("mmprep_request_seconds", seconds, path=path)
+            event(_log, logging.INFO, "request", path=path, outcome=outcome, ms=round(seconds * 1000, 3))
 
 
 def _lease_request(body: bytes) -> LeaseRequest:

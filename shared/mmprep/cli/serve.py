@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 
@@ -22,7 +21,7 @@ def run(arguments: list[str]) -> int:
     parsed = made.parse_args(arguments)
     require_server()
     options = resolve(parsed, parsed.model)
-    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    options.logs.apply()
     if failpoints.check():
         print(
             f"mmprep: {failpoints.VARIABLE} is set: this service breaks on purpose, where it says so",

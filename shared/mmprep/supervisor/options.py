@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from mmprep.keys import ApiKey
+from mmprep.logs import LogSettings
 from mmprep.settings import FrontendSettings, WriterSettings
 
 
@@ -52,6 +53,12 @@ class ServeOptions(msgspec.Struct, frozen=True):
     admin_key_file: tuple[ApiKey, ...]
     share_cache_across_keys: bool
     log_level: str
+    log_format: str
+
+    @property
+    def logs(self) -> LogSettings:
+        """How every process logs."""
+        return msgspec.convert({"level": self.log_level, "format": self.log_format}, LogSettings)
 
     @property
     def grace(self) -> float:
@@ -79,7 +86,7 @@ class ServeOptions(msgspec.Struct, frozen=True):
             upload_seconds=5.0,
             task_seconds=self.task_timeout,
             lane_memory=self.lane_memory,
-            log_level=self.log_level,
+            logs=self.logs,
         )
 
     def frontend(self, index: int, runtime_dir: Path, port: int) -> FrontendSettings:
@@ -112,5 +119,5 @@ class ServeOptions(msgspec.Struct, frozen=True):
             api_keys=self.api_key_file,
             admin_keys=self.admin_key_file,
             share_cache_across_keys=self.share_cache_across_keys,
-            log_level=self.log_level,
+            logs=self.logs,
         )

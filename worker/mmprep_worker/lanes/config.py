@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
+from mmprep.logs import LogSettings
 from mmprep_worker.models.family import MediaLimits
 
 
@@ -26,7 +27,7 @@ class LaneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_media_size: of one medium's encoded bytes.
     data_limit: RLIMIT_DATA in bytes; RLIMIT_AS would refuse the ring.
     nice: how much the lane steps behind the message loops.
-    log_level: ``debug``, ``info``, ``warning`` or ``error``.
+    logs: how it logs.
     """
 
     lane: int
@@ -40,4 +41,4 @@ class LaneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_media_size: int
     data_limit: int
     nice: int
-    log_level: str
+    logs: LogSettings

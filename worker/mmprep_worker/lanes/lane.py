@@ -262,7 +262,7 @@ def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     _keep_memory()
     config: LaneConfig = read_settings(LaneConfig)
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    config.logs.apply()
     if _writer_is_gone():  # before the signal was asked for: its successor waits for this lane's lock
         return
     lock = ProcessLock(Path(config.lock))

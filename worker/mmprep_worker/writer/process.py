@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 
 from mmprep.errors import MmprepError, ServiceUnavailable
@@ -13,7 +12,7 @@ from mmprep_worker.writer.shell import WriterShell
 def main() -> None:
     """Run the writer of one runtime directory until its parent goes away or SIGTERM comes."""
     settings: WriterSettings = read_settings(WriterSettings)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    settings.logs.apply()
     try:
         shell = WriterShell(settings)
     except ServiceUnavailable as error:  # processes of the writer before are on their way out

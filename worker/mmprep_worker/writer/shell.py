@@ -162,7 +162,7 @@ class WriterShell:
             max_media_size=settings.max_media_size,
             data_limit=settings.lane_memory,
             nice=5,
-            log_level=settings.log_level,
+            logs=settings.logs,
         )
 
     # --- the loop -------------------------------------------------------------------------------------------------
