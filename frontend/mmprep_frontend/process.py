@@ -25,7 +25,7 @@ from mmprep.wire import messages
 from mmprep_frontend.dispatch import WriterLink
 from mmprep_frontend.http.app import make_app
 from mmprep_frontend.http.door import HttpDoor
-from mmprep_frontend.http.keys import Keyring
+from mmprep_frontend.http.keyring import Keyring
 from mmprep_frontend.http.server import HttpServer, serve_http
 from mmprep_frontend.media.cache import MediaCache
 from mmprep_frontend.media.cache_disk import CacheDisk

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from mmprep.keys import ApiKey
+from mmprep.api_keys import ApiKey
 from mmprep.logs import LogSettings
 
 #: Exit status of a process that tells the supervisor not to try again: its message was for who starts the service.

@@ -16,12 +16,12 @@ from typing import Any
 import aiohttp
 import pytest
 
+from mmprep.api_keys import ApiKey, digest_of
 from mmprep.errors import Busy, DecodeError, InvalidRequest, MmprepError, ServiceUnavailable, StartupError
-from mmprep.keys import ApiKey, digest_of
 from mmprep_frontend.caller import Caller
 from mmprep_frontend.http.app import make_app
 from mmprep_frontend.http.exposition import expose
-from mmprep_frontend.http.keys import Keyring
+from mmprep_frontend.http.keyring import Keyring
 from mmprep_frontend.http.server import HttpServer, reserve_port, serve_http
 from mmprep_frontend.room import Room
 

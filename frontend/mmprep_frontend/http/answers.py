@@ -15,7 +15,7 @@ import msgspec
 from aiohttp import web
 
 from mmprep.errors import AuthenticationError, InternalError, InvalidRequest, MethodNotAllowed, MmprepError, NotFound
-from mmprep_frontend.http.keys import PasswordError
+from mmprep_frontend.http.keyring import PasswordError
 from mmprep_frontend.room import RETRY_AFTER
 
 REQUEST_ID_HEADER: Final = "X-Request-Id"

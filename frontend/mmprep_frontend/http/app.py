@@ -1,6 +1,6 @@
 """The routes of the HTTP edge. It reads a body within bounds, hands it on, and tells the answer or the error.
 
-Where keys are configured, requests and leases need one (:mod:`mmprep_frontend.http.keys`), and are told so before
+Where keys are configured, requests and leases need one (:mod:`mmprep_frontend.http.keyring`), and are told so before
 anything else. ``/health``, ``/ready``, ``/metrics`` and ``/version``, and the description of the interface, never do: probes and monitors have none.
 
 ``/health`` answers at once, always: it touches nothing. ``/ready`` and the routes that need the model answer 503 with
@@ -36,7 +36,7 @@ from mmprep_frontend.http.answers import (
 from mmprep_frontend.http.bodies import Bodies
 from mmprep_frontend.http.dashboard import HEADERS, PAGE
 from mmprep_frontend.http.exposition import CONTENT_TYPE
-from mmprep_frontend.http.keys import Keyring, Need
+from mmprep_frontend.http.keyring import Keyring, Need
 from mmprep_frontend.http.openapi import describe, page
 from mmprep_frontend.http.ports import Service
 from mmprep_frontend.room import RETRY_AFTER, Held, Room

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmprep import embedded
+from mmprep.api_keys import ApiKey, read_keys
 from mmprep.cli.models import find_model
 from mmprep.errors import StartupError
-from mmprep.keys import ApiKey, read_keys
 from mmprep.sizes import parse_duration, parse_size
 from mmprep.supervisor.options import ServeOptions
 

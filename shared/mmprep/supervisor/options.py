@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from mmprep.keys import ApiKey
+from mmprep.api_keys import ApiKey
 from mmprep.logs import LogSettings
 from mmprep.settings import FrontendSettings, WriterSettings
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmprep.api_keys import ApiKey, digest_of, read_keys
 from mmprep.errors import AuthenticationError, StartupError
-from mmprep.keys import ApiKey, digest_of, read_keys
 from mmprep_frontend.caller import ANONYMOUS
-from mmprep_frontend.http.keys import Keyring
+from mmprep_frontend.http.keyring import Keyring
 
 KEY = "sk-0123456789abcdef"
 OTHER = "sk-fedcba9876543210"

@@ -13,8 +13,8 @@ import hmac
 from collections.abc import Mapping, Sequence
 from typing import Final, Literal, TypeAlias
 
+from mmprep.api_keys import ApiKey, digest_of
 from mmprep.errors import AuthenticationError
-from mmprep.keys import ApiKey, digest_of
 from mmprep_frontend.caller import ANONYMOUS
 
 #: What a route asks for: nothing, any key, an admin key, or an admin key that a browser may send as a password.
