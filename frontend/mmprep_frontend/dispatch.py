@@ -55,6 +55,7 @@ class OfferItem:
     digest: of them, 32 bytes.
     options: packed ItemOptions for the lane.
     cost: estimated pixels.
+    alias: the caller's name for it, if any.
     """
 
     key: bytes
@@ -63,6 +64,11 @@ class OfferItem:
     digest: bytes
     options: bytes
     cost: int
+    alias: messages.Alias | None = None
+
+    def offered(self) -> messages.Offered:
+        """Return what the writer is told of it."""
+        return messages.Offered(self.key, self.modality, self.cost, len(self.medium), self.alias)
 
 
 class Offered:
@@ -197,7 +203,7 @@ class WriterLink:
         self._hasher = hasher
         self._on_card = on_card
         self._offers = Offers()
-        self._waiting: dict[int, tuple[Sequence[OfferItem], asyncio.Future[Offered]]] = {}
+        self._waiting: dict[int, tuple[Sequence[OfferItem | messages.Recalled], asyncio.Future[Offered]]] = {}
         self._calls = CallTable(first=_FIRST_CALL)
         self._back = asyncio.Event()
         self._lock = ProcessLock(runtime.lock_path("frontend", self._id))
@@ -234,7 +240,7 @@ class WriterLink:
 
     async def offer(
         self,
-        items: Sequence[OfferItem],
+        items: Sequence[OfferItem | messages.Recalled],
         *,
         need: messages.Need,
         deadline: float,
@@ -246,7 +252,7 @@ class WriterLink:
         Parameters
         ----------
         items:
-            At least one.
+            At least one; recalled are those whose media are not at hand.
         need:
             ``"plan"``: only plans; nothing is computed or evicted for tensors.
         deadline:
@@ -263,7 +269,7 @@ class WriterLink:
             The whole offer failed. A single item's failure is in its answer.
         """
         loop = asyncio.get_running_loop()
-        offered = tuple(messages.Offered(i.key, i.modality, i.cost, len(i.medium)) for i in items)
+        offered = tuple(item.offered() if isinstance(item, OfferItem) else item for item in items)
         terms = Terms(offered, need, priority, lease, deadline)
         resends_left = MOST_RESENDS
         while True:
@@ -279,7 +285,7 @@ class WriterLink:
                 # It lives, and this writer is too young to know it.
                 await asyncio.sleep(min(_REGISTERS_SECONDS, max(0.0, deadline - loop.time())))
 
-    async def _offer_once(self, items: Sequence[OfferItem], terms: Terms) -> Offered:
+    async def _offer_once(self, items: Sequence[OfferItem | messages.Recalled], terms: Terms) -> Offered:
         try:
             async with asyncio.timeout_at(terms.deadline):
                 offered = await self._answer(items, terms)
@@ -292,7 +298,7 @@ class WriterLink:
         except TimeoutError:
             raise DeadlineExceeded("the request's time was over before its media were processed") from None
 
-    async def _answer(self, items: Sequence[OfferItem], terms: Terms) -> Offered:
+    async def _answer(self, items: Sequence[OfferItem | messages.Recalled], terms: Terms) -> Offered:
         loop = asyncio.get_running_loop()
         token, actions = self._offers.offer(terms, loop.time())
         future: asyncio.Future[Offered] = loop.create_future()
@@ -440,6 +446,7 @@ class WriterLink:
         if waiting is None:
             return
         item = waiting[0][put.position]
+        assert isinstance(item, OfferItem), "the bytes of a recalled item are put"
         header = messages.Put(self._id, put.flight, self._hasher, item.digest, item.options)
         try:
             self._bulk.send([pack(header), item.medium])

@@ -47,7 +47,7 @@ Action: TypeAlias = Say | Put | Settle
 class Terms(NamedTuple):
     """What is offered, and how; ``deadline`` in the caller's seconds."""
 
-    items: tuple[messages.Offered, ...]
+    items: tuple[messages.Offered | messages.Recalled, ...]
     need: messages.Need
     priority: int
     lease: messages.LeaseTo | None
@@ -145,9 +145,8 @@ class Offers:
         offer = self._by_number.get(wants.call)
         if offer is None:
             return []
-        return [
-            Put(offer.token, want.index, want.flight) for want in wants.wants if want.index < len(offer.terms.items)
-        ]
+        sent = {index for index, item in enumerate(offer.terms.items) if isinstance(item, messages.Offered)}
+        return [Put(offer.token, want.index, want.flight) for want in wants.wants if want.index in sent]
 
     def answered(self, answer: messages.Answer, items: Sequence[messages.ItemAnswer]) -> list[Action]:
         """The one answer to an offer; one that nobody waits for any more is given back."""

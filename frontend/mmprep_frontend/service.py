@@ -17,16 +17,16 @@ from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
-from mmprep.card import Io, ItemOptions, pack_io
+from mmprep.card import Io
 from mmprep.digest import Hasher
 from mmprep.errors import DeadlineExceeded, InternalError, InvalidRequest, ServiceUnavailable
 from mmprep.items import ItemMeta, unpack_meta
 from mmprep.metrics import Metrics
-from mmprep.wire.messages import HEAVY_COST, ItemAnswer, LeaseTo, Need
+from mmprep.wire.messages import ItemAnswer, LeaseTo, Need
 from mmprep_frontend.caller import ANONYMOUS
-from mmprep_frontend.dispatch import Offered, OfferItem, WriterLink
+from mmprep_frontend.dispatch import Offered, WriterLink
 from mmprep_frontend.media.intake import SMALL, TINY, Intake, Medium, Source, at_hand, first_error, size
-from mmprep_frontend.media.keys import item_key, scope
+from mmprep_frontend.media.keys import scope
 from mmprep_frontend.model import ServedModel
 from mmprep_frontend.render.answer import check_length, generate_request, json_list
 from mmprep_frontend.render.conversation import Conversation, MediaPart
@@ -39,6 +39,7 @@ from mmprep_frontend.render.requests import (
     parse,
 )
 from mmprep_frontend.render.tokens import EncodedPrompt
+from mmprep_frontend.wanted import key_of, recalled_within, wanted
 
 T = TypeVar("T")
 #: A request's JSON as a door holds it.
@@ -51,9 +52,6 @@ _FEW_IDS = 16_384
 _ANSWER = 100
 #: Bytes of tensors up to which an answer is encoded on the loop.
 _FEW_BYTES = 64 * 1024
-#: What one medium is estimated to cost, in pixels: the least, and for each encoded byte. A second of video is as much
-#: as a large picture, so every video is slow work.
-_COST = {"image": (4096, 4), "video": (HEAVY_COST, 40), "audio": (65_536, 1)}
 #: Characters and ids that one completion request has tokenized or checked before others get their turn.
 _TURN = 64 * 1024
 
@@ -289,7 +287,8 @@ class Service:
         walked: _Walked,
         attachments: Sequence[memoryview],
         deadline: float,
-    ) -> tuple[EncodedPrompt, list[Medium]]:
+    ) -> tuple[EncodedPrompt, list[Medium | None]]:
+        """Return the prompt and the request's media, ``None`` for those that it names only by their uuids."""
         conversation = walked.conversation
         sources = self._intake.sources(conversation.media, attachments)
         key = model.prompt_key(conversation, request, walked.nbytes, walked.scope)
@@ -297,14 +296,14 @@ class Service:
         complete = all(map(at_hand, sources))
         nbytes = sum(map(size, sources))
         if prompt is not None and complete and nbytes <= TINY:
-            return prompt, _all(self._intake.read_now(sources))
+            return prompt, self._intake.read_now(sources)
         if complete and nbytes <= SMALL:
             encode = model.encode_chat_and_read
             encoded, media = await self._on_render_thread(
                 deadline, encode, conversation, request, self._intake, sources, prompt
             )
             model.prompts.put(key, encoded)
-            return encoded, _all(media)
+            return encoded, media
         encoded, read = await self._side_by_side(model, request, walked, sources, known=prompt, deadline=deadline)
         model.prompts.put(key, encoded)
         return encoded, read
@@ -318,7 +317,7 @@ class Service:
         *,
         known: EncodedPrompt | None,
         deadline: float,
-    ) -> tuple[EncodedPrompt, list[Medium]]:
+    ) -> tuple[EncodedPrompt, list[Medium | None]]:
         conversation = walked.conversation
         try:
             async with _within(deadline), asyncio.TaskGroup() as group:
@@ -331,17 +330,29 @@ class Service:
         return known or encoding.result(), reading.result()
 
     async def _items(
-        self, model: ServedModel, parts: Sequence[MediaPart], media: Sequence[Medium], terms: Terms
+        self, model: ServedModel, parts: Sequence[MediaPart], media: Sequence[Medium | None], terms: Terms
     ) -> tuple[Offered, list[RenderedItem]]:
         for medium in media:
-            self._observe("hash", medium.seconds)
-        wanted = [self._offer_item(model, part, medium, terms) for part, medium in zip(parts, media, strict=True)]
+            if medium is not None:
+                self._observe("hash", medium.seconds)
+        asked = [
+            wanted(
+                part,
+                medium,
+                card=model.card,
+                scope=terms.scope,
+                hash_name=self._hasher.name,
+                dtype=terms.dtype,
+                io=terms.io,
+            )
+            for part, medium in zip(parts, recalled_within(parts, media), strict=True)
+        ]
         offered = await self.writer.offer(
-            wanted, need=terms.need, deadline=terms.deadline, priority=terms.priority, lease=terms.lease
+            asked, need=terms.need, deadline=terms.deadline, priority=terms.priority, lease=terms.lease
         )
         for answer, medium in zip(offered.items, media, strict=True):
             # Where only a plan was asked for, nobody may have looked behind the header.
-            if answer.fault is None and (answer.length or answer.inline):
+            if medium is not None and answer.fault is None and (answer.length or answer.inline):
                 self._intake.decoded(medium)
         for answer, part in zip(offered.items, parts, strict=True):
             if answer.fault is not None:
@@ -349,36 +360,13 @@ class Service:
                 raise answer.fault.error().at(part.param)
         try:
             items = [
-                RenderedItem(part, item.key, answer, unpack_meta(answer.meta))
-                for part, item, answer in zip(parts, wanted, offered.items, strict=True)
+                RenderedItem(part, key_of(item, answer), answer, unpack_meta(answer.meta))
+                for part, item, answer in zip(parts, asked, offered.items, strict=True)
             ]
         except ValueError:
             offered.give_back()
             raise InternalError("an item's metadata cannot be read") from None
         return offered, items
-
-    def _offer_item(self, model: ServedModel, part: MediaPart, medium: Medium, terms: Terms) -> OfferItem:
-        dtypes = model.card.dtypes[part.modality]
-        dtype = dtypes[0] if terms.dtype == "auto" else terms.dtype
-        if dtype not in dtypes:
-            raise InvalidRequest(
-                f"This model's tensors of modality '{part.modality}' come as {', '.join(dtypes)}, not as {dtype}.",
-                param="mm_dtype",
-            )
-        io = pack_io(terms.io.get(part.modality, {}))
-        key = item_key(
-            scope=terms.scope,
-            digest=medium.digest,
-            hash_name=self._hasher.name,
-            modality=part.modality,
-            fingerprint=model.card.fingerprint,
-            dtype=dtype,
-            options=io,
-        )
-        least, a_byte = _COST[part.modality]
-        cost = max(least, len(medium.data) * a_byte)
-        options = msgspec.msgpack.encode(ItemOptions(dtype, io))
-        return OfferItem(key, part.modality, medium.data, medium.digest, options, cost)
 
     def _expand(self, prompt: EncodedPrompt, items: Sequence[RenderedItem]) -> Expanded:
         plans: dict[str, list[Any]] = {}
@@ -538,10 +526,6 @@ class Service:
         started = time.monotonic()
         yield
         self._observe(stage, time.monotonic() - started)
-
-
-def _all(media: Sequence[Medium | None]) -> list[Medium]:
-    return [medium for medium in media if medium is not None]
 
 
 @contextmanager

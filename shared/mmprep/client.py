@@ -277,7 +277,8 @@ class AsyncClient:
         Parameters
         ----------
         messages:
-            As in OpenAI's chat completions. In place of a URL a part may hold the encoded bytes of the medium.
+            As in OpenAI's chat completions. In place of a URL a part may hold the encoded bytes of the medium, or ``None``
+            where its ``uuid`` was sent with them before; NotFound where the service does not have them any more.
         payload:
             ``"shm"``: tensors stay in shared memory, leased to this client; one for which none is free comes with the
             answer, and its item has no address. ``"tensors"``: they come with the answer. ``"none"``: hashes and ranges

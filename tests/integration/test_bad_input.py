@@ -153,7 +153,7 @@ CASES = {
         "messages[0].content[0].type",
         "'video'",
     ),
-    "part without URL": Case(chat(user({"type": "image_url", "image_url": {}})), 400, BAD, None, ""),
+    "part without URL": Case(chat(user({"type": "image_url", "image_url": {}})), 400, BAD, PART, "no data.*'uuid'"),
     "temperature below 0": Case(chat(HELLO, temperature=-1), 400, BAD, "temperature", ">= 0"),
     "deadline of 0": Case(chat(HELLO, deadline_ms=0), 400, BAD, "deadline_ms", ">= 1"),
     "unknown payload": Case(chat(HELLO, mm_payload="pigeon"), 400, BAD, "mm_payload", "'pigeon'"),
@@ -208,8 +208,15 @@ CASES = {
     "a template without room for the pictures": Case(
         chat(user(photo("cat.png")), chat_template_kwargs={"without_media": True}), 400, BAD, "messages", "room for 0"
     ),
-    "a uuid": Case(
-        chat(user({**photo("cat.png"), "uuid": "u1"})), 400, BAD, "messages[0].content[0].uuid", "leave it out"
+    "a uuid that nobody has sent": Case(
+        chat(user({"type": "image_url", "uuid": "127.0.0.1"})),
+        404,
+        "NotFoundError",
+        "messages[0].content[0].uuid",
+        "'uuid'",
+    ),
+    "a uuid that is none": Case(
+        chat(user({**photo("cat.png"), "uuid": {}})), 400, BAD, "messages[0].content[0].uuid", "string"
     ),
     # places that are not read from
     "file": Case(chat(with_url("file:///etc/passwd")), 400, BAD, PART, "file: URLs are only read by a service that"),

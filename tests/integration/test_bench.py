@@ -40,11 +40,11 @@ def test_the_kernel_is_compared_from_bytes_and_pixels_in_both_dtypes_and_equals_
 def test_cold_requests_never_hit_and_cached_ones_always_do(run):
     part = run[0]["parts"]["throughput"]
     assert {(row["mode"], row["in_flight"]) for row in part["runs"]} == {
-        (mode, in_flight) for mode in ("cold", "cached") for in_flight in (1, 8)
+        (mode, in_flight) for mode in ("cold", "cached", "by uuid") for in_flight in (1, 8)
     }
     for row in part["runs"]:
         assert row["requests"] > 0
-        assert row["hits"] == (row["requests"] if row["mode"] == "cached" else 0)
+        assert row["hits"] == (0 if row["mode"] == "cold" else row["requests"])
         assert row["latency_ms"]["p50"] <= row["latency_ms"]["p95"] <= row["latency_ms"]["p99"]
         assert {"frontends", "writer", "lanes", "client"} <= set(row["cpu_ms_per_request"])
         assert row["health_ms"]["questions"] > 0

@@ -95,6 +95,22 @@ def test_a_picture_at_a_url_equals_the_same_picture_in_the_request(service, host
         assert fetched["features"] == service.render(user(text("What is this?"), photo("cat.png")))["features"]
 
 
+def test_what_was_fetched_is_had_by_its_uuid_without_its_host_also_beside_what_is_fetched(service, host):
+    def named(path):
+        return {"type": "image_url", "image_url": {"url": host.url + path}, "uuid": host.url}
+
+    first = service.render(user(named("/cat.png")))["features"]["mm_hashes"]["image"]
+    asked = len(host.asked)
+    alone = {"type": "image_url", "uuid": host.url}
+    assert service.render(user(alone))["features"]["mm_hashes"]["image"] == first
+    assert len(host.asked) == asked
+    assert service.chat(user(named("/status/404"))).status == 422
+    other = {"type": "image_url", "image_url": {"url": host.url + "/rocket.jpg"}}
+    answer = service.render(user(other, alone, text("A new question, so that there is a prompt to render.")))
+    assert answer["features"]["mm_hashes"]["image"][1:] == first
+    assert host.asked[asked:] == ["/status/404", "/rocket.jpg"]
+
+
 def test_a_picture_in_a_local_file_equals_the_same_picture_in_the_request(service):
     read = service.render(at(f"file://{DATA}/cat.png"))
     assert read["features"] == service.render(user(text("What is this?"), photo("cat.png")))["features"]

@@ -47,6 +47,7 @@ class Owed:
     priority: int
     deadline: float
     asked: bool
+    sends: bool
 
 
 class FlightsMachine(RuleBasedStateMachine):
@@ -74,15 +75,17 @@ class FlightsMachine(RuleBasedStateMachine):
         key=st.sampled_from(KEYS),
         need=st.sampled_from(NEEDS),
         call=CALLS,
-        priority=st.integers(-1, 2),
-        patience=st.integers(1, 15),
+        terms=st.tuples(st.integers(-1, 2), st.integers(1, 15)),
+        sends=st.sampled_from([True, True, False]),
     )
-    def join(self, key, need, call, priority, patience):
+    def join(self, key, need, call, terms, sends):
+        priority, patience = terms
         live = {identity: flight_id for flight_id, identity in self.identities.items()}
         givers = {"plan": ("plan", "tensors", "apart"), "tensors": ("tensors", "apart"), "apart": ("apart",)}[need]
         expected = next((live[key, giver] for giver in givers if (key, giver) in live), None)
         known = expected is not None and call in self.owed[expected]
         arguments = {"modality": "image", "cost": 1, "priority": priority, "deadline": self.now + patience}
+        arguments["sends"] = sends = sends or expected is None
         if self.in_quarantine(key):
             with pytest.raises(errors.MediaError):
                 self.flights.join(key, need, call, now=self.now, **arguments)
@@ -104,7 +107,8 @@ class FlightsMachine(RuleBasedStateMachine):
             self.asked[flight_id] = (call, self.now + UPLOAD_SECONDS)
         else:
             assert flight_id == expected
-        mine = self.owed[flight_id].setdefault(call, Owed(need, priority, self.now + patience, joined.ask))
+        mine = self.owed[flight_id].setdefault(call, Owed(need, priority, self.now + patience, joined.ask, sends))
+        mine.sends |= sends
         mine.need = max(mine.need, need, key=NEEDS.index)
         mine.priority = min(mine.priority, priority)
         mine.deadline = max(mine.deadline, self.now + patience)
@@ -238,13 +242,17 @@ class FlightsMachine(RuleBasedStateMachine):
                 case Ask(flight_id, call):
                     waiter = self.owed[flight_id][call]
                     assert not waiter.asked, "a call was asked twice"
+                    assert waiter.sends, "a call was asked for what it does not have"
                     waiter.asked = True
                     self.asked[flight_id] = (call, self.now + UPLOAD_SECONDS)
                 case Expire(call, flight_id):
                     assert self.owed[flight_id].pop(call).deadline <= self.now, "expired too early"
-                case Fail(flight_id, calls, _, ended):
+                case Fail(flight_id, calls, error, ended):
+                    assert calls
                     for call in calls:
-                        del self.owed[flight_id][call]  # a second outcome is a KeyError
+                        owed = self.owed[flight_id].pop(call)  # a second outcome is a KeyError
+                        unsent = isinstance(error, errors.NotFound | errors.DeadlineExceeded | errors.ProtocolError)
+                        assert not unsent or isinstance(error, errors.NotFound) != owed.sends
                     if ended:
                         self.end(flight_id)
                 case Abandon(flight_id, None):

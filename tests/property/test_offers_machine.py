@@ -85,10 +85,11 @@ class OffersMachine(RuleBasedStateMachine):
 
     # --- rules ----------------------------------------------------------------------------------------------------
 
-    @rule(items=ITEMS, need=st.sampled_from(["tensors", "plan"]), leased=st.booleans())
-    def offer(self, items, need, leased):
+    @rule(items=ITEMS, need=st.sampled_from(["tensors", "plan"]), leased=st.booleans(), recalled=st.integers(0, 3))
+    def offer(self, items, need, leased, recalled):
         lease = messages.LeaseTo("engine", "copy") if leased and need == "tensors" else None
-        offered = tuple(messages.Offered(bytes(32), "image", 1, 1) for _ in range(items))
+        sent, unsent = messages.Offered(bytes(32), "image", 1, 1), messages.Recalled(bytes(32), bytes(32), "image")
+        offered = tuple(unsent if index == recalled else sent for index in range(items))
         token, actions = self.offers.offer(Terms(offered, need, 0, lease, self.now + 10), self.now)
         self.expected[token] = items
         self.carry_out(actions)
@@ -119,8 +120,11 @@ class OffersMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def want(self, data):
         number = data.draw(st.sampled_from(sorted(self.asked)))
-        wants = tuple(messages.Want(index, 1) for index in range(len(self.asked[number].items)))
-        self.carry_out(self.offers.wanted(messages.Wants(number, wants)))
+        items = self.asked[number].items
+        puts = self.offers.wanted(messages.Wants(number, tuple(messages.Want(n, 1) for n in range(len(items) + 1))))
+        sent = [n for n, item in enumerate(items) if isinstance(item, messages.Offered)]
+        assert [put.position for put in puts] == sent, "other media are put than those that were offered"
+        self.carry_out(puts)
 
     @precondition(lambda self: self.offers.up and self.asked)
     @rule(data=st.data(), late=st.booleans())

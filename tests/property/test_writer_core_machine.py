@@ -3,8 +3,9 @@
 The machine plays frontends, backends, lanes and the shell. Memory is a byte array, and one a spill, into which lanes write
 what they were granted, garbage first; whoever may read an extent must find his key's content there after every step, and
 whoever was promised tensors inline must be able to fetch them. What may be spilled and sent inline is drawn. A peer that is
-sent something on a dead connection is reported as unreachable, as the shell does. At the end all faults stop, and
-everyone who waits must get his answer.
+sent something on a dead connection is reported as unreachable, as the shell does. Media come with aliases, of which the
+core remembers fewer than there are, and are recalled by them: what comes must be what was last sent, or nothing. At the
+end all faults stop, and everyone who waits must get his answer.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from mmprep import errors
 from mmprep.items import align
+from mmprep.keys import item_key
 from mmprep.layout import Geometry
 from mmprep.metrics import Metrics
 from mmprep.segment import sibling_name
@@ -43,6 +45,10 @@ SPILL_BYTES = [13_000, 40_000]
 #: One item or another; many.
 INLINE_BYTES = [900, 5000]
 CARD = b"card"
+VARIANT = b"v" * 32
+#: One is forgotten when all were used.
+ALIASES = [bytes([200 + number]) * 32 for number in range(3)]
+MOST_ALIASES = 2
 FRONTENDS, BACKENDS = ["0", "1", "2"], ["engine-0", "engine-1"]
 PROCESSES = [("frontend", peer_id) for peer_id in FRONTENDS] + [("backend", peer_id) for peer_id in BACKENDS]
 PICK = st.integers(0, 23)
@@ -59,8 +65,12 @@ class Medium:
     cost: int
 
     @property
-    def key(self):
+    def digest(self):
         return bytes([self.number]) * 32
+
+    @property
+    def key(self):
+        return KEYS[self.number]
 
     @property
     def encoded(self):
@@ -80,6 +90,7 @@ class Medium:
 
 
 LENGTHS = [64, 300, 700, 832, 2000, 500]  # the fifth is above what one item of the ring may have
+KEYS = [item_key(VARIANT, bytes([number]) * 32) for number in range(len(LENGTHS))]
 MEDIA = [Medium(n, length, HEAVY_COST if n == 3 else 10) for n, length in enumerate(LENGTHS)]
 BY_KEY = {medium.key: medium for medium in MEDIA}
 
@@ -108,13 +119,13 @@ TERMS = st.builds(
 
 @dataclass
 class Call:
+    """An offer that was made; ``media`` are what it may be answered with, ``None`` for what nobody has sent."""
+
     offer: messages.Offer
     deadline: float
+    media: list[Medium | None]
     state: str = "waiting"  # then "pinned" or "over"
     answers: list = field(default_factory=list)
-
-    def media(self):
-        return [BY_KEY[item.key] for item in self.offer.items]
 
 
 @dataclass
@@ -156,6 +167,8 @@ class WriterCoreMachine(RuleBasedStateMachine):
         self.leases: dict[bytes, tuple[str, messages.ItemAnswer, Medium]] = {}
         self.carded = False
         self.offered: list[list[Medium]] = []
+        #: What was last sent with each alias.
+        self.aliases: dict[bytes, Medium] = {}
 
     def new_core(self, spill, inline):
         quarantine = Quarantine(max_keys=4, seconds=30)
@@ -175,6 +188,7 @@ class WriterCoreMachine(RuleBasedStateMachine):
             read=lambda offset, length: bytes(self.memory[offset : offset + length]),
             new_id=lambda: next(self.numbers).to_bytes(12, "little"),
             inline_bytes=inline,
+            most_aliases=MOST_ALIASES,
         )
 
     @initialize(
@@ -274,9 +288,36 @@ class WriterCoreMachine(RuleBasedStateMachine):
     # -- Calls -------------------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.living("frontend"))
-    @rule(pick=PICK, media=st.lists(st.sampled_from(MEDIA), min_size=1, max_size=4), terms=TERMS)
-    def offer(self, pick, media, terms):
-        self.make_offer(self.choose(self.living("frontend"), pick), media, terms)
+    @rule(
+        pick=PICK,
+        media=st.lists(st.sampled_from(MEDIA), min_size=1, max_size=4),
+        terms=TERMS,
+        aliases=st.lists(st.none() | st.sampled_from(ALIASES), min_size=4, max_size=4),
+    )
+    def offer(self, pick, media, terms, aliases):
+        self.make_offer(self.choose(self.living("frontend"), pick), media, terms, aliases)
+
+    @precondition(lambda self: self.aliases and self.living("frontend"))
+    @rule(
+        pick=PICK,
+        aliases=st.lists(st.sampled_from(ALIASES), min_size=1, max_size=3),
+        media=st.lists(st.sampled_from(MEDIA), max_size=1),
+        terms=TERMS,
+        first=st.booleans(),
+    )
+    def recall(self, pick, aliases, media, terms, first):
+        """Offer what the frontend only knows aliases of, alone or with a medium that it has, first or last."""
+        connection = self.choose(self.living("frontend"), pick)
+        sent = self.items(media, terms, [])
+        recalled = [messages.Recalled(alias, VARIANT, "image") for alias in aliases]
+        expected = [self.aliases.get(alias) for alias in aliases]
+        items, found = (recalled + sent, expected + media) if first else (sent + recalled, media + expected)
+        flights = {flight.id for flight in self.core.flights}
+        number = self.say_offer(connection, items, found, terms)
+        opened = {flight.id for flight in self.core.flights} - flights
+        assert len(opened) <= len(media), "what was recalled opened a flight"
+        if number in connection.calls and connection.calls[number].state == "waiting" and not media:
+            assert not opened
 
     @precondition(lambda self: self.offered and self.living("frontend"))
     @rule(pick=PICK, which=PICK, lease=st.booleans(), rounds=st.integers(0, 3))
@@ -308,12 +349,36 @@ class WriterCoreMachine(RuleBasedStateMachine):
                 call.state = "over"
                 self.say(connection, messages.Unpin(number))
 
-    def make_offer(self, connection, media, terms):
+    def make_offer(self, connection, media, terms, aliases=()):
         self.offered = [*self.offered[-5:], media]
+        self.say_offer(connection, self.items(media, terms, aliases), media, terms)
+
+    def items(self, media, terms, aliases):
+        names = [*aliases, *[None] * len(media)]
+        return [
+            messages.Offered(
+                m.key,
+                "image",
+                m.cost,
+                len(m.encoded) + terms.lie,
+                None if name is None else messages.Alias(name, m.digest),
+            )
+            for m, name in zip(media, names, strict=False)
+        ]
+
+    def say_offer(self, connection, items, media, terms):
         number = next(self.numbers)
-        items = tuple(messages.Offered(m.key, "image", m.cost, len(m.encoded) + terms.lie) for m in media)
-        made = messages.Offer(number, terms.need, terms.seconds * 1000, terms.priority, items, terms.lease)
-        connection.calls[number] = Call(made, self.now + terms.seconds)
+        made = messages.Offer(number, terms.need, terms.seconds * 1000, terms.priority, tuple(items), terms.lease)
+        connection.calls[number] = Call(made, self.now + terms.seconds, media)
+        if terms.lease is None or any(
+            b.id == terms.lease.backend for b in self.core.peers.values() if b.role == "backend"
+        ):
+            names = [
+                (i.alias.id, m)
+                for i, m in zip(items, media, strict=True)
+                if isinstance(i, messages.Offered) and i.alias
+            ]
+            self.aliases |= dict(names)
         held = self.core.ring.holders
         flights = {flight.id for flight in self.core.flights}
         evictions = self.core.ring.stats().evictions
@@ -322,6 +387,7 @@ class WriterCoreMachine(RuleBasedStateMachine):
         if connection.calls[number].state == "over":
             assert self.core.ring.holders == held, "a call that is over keeps something pinned"
             assert {flight.id for flight in self.core.flights} == flights, "a call that is over opened a flight"
+        return number
 
     @precondition(lambda self: self.wanted())
     @rule(pick=PICK, how=st.sampled_from(["right"] * 6 + ["twice", "wrong digest", "wrong size"]))
@@ -341,7 +407,7 @@ class WriterCoreMachine(RuleBasedStateMachine):
         assert not self.core.take_actions()
 
     def upload(self, frontend, flight, medium, *, wrong=False, excess=False):
-        put = messages.Put(frontend, flight, "blake3", bytes(32) if wrong else medium.key, b"")
+        put = messages.Put(frontend, flight, "blake3", bytes(31) + b"!" if wrong else medium.digest, b"")
         self.core.put(put, medium, len(medium.encoded) + excess, self.now)
 
     @precondition(lambda self: self.living("frontend"))
@@ -403,6 +469,8 @@ class WriterCoreMachine(RuleBasedStateMachine):
     def clear(self, pick):
         self.ask(self.choose(self.living("frontend"), pick), messages.Clear)
         assert not len(self.core.plans)
+        assert not len(self.core.aliases)
+        self.aliases.clear()
 
     # -- Lanes -------------------------------------------------------------------------------------------------------
 
@@ -606,7 +674,7 @@ class WriterCoreMachine(RuleBasedStateMachine):
                 assert call.state == "waiting"
                 for want in message.wants:
                     assert self.core.flights[want.flight].key == call.offer.items[want.index].key
-                    connection.wants[want.flight] = call.media()[want.index]
+                    connection.wants[want.flight] = call.media[want.index]
             case messages.Answer():
                 call = connection.calls[message.call]
                 assert call.state == "waiting", "a second answer, or one to a call that was cancelled"
@@ -635,10 +703,13 @@ class WriterCoreMachine(RuleBasedStateMachine):
     def answered(self, call, answers):
         assert len(answers) == len(call.offer.items)
         failed = any(answer.outcome == "failed" for answer in answers)
-        for answer, medium in zip(answers, call.media(), strict=True):
+        for answer, medium, item in zip(answers, call.media, call.offer.items, strict=True):
             if answer.outcome == "failed":
                 assert answer.fault is not None
+                assert isinstance(item, messages.Recalled) or answer.fault.kind != "NotFound"
                 continue
+            assert medium is not None, "what nobody has sent was found"
+            assert answer.key == (medium.key if isinstance(item, messages.Recalled) else None)
             assert answer.meta == medium.meta, "the metadata of another key"
             assert bool(answer.length or answer.inline) == (call.offer.need == "tensors")
             assert not (answer.length and answer.inline)
@@ -657,7 +728,7 @@ class WriterCoreMachine(RuleBasedStateMachine):
             case messages.Task():
                 assert lane.ready and not lane.killed, "a task for a lane that is not there"  # noqa: PT018
                 assert lane.task is None, "a second task"
-                lane.task, lane.medium, lane.honest = message, medium, message.digest == medium.key
+                lane.task, lane.medium, lane.honest = message, medium, message.digest == medium.digest
                 assert self.core.flights[message.task].key == medium.key
             case messages.Granted() | messages.GrantedSpill() | messages.GrantedInline():
                 lane.granted = message
@@ -715,7 +786,7 @@ class WriterCoreMachine(RuleBasedStateMachine):
         for connection in self.living("frontend"):
             for call in connection.calls.values():
                 if call.state == "pinned":
-                    found = zip(call.answers, call.media(), strict=True)
+                    found = zip(call.answers, call.media, strict=True)
                     readable += [(answer, medium) for answer, medium in found if answer.lease is None]
         for answer, medium in readable:
             if answer.inline:

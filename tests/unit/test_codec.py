@@ -213,13 +213,37 @@ def test_text_that_is_no_unicode_is_refused():
 
 
 def test_more_items_than_an_offer_may_have_are_refused():
-    item = [bytes(32), "image", 1, 1]
+    item = ["Offered", bytes(32), "image", 1, 1]
     offer = ["Offer", 1, "plan", 1000, 0, [item] * 257, None]
     refused(msgpack.packb(offer))
     offer[5] = [item] * 256
     assert len(unpack(msgpack.packb(offer), messages.ToWriter).items) == 256
     offer[5] = []
     refused(msgpack.packb(offer))
+
+
+def test_the_largest_offers_fit_into_a_control_frame():
+    most, widest = 2**48, "\U0001f5bc" * 16
+    alias = messages.Alias(bytes(32), bytes(32))
+    kinds = (
+        messages.Offered(bytes(32), widest, most, most, alias),
+        messages.Recalled(bytes(32), bytes(32), widest),
+    )
+    for item in kinds:
+        offer = messages.Offer(most, "tensors", most, most, (item,) * messages.MAX_ITEMS)
+        assert unpack(pack(offer), messages.ToWriter) == offer
+
+
+def test_an_item_of_an_offer_is_offered_or_recalled_and_nothing_else():
+    for item in (
+        ["Offer", bytes(32), "image", 1, 1],
+        ["Offered", bytes(32), "image", 1, 1, [bytes(32)]],
+        ["Recalled", bytes(32), "image"],
+        ["Recalled", bytes(32), bytes(31), "image"],
+        [bytes(32), "image", 1, 1],
+        [],
+    ):
+        refused(msgpack.packb(["Offer", 1, "plan", 1000, 0, [item], None]))
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "../x", "a" * 65, "ä", "a b", "a\n", "a\0"])

@@ -11,6 +11,7 @@ from mmprep_frontend.render.requests import parse
 from mmprep_frontend.render.sentinels import Sentinels
 
 MODALITIES = ("image", "video", "audio")
+TAKES_ALL = ModelCard("any", b"", tuple(Placeholder(m, f"<{m}>", 7, f"<{m}>") for m in MODALITIES), {}, {})
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 
 
@@ -40,19 +41,45 @@ def test_media_are_taken_out_in_order_with_their_places(model):
 
 
 def test_videos_and_recordings_are_taken_out_like_pictures():
-    takes_all = ModelCard("any", b"", tuple(Placeholder(m, f"<{m}>", 7, f"<{m}>") for m in MODALITIES), {}, {})
     parts = [
         {"type": "video_url", "video_url": {"url": "http://v/"}},
         {"type": "audio_url", "audio_url": "http://a/"},
         {"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}},
     ]
-    conversation = walked([{"role": "user", "content": parts}], takes_all)
+    conversation = walked([{"role": "user", "content": parts}], TAKES_ALL)
     assert conversation.media == [
         MediaPart("video", "http://v/", "messages[0].content[0].video_url"),
         MediaPart("audio", "http://a/", "messages[0].content[1].audio_url"),
         MediaPart("audio", "AA==", "messages[0].content[2].input_audio", bare=True),
     ]
     assert [part["type"] for part in conversation.messages[0]["content"]] == ["video", "audio", "audio"]
+
+
+KINDS = [
+    ("image_url", "image_url", "image"),
+    ("input_image", "image_url", "image"),
+    ("video_url", "video_url", "video"),
+    ("audio_url", "audio_url", "audio"),
+    ("input_audio", "input_audio", "audio"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "modality"), KINDS, ids=[kind for kind, _, _ in KINDS])
+@pytest.mark.parametrize("data", ["missing", None, {}, {"url": None, "data": None}, {"url": "", "data": ""}], ids=repr)
+def test_the_data_of_every_medium_may_be_absent_where_it_has_a_uuid(kind, name, modality, data):
+    part = {"type": kind} if data == "missing" else {"type": kind, name: data}
+    (medium,) = walked([{"role": "user", "content": [{**part, "uuid": "u"}]}], TAKES_ALL).media
+    assert (medium.modality, medium.url, medium.uuid) == (modality, "", "u")
+    assert medium.param == "messages[0].content[0].uuid"
+    with pytest.raises(InvalidRequest, match="no data: send them, or the 'uuid'") as caught:
+        walked([{"role": "user", "content": [{"type": "text", "text": "x"}, part]}], TAKES_ALL)
+    assert caught.value.param == f"messages[0].content[1].{name}"
+
+
+def test_a_medium_with_data_keeps_its_uuid_and_names_its_data(model):
+    (medium,) = walked([{"role": "user", "content": [{**PICTURE, "uuid": "https://a/cat.png"}]}], model).media
+    place = "messages[0].content[0].image_url"
+    assert medium == MediaPart("image", PICTURE["image_url"]["url"], place, uuid="https://a/cat.png")
 
 
 def test_a_string_template_gets_joined_text_with_sentinels(model):
@@ -106,7 +133,8 @@ def test_reasoning_is_given_under_every_name_that_templates_read(model):
             "messages[0].content[0].type",
         ),
         ([{"role": "user", "content": [{"type": "image_embeds"}]}], "messages[0].content[0].type"),
-        ([{"role": "user", "content": [{**PICTURE, "uuid": "u"}]}], "messages[0].content[0].uuid"),
+        ([{"role": "user", "content": [{"type": "image_url", "uuid": None}]}], "messages[0].content[0].image_url"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": ""}]}], "messages[0].content[0].image_url"),
         (
             [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}],
             "messages[0].tool_calls[0].function.arguments",

@@ -38,9 +38,19 @@ def flights():
 
 
 def join(
-    flights: Flights, call: Call, key: bytes = KEY, need: Need = "tensors", *, priority=0, deadline=1000.0, now=0.0
+    flights: Flights,
+    call: Call,
+    key: bytes = KEY,
+    need: Need = "tensors",
+    *,
+    priority=0,
+    deadline=1000.0,
+    now=0.0,
+    sends=True,
 ) -> Joined:
-    return flights.join(key, need, call, modality="image", cost=100, priority=priority, deadline=deadline, now=now)
+    return flights.join(
+        key, need, call, modality="image", cost=100, priority=priority, deadline=deadline, now=now, sends=sends
+    )
 
 
 def run(flights: Flights, flight_id: int, peer: str, lane: int = LANE) -> None:
@@ -106,6 +116,39 @@ def test_when_the_uploader_dies_another_joiner_is_asked_and_only_its_bytes_count
     assert not flights.uploaded(1, "a", 10)
     assert flights.uploaded(1, "b", 10)
     assert not flights.uploaded(1, "b", 10)
+
+
+def test_who_has_no_bytes_gets_the_result_and_is_never_asked(flights):
+    join(flights, ("a", 1))
+    join(flights, ("b", 1), sends=False)
+    join(flights, ("c", 1))
+    assert flights.cancel(("a", 1), 1.0) == [Ask(1, ("c", 1))]
+    run(flights, 1, "c")
+    assert [waiter.call for waiter in flights.published(1, LANE)] == [("b", 1), ("c", 1)]
+
+
+def test_when_nobody_is_left_who_has_the_bytes_those_who_wait_are_told_so(flights):
+    join(flights, ("a", 1))
+    join(flights, ("b", 1), sends=False)
+    (fail,) = flights.peer_gone("a", 1.0)
+    assert (fail.calls, type(fail.error), fail.ended) == ((("b", 1),), errors.NotFound, True)
+    assert len(flights) == flights.waiting == 0
+
+
+def test_a_late_uploader_is_told_that_it_is_late_and_who_has_no_bytes_that_nobody_has_them(flights):
+    join(flights, ("a", 1))
+    join(flights, ("b", 1), sends=False)
+    late, other = flights.tick(UPLOAD_SECONDS)
+    assert (late.calls, type(late.error), late.ended) == ((("a", 1),), errors.DeadlineExceeded, False)
+    assert (other.calls, type(other.error), other.ended) == ((("b", 1),), errors.NotFound, True)
+
+
+def test_a_call_that_joins_again_with_the_bytes_may_be_asked_for_them(flights):
+    join(flights, ("a", 1))
+    join(flights, ("b", 1), sends=False)
+    join(flights, ("b", 1))
+    join(flights, ("b", 1), sends=False)
+    assert flights.peer_gone("a", 1.0) == [Ask(1, ("b", 1))]
 
 
 def test_an_uploader_that_cancels_is_replaced(flights):

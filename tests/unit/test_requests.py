@@ -68,8 +68,20 @@ def test_how_media_are_read_may_be_said_where_it_is_trusted():
         (chat(messages=[{"role": "user", "content": [{"type": "hologram"}]}]), "messages[0].content[0].type"),
         (chat(messages=[{"role": "user", "content": [{"text": "x"}]}]), "messages[0].content[0].type"),
         (
-            chat(messages=[{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]}]),
-            "messages[0].content[1].image_url",
+            chat(
+                messages=[
+                    {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url", "uuid": 7}]}
+                ]
+            ),
+            "messages[0].content[1].uuid",
+        ),
+        (
+            chat(messages=[{"role": "user", "content": [{"type": "image_url", "uuid": ""}]}]),
+            "messages[0].content[0].uuid",
+        ),
+        (
+            chat(messages=[{"role": "user", "content": [{"type": "image_url", "uuid": "u" * 1025}]}]),
+            "messages[0].content[0].uuid",
         ),
         (
             chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 3}}]}]),

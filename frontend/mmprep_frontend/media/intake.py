@@ -53,7 +53,12 @@ class Attached:
     data: memoryview
 
 
-Source = DataSource | HttpSource | FileSource | Attached
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """A medium that the request only names by its ``uuid``."""
+
+
+Source = DataSource | HttpSource | FileSource | Attached | Absent
 
 
 class Intake:
@@ -97,10 +102,12 @@ class Intake:
         self._threads = threads
 
     def sources(self, parts: Sequence[MediaPart], attachments: Sequence[memoryview]) -> list[Source]:
-        """Return where each part's bytes are; raises InvalidRequest or TooLarge that names the part."""
+        """Return where each part's bytes are, if anywhere; raises InvalidRequest or TooLarge that names the part."""
         return [self._source(part, attachments) for part in parts]
 
     def _source(self, part: MediaPart, attachments: Sequence[memoryview]) -> Source:
+        if not part.url:
+            return Absent()
         if attachments and part.url.startswith(_ATTACHMENT):
             number = part.url[len(_ATTACHMENT) :]
             if not number.isdecimal() or int(number) >= len(attachments):
@@ -123,7 +130,7 @@ class Intake:
         return source
 
     def read_now(self, sources: Sequence[Source]) -> list[Medium | None]:
-        """Return the media that are at hand, on the calling thread; ``None`` for the others."""
+        """Return the media whose bytes are at hand, on the calling thread; ``None`` for the others."""
         return [self._decode(source) for source in sources]
 
     def decoded(self, medium: Medium) -> None:
@@ -133,9 +140,10 @@ class Intake:
 
     async def read(
         self, sources: Sequence[Source], parts: Sequence[MediaPart], deadline: float, scope: bytes
-    ) -> list[Medium]:
+    ) -> list[Medium | None]:
         """Return all media, fetching and decoding side by side; the first failure cancels the rest.
 
+        Those whose data are absent stay ``None``.
         ``scope`` is whose media of the disk cache may be used.
         """
         try:
@@ -148,8 +156,10 @@ class Intake:
             raise first_error(failures) from None
         return [task.result() for task in tasks]
 
-    async def _one(self, source: Source, part: MediaPart, deadline: float, scope: bytes) -> Medium:
+    async def _one(self, source: Source, part: MediaPart, deadline: float, scope: bytes) -> Medium | None:
         loop = asyncio.get_running_loop()
+        if isinstance(source, Absent):
+            return None
         if isinstance(source, HttpSource) and self._cache is not None:
             return await self._through(self._cache, source, part, deadline, scope)
         if isinstance(source, HttpSource | FileSource):
@@ -157,9 +167,7 @@ class Intake:
             data = await self._fetched(source, part, deadline - loop.time())
             self._on_fetched(time.monotonic() - started)
             return await loop.run_in_executor(self._threads, self._hashed, data)
-        medium = await loop.run_in_executor(self._threads, self._decode, source)
-        assert medium is not None
-        return medium
+        return await loop.run_in_executor(self._threads, self._decode, source)
 
     async def _through(
         self, cache: MediaCache, source: HttpSource, part: MediaPart, deadline: float, scope: bytes
@@ -181,7 +189,7 @@ class Intake:
         return await self._files.read(source)
 
     def _decode(self, source: Source) -> Medium | None:
-        if isinstance(source, HttpSource | FileSource):
+        if isinstance(source, HttpSource | FileSource | Absent):
             return None
         started = time.monotonic()
         return self._hashed(source.decode() if isinstance(source, DataSource) else source.data, started)
@@ -194,12 +202,12 @@ class Intake:
 
 
 def at_hand(source: Source) -> bool:
-    """Return whether the request itself holds the source's bytes."""
-    return isinstance(source, DataSource | Attached)
+    """Return whether nothing has to be fetched: the request itself holds the source's bytes, or nobody does."""
+    return isinstance(source, DataSource | Attached | Absent)
 
 
 def size(source: Source) -> int:
-    """Return the bytes that a source holds already; 0 for one that is fetched."""
+    """Return the bytes that a source holds already; 0 for one that is fetched or absent."""
     if isinstance(source, DataSource):
         return source.size
     return len(source.data) if isinstance(source, Attached) else 0

@@ -1,31 +1,28 @@
-"""What identifies an item in the cache. Pure.
+"""What identifies media and items, and keeps those of different clients apart. Pure.
 
-An *item key* is
+A *scope* is H(principal, cache salt): the name space of all else here, so nobody can ask whether another has sent a
+picture. A *variant* is
 
-    H(scope, content digest, modality, processor fingerprint, dtype, canonical per-request options)
+    H(scope, hash name, modality, processor fingerprint, dtype, canonical per-request options)
 
-and a *scope* is H(principal, cache salt): keys of different scopes never meet, so nobody can ask whether another has
-sent a picture.
+and makes, with the digest of a medium, the key of an item (:func:`mmprep.keys.item_key`). An *alias* is what a ``uuid``
+becomes: H(scope, modality, uuid). It is no key and never made into one: the writer keeps which content it stands for.
 
-WARNING: what is hashed is always a sequence of byte strings, each behind its own length, after a name that says what
-the hash is for, with a version. Without the lengths ``("ab", "c")`` and ``("a", "bc")`` would be one key; without the
-name a scope could be taken for a key. Changing anything here changes every key: raise the version, and the vectors in
-the tests.
+Changing anything here changes every key: raise the version in the name of the hash, and the vectors in the tests.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final
 
-from blake3 import blake3
-
 from mmprep.digest import DIGEST_SIZE, HashName
+from mmprep.keys import encode_parts, hash_parts
 
-_ITEM_DOMAIN: Final = b"mmprep item key 1"
 _SCOPE_DOMAIN: Final = b"mmprep scope 1"
+_VARIANT_DOMAIN: Final = b"mmprep item variant 1"
+_ALIAS_DOMAIN: Final = b"mmprep uuid alias 1"
 _FETCHED_DOMAIN: Final = b"mmprep fetched medium 1"
 
 
@@ -41,29 +38,21 @@ def scope(principal: str, cache_salt: str | None) -> bytes:
         As the request holds it; an empty one differs from none.
     """
     salt = () if cache_salt is None else (cache_salt.encode("utf-8", "surrogatepass"),)
-    return _hash_parts(_SCOPE_DOMAIN, principal.encode("utf-8", "surrogatepass"), *salt)
+    return hash_parts(_SCOPE_DOMAIN, principal.encode("utf-8", "surrogatepass"), *salt)
 
 
-def item_key(
-    *,
-    scope: bytes,
-    digest: bytes,
-    hash_name: HashName,
-    modality: str,
-    fingerprint: bytes,
-    dtype: str,
-    options: bytes,
+@lru_cache(maxsize=1024)
+def variant(
+    *, scope: bytes, hash_name: HashName, modality: str, fingerprint: bytes, dtype: str, options: bytes
 ) -> bytes:
-    """Return the key of one item, 32 bytes.
+    """Return what is the same for all media that are processed alike for the same clients, 32 bytes.
 
     Parameters
     ----------
     scope:
         From :func:`scope`.
-    digest:
-        Of the encoded bytes, from :meth:`Hasher.content_digest`.
     hash_name:
-        Which hash ``digest`` is of.
+        Which hash the media's digests are of.
     modality:
         ``image``, ``video`` or ``audio``.
     fingerprint:
@@ -76,13 +65,33 @@ def item_key(
     Raises
     ------
     ValueError
-        ``scope`` or ``digest`` is not 32 bytes long.
+        ``scope`` is not 32 bytes long.
     """
-    if len(scope) != DIGEST_SIZE or len(digest) != DIGEST_SIZE:
-        raise ValueError(f"scope and digest are {DIGEST_SIZE} bytes each, not {len(scope)} and {len(digest)}")
-    return _hash_parts(
-        _ITEM_DOMAIN, scope, hash_name.encode(), digest, modality.encode(), fingerprint, dtype.encode(), options
+    _check_scope(scope)
+    return hash_parts(
+        _VARIANT_DOMAIN, scope, hash_name.encode(), modality.encode(), fingerprint, dtype.encode(), options
     )
+
+
+def alias(*, scope: bytes, modality: str, uuid: str) -> bytes:
+    """Return what a caller's ``uuid`` is to the writer, 32 bytes.
+
+    Parameters
+    ----------
+    scope:
+        From :func:`scope`.
+    modality:
+        ``image``, ``video`` or ``audio``: one uuid may stand for a medium of each.
+    uuid:
+        As the request holds it.
+
+    Raises
+    ------
+    ValueError
+        ``scope`` is not 32 bytes long.
+    """
+    _check_scope(scope)
+    return hash_parts(_ALIAS_DOMAIN, scope, modality.encode(), uuid.encode("utf-8", "surrogatepass"))
 
 
 def fetched_key(*, scope: bytes, url: str, allow_private: bool) -> bytes:
@@ -98,17 +107,9 @@ def fetched_key(*, scope: bytes, url: str, allow_private: bool) -> bytes:
         Whether private addresses might be dialled: what was read from one is not there for a service that must not.
     """
     parts = (_FETCHED_DOMAIN, scope, url.encode("ascii"), b"private" if allow_private else b"public")
-    return hashlib.sha256(_encode_parts(parts)).digest()
+    return hashlib.sha256(encode_parts(parts)).digest()
 
 
-def _hash_parts(*parts: bytes) -> bytes:
-    """Return blake3 over the number of ``parts`` and each with its length, all numbers as 8 bytes little-endian."""
-    return blake3(_encode_parts(parts)).digest()
-
-
-def _encode_parts(parts: Sequence[bytes]) -> bytes:
-    encoded = bytearray(len(parts).to_bytes(8, "little"))
-    for part in parts:
-        encoded += len(part).to_bytes(8, "little")
-        encoded += part
-    return bytes(encoded)
+def _check_scope(scope: bytes) -> None:
+    if len(scope) != DIGEST_SIZE:
+        raise ValueError(f"a scope is {DIGEST_SIZE} bytes, not {len(scope)}")

@@ -51,15 +51,17 @@ class MediaPart:
     Attributes
     ----------
     modality: ``image``, ``video`` or ``audio``.
-    url: where its bytes are; where it is ``bare``, the bytes themselves, in base64.
+    url: where its bytes are; where it is ``bare``, the bytes themselves, in base64; empty where it has none, but a uuid.
     param: where the request says so.
     bare: whether there is no URL around the data.
+    uuid: the caller's name for it, if any.
     """
 
     modality: str
     url: str
     param: str
     bare: bool = False
+    uuid: str | None = None
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,6 @@ class _Walker:
             return part.refusal
         if isinstance(part, ImageEmbedsPart):
             raise InvalidRequest("Parts of type 'image_embeds' are not supported yet.", param=f"{param}.type")
-        if part.uuid is not None:
-            raise InvalidRequest("'uuid' is not supported yet; leave it out.", param=f"{param}.uuid")
         medium = _medium(part, param)
         placeholder = self._card.placeholder(medium.modality)
         if placeholder is None:
@@ -162,17 +162,23 @@ class _Walker:
 def _medium(part: MediumPart, param: str) -> MediaPart:
     match part:
         case ImageUrlPart() | InputImagePart():
-            return MediaPart("image", _url(part.image_url), f"{param}.image_url")
+            modality, name, url = "image", "image_url", _url(part.image_url)
         case VideoUrlPart():
-            return MediaPart("video", _url(part.video_url), f"{param}.video_url")
+            modality, name, url = "video", "video_url", _url(part.video_url)
         case AudioUrlPart():
-            return MediaPart("audio", _url(part.audio_url), f"{param}.audio_url")
+            modality, name, url = "audio", "audio_url", _url(part.audio_url)
         case InputAudioPart():
-            return MediaPart("audio", part.input_audio.data, f"{param}.input_audio", bare=True)
+            modality, name, url = "audio", "input_audio", (part.input_audio and part.input_audio.data) or ""
+    if not url and part.uuid is None:
+        raise InvalidRequest(
+            "The part has no data: send them, or the 'uuid' with which they were sent before.", param=f"{param}.{name}"
+        )
+    place = f"{param}.{name}" if url else f"{param}.uuid"
+    return MediaPart(modality, url, place, isinstance(part, InputAudioPart), part.uuid)
 
 
-def _url(value: Url | str) -> str:
-    return value if isinstance(value, str) else value.url
+def _url(value: Url | str | None) -> str:
+    return (value.url if isinstance(value, Url) else value) or ""
 
 
 def _tool_call(call: ToolCall, param: str) -> dict[str, Any]:

@@ -6,6 +6,8 @@ Rules
 - A field that would change the result and that this service does not honour is refused, never ignored
   (``_REFUSED``, ``_NOT_YET``).
 - An error's ``param`` is the place in the request, as ``messages[0].content[1].image_url``.
+- A medium's data may be absent, empty or null in every form in which clients say so. That a part without them has a
+  ``uuid`` is checked where the conversation is walked.
 
 The fields and their defaults are those of OpenAI's API and of vLLM's extension of it.
 """
@@ -31,7 +33,8 @@ _Natural = Annotated[int, Meta(ge=0)]
 _Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 _Share = Annotated[float, Meta(ge=0, le=1)]
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
-_Url = Annotated[str, Meta(min_length=1)]
+#: Clients of engines take hashes, and also whole URLs.
+_Uuid = Annotated[str, Meta(min_length=1, max_length=1024)]
 _Salt = Annotated[str, Meta(min_length=1, max_length=1024)]
 _Dtype = Literal["auto", "uint8", "float32", "bfloat16", "float16"]
 
@@ -51,51 +54,51 @@ class RefusalPart(Struct, tag="refusal", tag_field="type"):
 class Url(Struct):
     """Where a medium is. ``detail``, of pictures, is accepted and changes nothing, as in engines."""
 
-    url: _Url
+    url: str | None = None
     detail: str | None = None
 
 
 class InputAudio(Struct):
     """A recording in base64. What ``format`` says is not looked at: its bytes tell."""
 
-    data: _Url
+    data: str | None = None
     format: str | None = None
 
 
 class ImageUrlPart(Struct, tag="image_url", tag_field="type"):
     """A picture, as OpenAI's chat API names it."""
 
-    image_url: Url | _Url
-    uuid: Any = None
+    image_url: Url | str | None = None
+    uuid: _Uuid | None = None
 
 
 class InputImagePart(Struct, tag="input_image", tag_field="type"):
     """A picture, as OpenAI's responses API names it."""
 
-    image_url: _Url
+    image_url: Url | str | None = None
     detail: str | None = None
-    uuid: Any = None
+    uuid: _Uuid | None = None
 
 
 class VideoUrlPart(Struct, tag="video_url", tag_field="type"):
     """A video, as engines name it."""
 
-    video_url: Url | _Url
-    uuid: Any = None
+    video_url: Url | str | None = None
+    uuid: _Uuid | None = None
 
 
 class AudioUrlPart(Struct, tag="audio_url", tag_field="type"):
     """A recording, as engines name it."""
 
-    audio_url: Url | _Url
-    uuid: Any = None
+    audio_url: Url | str | None = None
+    uuid: _Uuid | None = None
 
 
 class InputAudioPart(Struct, tag="input_audio", tag_field="type"):
     """A recording, as OpenAI's chat API names it."""
 
-    input_audio: InputAudio
-    uuid: Any = None
+    input_audio: InputAudio | None = None
+    uuid: _Uuid | None = None
 
 
 class ImageEmbedsPart(Struct, tag="image_embeds", tag_field="type"):

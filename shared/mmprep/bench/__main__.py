@@ -8,14 +8,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from mmprep import __version__
 from mmprep.bench import handover, pictures, report, throughput
 from mmprep.bench.processes import machine_facts, memory
-from mmprep.bench.running import Service, full_size_model, service
+from mmprep.bench.running import Mode, Service, full_size_model, service
 from mmprep.bench.throughput import Run
 from mmprep.errors import MmprepError
 
@@ -37,7 +37,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def _runs(size: pictures.Size, seconds: float) -> tuple[Run, ...]:
-    return tuple(Run(size, mode, in_flight, seconds) for mode in ("cold", "cached") for in_flight in (1, 8))
+    return tuple(Run(size, mode, in_flight, seconds) for mode in get_args(Mode) for in_flight in (1, 8))
 
 
 FULL = Plan(

@@ -1,7 +1,8 @@
 """The load generator, a process of its own: asks one service for pictures through the native client.
 
 Every request is a chat with one picture as raw bytes; the tensors stay in shared memory and are released at once. *cold*:
-every picture has bytes of its own, so that nothing is in the cache. *cached*: a few pictures, all seen before.
+every picture has bytes of its own, so that nothing is in the cache. *cached*: a few pictures, all seen before. *by uuid*:
+these again, but only named.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mmprep.bench.pictures import distinct
-from mmprep.bench.running import read_orders, say_answer, say_ready
+from mmprep.bench.running import Mode, read_orders, say_answer, say_ready
 from mmprep.client import AsyncClient
 
 _TEXT = "What is on this picture? Answer in one sentence."
@@ -26,19 +27,19 @@ class Load:
 
     Parameters
     ----------
-    picture:
-        Gives the bytes of the next request's picture.
+    part:
+        Gives the part with the next request's picture.
     """
 
-    def __init__(self, client: AsyncClient, picture: Callable[[], bytes]) -> None:
+    def __init__(self, client: AsyncClient, part: Callable[[], dict[str, Any]]) -> None:
         self._client = client
-        self._picture = picture
+        self._part = part
         self.latencies: list[float] = []
         self.hits = 0
 
-    async def one(self) -> None:
-        """Send one request and wait for its answer."""
-        content = [{"type": "image_url", "image_url": {"url": self._picture()}}, {"type": "text", "text": _TEXT}]
+    async def one(self, part: dict[str, Any] | None = None) -> None:
+        """Send one request, with the next picture or that of ``part``, and wait for its answer."""
+        content = [part or self._part(), {"type": "text", "text": _TEXT}]
         started = time.perf_counter()
         result = await self._client.chat([{"role": "user", "content": content}])
         self.latencies.append(time.perf_counter() - started)
@@ -62,11 +63,17 @@ async def _measure(orders: dict[str, Any], pictures: list[bytes]) -> None:
     source = itertools.cycle(pictures)
     # The high bits are this process's, so that no two load generators send the same picture.
     numbers = itertools.count(os.getpid() << 32)
+    names = itertools.cycle(map(str, range(len(pictures))))
     cold = orders["mode"] == "cold"
+    parts: dict[Mode, Callable[[], dict[str, Any]]] = {
+        "cold": lambda: _part(distinct(next(source), next(numbers))),
+        "cached": lambda: _part(next(source)),
+        "by uuid": lambda: _part(None, next(names)),
+    }
     async with AsyncClient(f"ipc://{orders['runtime_dir']}", request_timeout=120.0) as client:
-        load = Load(client, lambda: distinct(next(source), next(numbers)) if cold else next(source))
+        load = Load(client, parts[orders["mode"]])
         for _ in range(orders["warm_up"] if cold else 2 * len(pictures)):
-            await load.one()
+            await load.one(None if cold else _part(next(source), next(names)))
         load.latencies.clear()
         load.hits = 0
         await asyncio.to_thread(say_ready)
@@ -80,6 +87,10 @@ async def _measure(orders: dict[str, Any], pictures: list[bytes]) -> None:
                 "hits": load.hits,
             }
         )
+
+
+def _part(picture: bytes | None, uuid: str | None = None) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": picture}, "uuid": uuid}
 
 
 if __name__ == "__main__":

@@ -17,12 +17,14 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, Literal, Self
 
 from mmprep import embedded
 from mmprep.cli.desk import DeskClient
 from mmprep.cli.ready import url_in
 from mmprep.errors import ServiceUnavailable
+
+Mode = Literal["cold", "cached", "by uuid"]
 
 #: The largest picture in pixels that Qwen2-VL's published configuration does not shrink.
 MAX_PIXELS = 12845056

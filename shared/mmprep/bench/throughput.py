@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import zmq
 
@@ -15,9 +15,7 @@ from mmprep.bench import pictures
 from mmprep.bench.figures import median, percentiles
 from mmprep.bench.pictures import Size
 from mmprep.bench.processes import cpu_seconds, machine_cpu_seconds
-from mmprep.bench.running import Child, Service
-
-Mode = Literal["cold", "cached"]
+from mmprep.bench.running import Child, Mode, Service
 
 #: Different pictures of a cached run. Few large ones: all of them must fit into half of the ring.
 _CACHED = {pictures.TWELVE_MEGAPIXELS.name: 3}

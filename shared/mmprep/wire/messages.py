@@ -18,6 +18,7 @@ LeaseId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 Epoch = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}\Z")]
 ShortText = Annotated[str, msgspec.Meta(max_length=2048)]
+Modality = Annotated[str, msgspec.Meta(max_length=16)]
 Call = Natural
 #: Items of one offer.
 MAX_ITEMS = 256
@@ -120,13 +121,46 @@ class Card(Wire, frozen=True):
     card: bytes
 
 
-class Offered(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One item of an offer: ``cost`` is the estimated work in pixels, ``nbytes`` the size of the encoded medium."""
+class Alias(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A caller's name for content, from :func:`mmprep_frontend.media.keys.alias`, and the digest of that content."""
+
+    id: Digest
+    digest: Digest
+
+
+class Offered(Wire, frozen=True):
+    """One item of an offer whose medium the frontend has.
+
+    ``cost`` is the estimated work in pixels, ``nbytes`` the size of the encoded medium. ``alias`` stands for the medium
+    from now on.
+    """
 
     key: Digest
-    modality: Annotated[str, msgspec.Meta(max_length=16)]
+    modality: Modality
     cost: Natural
     nbytes: Natural
+    alias: Alias | None = None
+
+
+class Recalled(Wire, frozen=True):
+    """One item of an offer whose medium the frontend does not have: the content that ``alias`` stands for.
+
+    Its key is that of ``variant`` with the content's digest. It is never what a flight is opened for.
+    """
+
+    alias: Digest
+    variant: Digest
+    modality: Modality
+
+    @property
+    def cost(self) -> int:
+        """Nothing is computed for it."""
+        return 0
+
+    @property
+    def nbytes(self) -> int:
+        """There are none."""
+        return 0
 
 
 class LeaseTo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -146,12 +180,12 @@ class Offer(Wire, frozen=True):
     need: Need
     deadline_ms: Natural
     priority: int
-    items: Annotated[tuple[Offered, ...], msgspec.Meta(min_length=1, max_length=MAX_ITEMS)]
+    items: Annotated[tuple[Offered | Recalled, ...], msgspec.Meta(min_length=1, max_length=MAX_ITEMS)]
     lease: LeaseTo | None = None
 
 
 class Want(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Item ``index`` of the offer is missing; its bytes are to be put under ``flight``."""
+    """Item ``index`` of the offer, an :class:`Offered`, is missing; its bytes are to be put under ``flight``."""
 
     index: Natural
     flight: Natural
@@ -170,7 +204,8 @@ class ItemAnswer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     ``outcome``: *hit* (was there), *joined* (another call computes it), *computed* (this call's flight did), *failed*.
     ``length`` is 0 where only a plan was asked for, and where the tensors travel inline. ``meta`` is a packed
     :class:`mmprep.items.ItemMeta`. ``spill`` is the epoch of the item's own segment where it is not in the ring.
-    ``inline`` names the tensors for :class:`Fetch` where they are in no segment.
+    ``inline`` names the tensors for :class:`Fetch` where they are in no segment. ``key`` is that of an item that was
+    :class:`Recalled`.
     """
 
     outcome: Literal["hit", "joined", "computed", "failed"]
@@ -183,6 +218,7 @@ class ItemAnswer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     fault: Fault | None = None
     spill: Epoch | None = None
     inline: Natural = 0
+    key: Digest | None = None
 
 
 class Answer(Wire, frozen=True):

@@ -41,7 +41,7 @@ class Expire(msgspec.Struct, frozen=True):
 
 
 class Fail(msgspec.Struct, frozen=True):
-    """Answer these calls with the error. ``ended``: the flight is gone with its bytes; else others go on waiting."""
+    """Answer these calls with the error. ``ended``: the flight is gone with its bytes; else more is to come for others."""
 
     flight_id: int
     calls: tuple[Call, ...]
@@ -73,13 +73,27 @@ Action: TypeAlias = Ask | Expire | Fail | Abandon | Reprioritise
 
 
 class Waiter(msgspec.Struct, eq=False):
-    """A call that waits for a flight. ``asked``: its peer was, at some time, asked for the bytes."""
+    """A call that waits for a flight.
+
+    ``asked``: its peer was, at some time, asked for the bytes. ``sends``: its peer has them.
+    """
 
     call: Call
     need: Need
     priority: int
     deadline: float
     asked: bool = False
+    sends: bool = True
+
+    @property
+    def may_be_asked(self) -> bool:
+        """Whether its peer may yet be asked for the bytes."""
+        return self.sends and not self.asked
+
+
+def nobody_has_it() -> errors.NotFound:
+    """Return the error for who knows only the uuid of content that is neither here nor on its way."""
+    return errors.NotFound("No medium is known here by this 'uuid', or no longer; send its data again.")
 
 
 class Flight(msgspec.Struct, eq=False):

@@ -8,8 +8,8 @@ writer holds the bytes), then ``running`` (a lane has them), and ends with one o
 - A flight has the highest priority and the latest deadline of those who wait, and goes on while anyone does. Before it
   runs, the last to leave ends it; a running one goes on to its result.
 - A waiter gets one outcome a flight: published, failed or expired. One that cancels or whose peer is gone gets none.
-- An uploader that leaves, is late, or sent other bytes than its key says is replaced by a waiter that was never asked.
-  The flight fails when there is none.
+- An uploader that leaves, is late, or sent other bytes than its key says is replaced by a waiter that has the bytes and
+  was never asked. The flight fails when there is none. A waiter that has no bytes is told then that nobody has them.
 - The writer keeps the bytes until the flight ends, so that an item whose lane was lost can run once more. Two losses
   within the quarantine time put the key into quarantine: offers of it are refused until the time is over.
 
@@ -38,6 +38,7 @@ from mmprep_worker.scheduling.flight import (
     Reprioritise,
     Retry,
     Waiter,
+    nobody_has_it,
 )
 
 #: Seconds after which a refused offer may be sent again.
@@ -138,6 +139,7 @@ class Flights:
         priority: int,
         deadline: float,
         now: float,
+        sends: bool = True,
     ) -> Joined:
         """Let a call wait for an item: join the flight for it, or open one and be its uploader.
 
@@ -151,6 +153,8 @@ class Flights:
             Lower is more urgent.
         deadline, now:
             Monotonic seconds of the writer.
+        sends:
+            Whether the call's peer has the bytes. One that has not can only join: :meth:`openings` says beforehand.
 
         Raises
         ------
@@ -163,6 +167,7 @@ class Flights:
             raise refusal
         flight = self._find(key, need)
         if flight is not None and call in flight.waiters:
+            flight.waiters[call].sends |= sends
             self._join_again(flight, flight.waiters[call], need, priority, deadline)
             return Joined(flight.id, False, self._raise_priority(flight, priority))
         if self._waiting >= self._max_waiting:
@@ -170,8 +175,9 @@ class Flights:
         if flight is not None:
             if not flight.waiters:
                 flight.priority = priority  # what those who left wanted does not count any more
-            self._add_waiter(flight, Waiter(call, need, priority, deadline))
+            self._add_waiter(flight, Waiter(call, need, priority, deadline, sends=sends))
             return Joined(flight.id, False, self._raise_priority(flight, priority))
+        assert sends, "a call without the bytes would open a flight"
         self._last_id += 1
         upload_deadline = now + self._upload_seconds
         flight = Flight(self._last_id, key, need, modality, cost, call, upload_deadline, priority, {})
@@ -384,17 +390,26 @@ class Flights:
         """Make a waiter that was never asked the uploader, of another peer if possible; fail if there is none."""
         silent = flight.uploader[0]
         waiters = flight.waiters.values()
-        chosen = next((waiter for waiter in waiters if not waiter.asked and waiter.call[0] != silent), None)
-        chosen = chosen or next((waiter for waiter in waiters if not waiter.asked), None)
+        chosen = next((waiter for waiter in waiters if waiter.may_be_asked and waiter.call[0] != silent), None)
+        chosen = chosen or next((waiter for waiter in waiters if waiter.may_be_asked), None)
         if chosen is None:
-            calls = tuple(waiter.call for waiter in self._end(flight))
-            actions.append(Fail(flight.id, calls, error, True))
+            actions += self._fail_unsent(flight, error)
             return
         chosen.asked = True
         flight.uploader = chosen.call
         flight.upload_deadline = now + self._upload_seconds
         self._set_alarm(flight.upload_deadline, flight.id, None)
         actions.append(Ask(flight.id, chosen.call))
+
+    def _fail_unsent(self, flight: Flight, error: errors.MmprepError) -> list[Action]:
+        """End a flight whose bytes nobody sends; the error is for those who could have."""
+        waiters = self._end(flight)
+        senders = tuple(waiter.call for waiter in waiters if waiter.sends)
+        others = tuple(waiter.call for waiter in waiters if not waiter.sends)
+        if not others:
+            return [Fail(flight.id, senders, error, True)]
+        gone = Fail(flight.id, others, nobody_has_it(), True)
+        return [Fail(flight.id, senders, error, False), gone] if senders else [gone]
 
     def _end(self, flight: Flight) -> list[Waiter]:
         del self._flights[flight.id]
@@ -442,6 +457,7 @@ class Flights:
         if flight.state == "wanted":
             assert flight.uploader in flight.waiters, f"{name} has no uploader"
             assert flight.waiters[flight.uploader].asked, f"the uploader of {name} was not asked"
+            assert flight.waiters[flight.uploader].sends, f"the uploader of {name} has no bytes"
             assert None in alarms, f"nothing ends the wait for the uploader of {name}"
         assert set(flight.waiters) <= alarms, f"nothing expires a waiter of {name}"
         if flight.waiters:

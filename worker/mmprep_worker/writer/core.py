@@ -7,7 +7,7 @@ says that it has read them. A call that is refused, fails or is cancelled leaves
 What found no shared memory travels inline: the answer names it, the frontend fetches it, and says when it has it.
 
 The parts: :mod:`.tasks` (uploaded media, queue, lanes), :mod:`.holds` (pins and the answers about them), :mod:`.leasing`,
-:mod:`.transfers` (what travels inline).
+:mod:`.transfers` (what travels inline), :mod:`.aliases` (what a frontend names without having it).
 
 WARNING: the shell must write ``ring.take_writes()`` into the directory before it carries out the actions of a step.
 """
@@ -26,9 +26,10 @@ from mmprep.wire.codec import PROTOCOL, pack
 from mmprep_worker.ring.ring import Ring
 from mmprep_worker.scheduling import flight as flight_events
 from mmprep_worker.scheduling.admission import Admission, Quarantine
-from mmprep_worker.scheduling.flight import Call
+from mmprep_worker.scheduling.flight import Call, nobody_has_it
 from mmprep_worker.scheduling.flights import Flights
 from mmprep_worker.scheduling.queue import FairQueue
+from mmprep_worker.writer.aliases import MOST_ALIASES, Aliases
 from mmprep_worker.writer.holds import Holds
 from mmprep_worker.writer.leasing import Leasing
 from mmprep_worker.writer.plans import PlanStore
@@ -100,6 +101,8 @@ class WriterCore:
         what, or is gone.
     silent_at:
         When those that have not are reported as :class:`~.state.ReadersSilent`, in seconds of ``now``.
+    most_aliases:
+        That are remembered.
     """
 
     def __init__(
@@ -121,6 +124,7 @@ class WriterCore:
         inline_bytes: int = 0,
         awaited: Iterable[tuple[str, str]] = (),
         silent_at: float = math.inf,
+        most_aliases: int = MOST_ALIASES,
     ) -> None:
         self.ring = ring
         self.flights = flights
@@ -137,6 +141,7 @@ class WriterCore:
         self._out: list[Action] = []
         self._awaited = set(awaited)
         self._silent_at = silent_at if self._awaited else math.inf
+        self.aliases = Aliases(most_aliases)
         self.transfers = Transfers(inline_bytes)
         self._holds = Holds(ring, flights, self.transfers, plans, read)
         self._leasing = Leasing(ring, lease_seconds, new_id)
@@ -366,6 +371,7 @@ class WriterCore:
             case messages.Clear():
                 self.ring.clear()
                 self.plans.clear()
+                self.aliases.clear()
                 self.quarantine.clear()
                 self._send(peer, messages.Done(message.call))
             case _:
@@ -409,9 +415,12 @@ class WriterCore:
         if offer.lease is not None:
             self._check_backend(offer.lease)
         pending = PendingCall(peer, offer)
+        self.aliases.recall(pending)
+        self.aliases.note(offer.items)
         try:
-            for position, item in enumerate(pending.offered):
-                pending.answers[position] = self._holds.hit(pending, item.key)
+            for position, key in enumerate(pending.keys):
+                if pending.answers[position] is None:
+                    pending.answers[position] = self._holds.hit(pending, key)
             self._wait_for_misses(pending, offer, now)
         except errors.MmprepError:
             self._holds.let_go(pending)
@@ -432,25 +441,25 @@ class WriterCore:
     def _wait_for_misses(self, pending: PendingCall, offer: messages.Offer, now: float) -> None:
         """Let the call wait for flights for what is missing; ask its frontend for what nobody has asked for.
 
-        All that may be refused is refused before the first flight is joined.
+        All that may be refused is refused before the first flight is joined. What is recalled and nobody has fails, and the
+        rest goes on without it.
         """
-        misses = []
-        for position, item in enumerate(pending.offered):
-            if pending.answers[position] is None:
-                refusal = self.quarantine.refusal(item.key, now)
-                if refusal is None:
-                    misses.append(position)
-                else:
-                    pending.answers[position] = failed(refusal)
+        misses = self._misses(pending, now)
         needs = self._holds.needs(pending, misses)
-        wanted = [(pending.offered[position].key, need) for position, need in zip(misses, needs, strict=True)]
-        openings = self.flights.openings(wanted)
-        self.admission.check(pending.peer.id, [pending.offered[misses[index]].nbytes for index in openings])
+        found = self.flights.openings([(pending.keys[p], need) for p, need in zip(misses, needs, strict=True)])
+        openings = [misses[index] for index in found]
+        if nowhere := {pending.keys[position] for position in openings if position in pending.recalled}:
+            for position in misses:
+                if pending.keys[position] in nowhere:
+                    pending.answers[position] = failed(nobody_has_it())
+            self._wait_for_misses(pending, offer, now)
+            return
+        self.admission.check(pending.peer.id, [pending.offered[position].nbytes for position in openings])
         wants = []
         for position, need in zip(misses, needs, strict=True):
             item = pending.offered[position]
             joined = self.flights.join(
-                item.key,
+                pending.keys[position],
                 need,
                 pending.call,
                 modality=item.modality,
@@ -458,6 +467,7 @@ class WriterCore:
                 priority=offer.priority,
                 deadline=now + offer.deadline_ms / 1000,
                 now=now,
+                sends=position not in pending.recalled,
             )
             if joined.ask:
                 self.admission.add(joined.flight_id, pending.peer.id, item.nbytes, now)
@@ -469,6 +479,21 @@ class WriterCore:
             pending.missing += 1
         if wants:
             self._send(pending.peer, messages.Wants(pending.number, tuple(wants)))
+
+    def _misses(self, pending: PendingCall, now: float) -> list[int]:
+        """Return the positions without an answer, those whose bytes the frontend has first; refuse what is quarantined.
+
+        The first of several positions of one key is the one that opens its flight, and that is asked for its bytes.
+        """
+        misses = []
+        for position, key in enumerate(pending.keys):
+            if pending.answers[position] is None:
+                refusal = self.quarantine.refusal(key, now)
+                if refusal is None:
+                    misses.append(position)
+                else:
+                    pending.answers[position] = failed(refusal)
+        return sorted(misses, key=pending.recalled.__contains__)
 
     def _count(self, pending: PendingCall) -> None:
         """Count a call that was taken on: every item is a query, and a hit unless it has to be computed for it."""
@@ -500,7 +525,7 @@ class WriterCore:
             pending.peer.calls[pending.number] = pending
         else:
             self._drop(pending)
-        frames = tuple(pack(answer) for answer in pending.answers if answer is not None)
+        frames = tuple(map(pack, pending.told()))
         owner = pending.lease.backend if pending.lease is not None and not pending.failed else None
         self._send(pending.peer, messages.Answer(pending.number, self._leasing.milliseconds, owner), frames)
 
@@ -583,7 +608,7 @@ class WriterCore:
             One does not hold; the message says which.
         """
         parts = (self.ring, self.flights, self.queue, self.admission, self.quarantine, self.plans, self.transfers)
-        for part in (*parts, self._tasks):
+        for part in (*parts, self.aliases, self._tasks):
             part.validate()
         calls = [call for peer in self.peers.values() for call in peer.calls.values()]
         assert self._calls == {call.call: call for call in calls if not call.answered}, "the indices of calls differ"

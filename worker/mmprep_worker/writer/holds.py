@@ -73,7 +73,7 @@ class Holds:
         """
         outcome: Literal["computed", "joined"] = "computed" if flight_id in pending.opened else "joined"
         if isinstance(result, errors.MmprepError):
-            plan = self._plans.get(pending.offered[position].key) if pending.need == "plan" else None
+            plan = self._plans.get(pending.keys[position]) if pending.need == "plan" else None
             return failed(result) if plan is None else ItemAnswer(outcome, meta=plan)
         if isinstance(result, bytes):
             return ItemAnswer(outcome, meta=result)
@@ -93,7 +93,7 @@ class Holds:
         """Return for each missing item what a flight has to give for this call."""
         promised = sum(pending.pinned.values())
         needs: dict[bytes, Need] = {}
-        wanted = [pending.offered[position].key for position in positions]
+        wanted = [pending.keys[position] for position in positions]
         for key in wanted:
             if pending.need == "plan" or key in needs:
                 continue

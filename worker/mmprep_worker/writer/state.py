@@ -95,7 +95,9 @@ class PendingCall:
     ----------
     call: how flights know it.
     holder: how the ring knows it.
-    by_flight: the positions that wait for each flight.
+    keys: of its items; empty for one that is recalled and not known.
+    recalled: the positions whose media its frontend does not have.
+    by_flight: the positions that wait for each flight, those whose medium its frontend has first.
     missing: how many positions wait.
     pinned: bytes of the ring by generation, of the entries that it pins; 0 for spills.
     transfers: numbers of the transfers that it holds.
@@ -107,6 +109,7 @@ class PendingCall:
         "by_flight",
         "call",
         "holder",
+        "keys",
         "lease",
         "missing",
         "need",
@@ -115,6 +118,7 @@ class PendingCall:
         "opened",
         "peer",
         "pinned",
+        "recalled",
         "transfers",
     )
 
@@ -124,6 +128,8 @@ class PendingCall:
         self.need = offer.need
         self.lease = offer.lease
         self.offered = offer.items
+        self.keys = [b"" if isinstance(item, messages.Recalled) else item.key for item in offer.items]
+        self.recalled = {n for n, item in enumerate(offer.items) if isinstance(item, messages.Recalled)}
         self.call: Call = (peer.name, offer.call)
         self.holder = f"{peer.name}#{offer.call}"
         self.answers: list[ItemAnswer | None] = [None] * len(offer.items)
@@ -138,6 +144,13 @@ class PendingCall:
     def failed(self) -> bool:
         """Whether one of its items has failed."""
         return any(answer is not None and answer.outcome == "failed" for answer in self.answers)
+
+    def told(self) -> list[ItemAnswer]:
+        """Return the answers, those about recalled items with the keys that the frontend does not know."""
+        answers = [answer for answer in self.answers if answer is not None]
+        for position in self.recalled:
+            answers[position] = msgspec.structs.replace(answers[position], key=self.keys[position] or None)
+        return answers
 
     def validate(self) -> None:
         """Check what can be seen from here.

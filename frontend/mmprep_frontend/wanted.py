@@ -1,0 +1,115 @@
+"""What the media of a request are to the writer: their keys and aliases, how they are read, what they cost. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from mmprep.card import Io, ItemOptions, ModelCard, pack_io
+from mmprep.digest import HashName
+from mmprep.errors import InvalidRequest
+from mmprep.keys import item_key
+from mmprep.wire.messages import HEAVY_COST, Alias, ItemAnswer, Recalled
+from mmprep_frontend.dispatch import OfferItem
+from mmprep_frontend.media.intake import Medium
+from mmprep_frontend.media.keys import alias, variant
+from mmprep_frontend.render.conversation import MediaPart
+
+#: What one medium is estimated to cost, in pixels: the least, and for each encoded byte. A second of video is as much
+#: as a large picture, so every video is slow work.
+_COST = {"image": (4096, 4), "video": (HEAVY_COST, 40), "audio": (65_536, 1)}
+
+
+def wanted(
+    part: MediaPart,
+    medium: Medium | None,
+    *,
+    card: ModelCard,
+    scope: bytes,
+    hash_name: HashName,
+    dtype: str,
+    io: Mapping[str, Io],
+) -> OfferItem | Recalled:
+    """Return what the writer is asked for.
+
+    Parameters
+    ----------
+    part:
+        Of the request.
+    medium:
+        Its bytes; ``None`` where the part has only a uuid.
+    card:
+        Of the served model.
+    scope:
+        From :func:`mmprep_frontend.media.keys.scope`.
+    hash_name:
+        Which hash the media's digests are of.
+    dtype:
+        Of the main tensor, or ``auto``.
+    io:
+        How media are read, by modality.
+
+    Raises
+    ------
+    InvalidRequest
+        The model's tensors do not come as ``dtype``.
+    """
+    dtypes = card.dtypes[part.modality]
+    if dtype == "auto":
+        dtype = dtypes[0]
+    elif dtype not in dtypes:
+        raise InvalidRequest(
+            f"This model's tensors of modality '{part.modality}' come as {', '.join(dtypes)}, not as {dtype}.",
+            param="mm_dtype",
+        )
+    options = pack_io(io.get(part.modality, {}))
+    processed = variant(
+        scope=scope,
+        hash_name=hash_name,
+        modality=part.modality,
+        fingerprint=card.fingerprint,
+        dtype=dtype,
+        options=options,
+    )
+    name = None if part.uuid is None else alias(scope=scope, modality=part.modality, uuid=part.uuid)
+    if medium is None:
+        assert name is not None, "a part without data and uuid was not refused"
+        return Recalled(name, processed, part.modality)
+    least, a_byte = _COST[part.modality]
+    return OfferItem(
+        key=item_key(processed, medium.digest),
+        modality=part.modality,
+        medium=medium.data,
+        digest=medium.digest,
+        options=msgspec.msgpack.encode(ItemOptions(dtype, options)),
+        cost=max(least, len(medium.data) * a_byte),
+        alias=None if name is None else Alias(name, medium.digest),
+    )
+
+
+def recalled_within(parts: Sequence[MediaPart], media: Sequence[Medium | None]) -> list[Medium | None]:
+    """Return the media; for a part without data the one that came last, in an earlier part, with the same uuid.
+
+    So a request's parts mean what they would mean if each were sent on its own, one after the other.
+    """
+    last: dict[tuple[str, str], Medium] = {}
+    found: list[Medium | None] = []
+    for part, given in zip(parts, media, strict=True):
+        medium = given
+        if part.uuid is not None:
+            name = (part.modality, part.uuid)
+            if given is None:
+                medium = last.get(name)
+            else:
+                last[name] = given
+        found.append(medium)
+    return found
+
+
+def key_of(item: OfferItem | Recalled, answer: ItemAnswer) -> bytes:
+    """Return an item's key; raises ValueError where a recalled one's is missing."""
+    key = item.key if isinstance(item, OfferItem) else answer.key
+    if key is None:
+        raise ValueError("an answer lacks the key of an item that was recalled")
+    return key

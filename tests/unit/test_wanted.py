@@ -1,0 +1,81 @@
+import msgspec
+import pytest
+
+from mmprep.card import ItemOptions, ModelCard
+from mmprep.errors import InvalidRequest
+from mmprep.keys import item_key
+from mmprep.wire.messages import Alias, ItemAnswer, Recalled
+from mmprep_frontend.media.intake import Medium
+from mmprep_frontend.media.keys import alias, variant
+from mmprep_frontend.render.conversation import MediaPart
+from mmprep_frontend.wanted import key_of, recalled_within, wanted
+
+CARD = ModelCard("any", b"fingerprint", (), {"image": ("uint8", "float32"), "video": ("uint8",)}, {})
+SCOPE = b"s" * 32
+CAT, DOG = Medium(b"cat", b"c" * 32, 0.0), Medium(b"dog!", b"d" * 32, 0.0)
+
+
+def part(uuid=None, modality="image"):
+    return MediaPart(modality, "data:", "messages[0].content[0].image_url", uuid=uuid)
+
+
+def asked(part, medium, *, dtype="auto", io=None, scope=SCOPE):
+    return wanted(part, medium, card=CARD, scope=scope, hash_name="blake3", dtype=dtype, io=io or {})
+
+
+def processed(dtype="uint8", options=b"", modality="image", scope=SCOPE):
+    return variant(
+        scope=scope,
+        hash_name="blake3",
+        modality=modality,
+        fingerprint=b"fingerprint",
+        dtype=dtype,
+        options=options,
+    )
+
+
+def test_a_medium_is_offered_under_the_key_of_its_variant_and_digest():
+    item = asked(part(), CAT)
+    assert item.key == item_key(processed(), CAT.digest)
+    assert (item.modality, item.medium, item.digest, item.alias) == ("image", b"cat", CAT.digest, None)
+    assert msgspec.msgpack.decode(item.options, type=ItemOptions) == ItemOptions("uint8", b"")
+
+
+def test_a_medium_with_a_uuid_is_offered_with_its_alias():
+    item = asked(part("u"), CAT)
+    assert item.alias == Alias(alias(scope=SCOPE, modality="image", uuid="u"), CAT.digest)
+    assert item.key == asked(part(), CAT).key
+    assert item.offered().alias == item.alias
+
+
+def test_a_uuid_alone_is_recalled_in_the_variant_that_the_request_asks_for():
+    name = alias(scope=SCOPE, modality="image", uuid="u")
+    assert asked(part("u"), None) == Recalled(name, processed(), "image")
+    assert asked(part("u"), None, dtype="float32") == Recalled(name, processed("float32"), "image")
+    io = {"image": {"rgba": True}}
+    assert asked(part("u"), None, io=io) == Recalled(name, processed(options=b'{"rgba":true}'), "image")
+    assert asked(part("u", "video"), None).alias != name
+    other = asked(part("u"), None, scope=b"o" * 32)
+    assert other.alias != name
+    assert other.variant == processed(scope=b"o" * 32)
+
+
+def test_the_key_of_what_is_recalled_is_that_of_the_same_medium_with_its_data():
+    sent, recalled = asked(part("u"), CAT, dtype="float32"), asked(part("u"), None, dtype="float32")
+    assert item_key(recalled.variant, sent.alias.digest) == sent.key
+    assert key_of(sent, ItemAnswer("hit")) == key_of(recalled, ItemAnswer("hit", key=sent.key)) == sent.key
+    with pytest.raises(ValueError, match="lacks the key"):
+        key_of(recalled, ItemAnswer("hit"))
+
+
+def test_a_dtype_that_the_model_does_not_have_is_refused_with_and_without_data():
+    for medium in (CAT, None):
+        with pytest.raises(InvalidRequest) as caught:
+            asked(part("u"), medium, dtype="bfloat16")
+        assert caught.value.param == "mm_dtype"
+
+
+def test_within_a_request_a_uuid_alone_is_the_medium_that_came_last_with_it_before():
+    parts = [part("u"), part("u"), part("v"), part("u"), part("u"), part(), part("u", "video")]
+    media = [None, CAT, None, None, DOG, CAT, None]
+    assert recalled_within(parts, media) == [None, CAT, None, CAT, DOG, CAT, None]
