@@ -25,7 +25,8 @@ from mmprep.errors import (
     ServiceUnavailable,
     TooLarge,
 )
-from mmprep_frontend.media.fetch import Fetcher, SystemResolver
+from mmprep_frontend.media.fetch import Fetcher
+from mmprep_frontend.media.names import SystemResolver
 from mmprep_frontend.media.policy import UrlPolicy
 from mmprep_frontend.media.retry import RetryPolicy
 

@@ -20,7 +20,8 @@ from mmprep.digest import HashName
 from mmprep.errors import MmprepError
 from mmprep_frontend.media.cache_disk import CacheDisk, Damaged, Found
 from mmprep_frontend.media.cache_index import Change, Kept
-from mmprep_frontend.media.fetch import Condition, Fetcher, Reply
+from mmprep_frontend.media.exchange import Condition, Reply
+from mmprep_frontend.media.fetch import Fetcher
 from mmprep_frontend.media.keys import fetched_key
 from mmprep_frontend.media.policy import UrlPolicy
 
