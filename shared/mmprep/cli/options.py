@@ -27,7 +27,7 @@ _LIMITS = {"image": 8, "video": 1, "audio": 4}
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
 #: What cannot be a host name is refused here; the frontends' URL policy judges the rest.
-_DOMAIN = re.compile(r"(\*\.)?[^\s/:*@?#%\\]+|\[[0-9A-Fa-f:.]+\]")
+_DOMAIN = re.compile(r"((\*\.)?[^\s/:*@?#%\\]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
 
 
 class Option(NamedTuple):
@@ -135,7 +135,8 @@ def _domains(text: str, option: str) -> tuple[str, ...]:
     for domain in domains:
         if not _DOMAIN.fullmatch(domain):
             raise StartupError(
-                f"{option}: {domain!r} is no host name; give names as a.example, or *.b.example for all below"
+                f"{option}: {domain!r} is no host name; give names as a.example, or *.b.example for all below, each with "
+                "or without a port"
             )
     return domains
 
@@ -180,7 +181,7 @@ OPTIONS = (
     Option("max-media-size", _size("1KiB", "64GiB"), "256MiB", "largest medium, encoded"),
     Option("max-body-size", _size("1KiB", "64GiB"), "384MiB", "largest request body"),
     Option("max-image-pixels", _whole(1, 1 << 31), "178956970", "most pixels of one picture"),
-    Option("allowed-media-domains", _domains, "", "only fetch media from these: a.example,*.b.example"),
+    Option("allowed-media-domains", _domains, "", "only fetch media from these: a.example,*.b.example:443"),
     Option("allow-private-networks", _switch, "false", "fetch media from private addresses too", flag=True),
     Option(
         "allowed-local-media-path", _directory, "", "read media at file:// URLs below this directory; default: none"
