@@ -9,10 +9,12 @@ import pytest
 from aiohttp import web
 
 from mmprep.digest import Hasher
-from mmprep.errors import FetchBadGateway, FetchError
+from mmprep.errors import Busy, FetchBadGateway, FetchError
+from mmprep.metrics import Metrics
 from mmprep_frontend.media.cache import MediaCache
 from mmprep_frontend.media.cache_disk import CacheDisk
 from mmprep_frontend.media.fetch import Fetcher
+from mmprep_frontend.media.memory import MediaMemory
 from mmprep_frontend.media.policy import UrlPolicy
 
 TTL = 100.0
@@ -52,6 +54,7 @@ class World:
         self.now = 1_000_000.0
         self.counts = Counter()
         self.directory = directory
+        self.memory = MediaMemory(1 << 20)
 
     def clock(self):
         self.now += 0.001
@@ -69,8 +72,9 @@ class World:
         await site.start()
         self.url = site.name
         disk = kind(self.directory, max_bytes=1 << 20, ttl=TTL, clock=self.clock)
-        async with Fetcher(policy, max_bytes=1 << 20) as fetcher:
-            self.cache = MediaCache(disk, fetcher, policy, max_bytes=1 << 20, count=self.count)
+        limits = {"max_bytes": 1 << 20, "memory": self.memory}
+        async with Fetcher(policy, **limits, metrics=Metrics()) as fetcher:
+            self.cache = MediaCache(disk, fetcher, policy, **limits, count=self.count)
             try:
                 yield self.cache
             finally:
@@ -290,9 +294,9 @@ def test_a_disk_that_hangs_costs_a_moment_and_no_request(world):
     over = threading.Event()
 
     class Hanging(CacheDisk):
-        def find(self, key, *, max_bytes):
+        def find(self, key, **options):
             over.wait()
-            return super().find(key, max_bytes=max_bytes)
+            return super().find(key, **options)
 
     async def main():
         try:
@@ -303,3 +307,21 @@ def test_a_disk_that_hangs_costs_a_moment_and_no_request(world):
             over.set()
 
     check(world, main, kind=Hanging)
+
+
+def test_hits_take_their_part_of_the_memory_and_are_refused_where_there_is_none(world):
+    async def main():
+        await world.get()
+        hit = await world.get()
+        assert not hit.asked
+        assert world.memory.nbytes == len(BODY)
+        others = world.memory.share()
+        others.grow((1 << 20) - len(BODY))
+        with pytest.raises(Busy) as caught:
+            await world.get()
+        assert caught.value.param == "p"
+        del hit, caught
+        assert not (await world.get()).asked
+        assert world.counts == {"hits": 2, "misses": 1}
+
+    check(world, main)

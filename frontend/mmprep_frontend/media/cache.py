@@ -17,12 +17,13 @@ from functools import partial
 from typing import Any, Final
 
 from mmprep.digest import HashName
-from mmprep.errors import MmprepError
+from mmprep.errors import Busy, MmprepError
 from mmprep_frontend.media.cache_disk import CacheDisk, Damaged, Found
 from mmprep_frontend.media.cache_index import Change, Kept
 from mmprep_frontend.media.exchange import Condition, Reply
 from mmprep_frontend.media.fetch import Fetcher
 from mmprep_frontend.media.keys import fetched_key
+from mmprep_frontend.media.memory import MediaMemory, Share
 from mmprep_frontend.media.policy import UrlPolicy
 
 _log = logging.getLogger("mmprep.frontend")
@@ -66,6 +67,7 @@ class Fetched:
     digest, hash_name: of the bytes, where they were checked already.
     asked: whether a host was asked.
     keepable: where it is to be offered to the cache.
+    share: counts the bytes.
     """
 
     data: bytes
@@ -73,6 +75,7 @@ class Fetched:
     hash_name: HashName | None
     asked: bool
     keepable: Keepable | None
+    share: Share | None
 
 
 class MediaCache:
@@ -86,15 +89,27 @@ class MediaCache:
         What fetches, and the policy it follows.
     max_bytes:
         Largest medium, in bytes, ``--max-media-size``: larger ones are not read from the disk either.
+    memory:
+        What all media may take.
     count:
         Told the name of a counter and what to add, on the loop.
     """
 
-    def __init__(self, disk: CacheDisk, fetcher: Fetcher, policy: UrlPolicy, *, max_bytes: int, count: Count) -> None:
+    def __init__(
+        self,
+        disk: CacheDisk,
+        fetcher: Fetcher,
+        policy: UrlPolicy,
+        *,
+        max_bytes: int,
+        memory: MediaMemory,
+        count: Count,
+    ) -> None:
         self._disk = disk
         self._fetcher = fetcher
         self._policy = policy
         self._max_bytes = max_bytes
+        self._memory = memory
         self._count = count
         self._loop = asyncio.get_running_loop()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="cache-read")
@@ -121,7 +136,10 @@ class MediaCache:
         except MmprepError as error:
             raise error.at(param) if param is not None else error from None
         key = fetched_key(scope=scope, url=target.url, allow_private=self._policy.allow_private)
-        found = await self._find(key, min(_PATIENCE, timeout))
+        try:
+            found = await self._find(key, min(_PATIENCE, timeout))
+        except Busy as error:
+            raise error.at(param) if param is not None else error from None
         if found is not None and found.fresh:
             return self._hit(found, asked=False)
         condition = None
@@ -131,7 +149,7 @@ class MediaCache:
             self._later(partial(self._disk.drop, found.kept.name))
         fetched = self._disk.now()
         try:
-            reply = await self._fetcher.ask(
+            reply = await self._fetcher.fetch(
                 url, param=param, timeout=max(0.001, deadline - self._loop.time()), condition=condition
             )
         except BaseException:
@@ -142,7 +160,7 @@ class MediaCache:
             self._renew(found.kept, reply)
             return self._hit(found, asked=True)
         self._count("mmprep_media_cache_misses_total", 1)
-        return Fetched(reply.data, None, None, True, self._keepable(key, found, reply, fetched))
+        return Fetched(reply.data, None, None, True, self._keepable(key, found, reply, fetched), reply.share)
 
     def keep(self, keepable: Keepable, data: bytes | memoryview, digest: bytes, hash_name: HashName) -> None:
         """Keep a medium that was fetched and decoded; returns at once, and may do nothing.
@@ -188,13 +206,17 @@ class MediaCache:
         if self._lookups >= _LOOKUPS:
             return None
         self._lookups += 1
-        looking = self._loop.run_in_executor(self._readers, partial(self._disk.find, key, max_bytes=self._max_bytes))
+        find = partial(self._disk.find, key, max_bytes=self._max_bytes, share=self._memory.share())
+        looking = self._loop.run_in_executor(self._readers, find)
         looking.add_done_callback(self._looked_up)
         await asyncio.wait([looking], timeout=patience)
         if not looking.done():
             self._failed(TimeoutError("the disk is slow"))
             return None
-        if looking.exception() is not None:
+        error = looking.exception()
+        if isinstance(error, Busy):
+            raise error  # a fetch would need the same memory
+        if error is not None:
             return None
         found = looking.result()
         return found if found is not None and self._may_be_read(found.kept) else None
@@ -202,7 +224,7 @@ class MediaCache:
     def _looked_up(self, looking: asyncio.Future[Found | None]) -> None:
         self._lookups -= 1
         error = None if looking.cancelled() else looking.exception()
-        if error is not None:
+        if error is not None and not isinstance(error, Busy):
             self._failed(error)
         if isinstance(error, Damaged):
             self._later(partial(self._disk.drop, error.name))
@@ -223,7 +245,7 @@ class MediaCache:
             self._touched[name] = None
             if not self._touching:
                 self._note_use(None)
-        return Fetched(found.data, found.kept.digest, found.kept.hash_name, asked, None)
+        return Fetched(found.data, found.kept.digest, found.kept.hash_name, asked, None, found.share)
 
     def _note_use(self, _done: object) -> None:
         """Write down what was used since the last time, in its order; then again, where more was used meanwhile."""

@@ -26,6 +26,7 @@ from typing import Final
 
 from mmprep.digest import Hasher
 from mmprep_frontend.media.cache_index import Change, Index, Kept
+from mmprep_frontend.media.memory import Share
 from mmprep_frontend.media.storing import Validators
 
 #: Beneath the directory that the operator names; another layout gets another name.
@@ -52,11 +53,13 @@ class Found:
     Attributes
     ----------
     fresh: whether it may be used without asking its host.
+    share: counts the bytes.
     """
 
     kept: Kept
     data: bytes
     fresh: bool
+    share: Share
 
 
 class CacheDisk:
@@ -78,22 +81,25 @@ class CacheDisk:
         self.now = clock
         self._reading, self._writing = (_Connection(directory / _HOME, max_bytes=max_bytes, ttl=ttl) for _ in range(2))
 
-    def find(self, key: bytes, *, max_bytes: int) -> Found | None:
-        """Return the medium under ``key``, unless it is larger than ``max_bytes``.
+    def find(self, key: bytes, *, max_bytes: int, share: Share) -> Found | None:
+        """Return the medium under ``key``, unless it is larger than ``max_bytes``; ``share`` grows by its bytes before.
 
         Raises
         ------
         Damaged
             Its body is not what it was; to be dropped.
+        mmprep.errors.Busy
+            There is no memory for it.
         """
         with self._reading.use() as index:
             kept = index.find(key)
         if kept is None or kept.nbytes > max_bytes:
             return None
+        share.grow(kept.nbytes)
         data = self._read(kept)
         if data is None or Hasher(kept.hash_name).content_digest(data) != kept.digest:
             raise Damaged(kept.name)
-        return Found(kept, data, kept.is_fresh(self.now(), self._ttl))
+        return Found(kept, data, kept.is_fresh(self.now(), self._ttl), share)
 
     def keep(self, kept: Kept, data: bytes | memoryview, *, fetched: float) -> Change:
         """Keep a medium; its ``name`` and ``written`` are given here."""

@@ -21,6 +21,7 @@ from yarl import URL
 
 from mmprep.errors import FetchBadGateway, FetchError, FetchTimeout, MmprepError, TooLarge
 from mmprep_frontend.media.inflate import inflater
+from mmprep_frontend.media.memory import Loaded, MediaMemory, Share
 from mmprep_frontend.media.names import JudgingResolver, Resolver
 from mmprep_frontend.media.policy import Target, UrlPolicy
 from mmprep_frontend.media.retry import read_retry_after
@@ -52,12 +53,14 @@ class Reply:
     data: the medium; ``None`` where the host says that the one at hand has not changed.
     hops: the URLs that led to it, in normal form; the last one gave it.
     validators, keeping: what its headers say for a cache; ``None`` where a 304 says nothing of keeping.
+    share: counts the bytes, where there are some.
     """
 
     data: bytes | None
     hops: tuple[str, ...]
     validators: Validators
     keeping: Keeping | None
+    share: Share | None = None
 
 
 class PassingError(Exception):
@@ -84,6 +87,8 @@ class Exchange:
         What may be dialled.
     max_bytes:
         Largest medium, in bytes.
+    memory:
+        What all media may take.
     connect_timeout, read_timeout:
         Seconds for one connection to stand, TLS included, and for the next bytes to arrive.
     most_open:
@@ -99,6 +104,7 @@ class Exchange:
         policy: UrlPolicy,
         *,
         max_bytes: int,
+        memory: MediaMemory,
         connect_timeout: float,
         read_timeout: float,
         most_open: int,
@@ -107,6 +113,7 @@ class Exchange:
     ) -> None:
         self._policy = policy
         self._max_bytes = max_bytes
+        self._memory = memory
         self._most_open = most_open
         self._sockets: WeakSet[socket.socket] = WeakSet()
         self._resolver = JudgingResolver(policy, resolver)
@@ -167,7 +174,8 @@ class Exchange:
                 if response.status == _NOT_MODIFIED and headers:
                     return Reply(None, hops, validators, kept if "Cache-Control" in response.headers else None)
                 _check_status(response)
-                return Reply(await self._read(response), hops, validators, kept)
+                read = await self._read(response)
+                return Reply(read.data, hops, validators, kept, read.share)
         except TimeoutError:
             raise silence() from None
         except aiohttp.ClientConnectorDNSError:
@@ -183,25 +191,23 @@ class Exchange:
                 FetchBadGateway("the connection to the medium's host broke before the medium was complete")
             ) from None
 
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+    async def _read(self, response: aiohttp.ClientResponse) -> Loaded:
         undo = inflater(response.headers.get("Content-Encoding", "identity"))
         if (response.content_length or 0) > self._max_bytes:
             raise self._too_large()
-        pieces: list[bytes] = []
-        size = 0
-        async for chunk in response.content.iter_any():
-            for piece in undo.pieces(chunk) if undo else (chunk,):
-                size += len(piece)
-                if size > self._max_bytes:
-                    raise self._too_large()
-                pieces.append(piece)
-                if undo:
-                    await asyncio.sleep(0)
-        if undo:
-            undo.end()
-        if not size:
-            raise FetchError("the medium's host answered without content")
-        return b"".join(pieces)
+        with self._memory.pieces() as pieces:
+            async for chunk in response.content.iter_any():
+                for piece in undo.pieces(chunk) if undo else (chunk,):
+                    if pieces.nbytes + len(piece) > self._max_bytes:
+                        raise self._too_large()
+                    pieces.add(piece)
+                    if undo:
+                        await asyncio.sleep(0)
+            if undo:
+                undo.end()
+            if not pieces.nbytes:
+                raise FetchError("the medium's host answered without content")
+            return pieces.joined()
 
     def _too_large(self) -> TooLarge:
         return TooLarge(f"the medium is larger than {self._max_bytes:,} bytes, this service's limit (--max-media-size)")

@@ -20,7 +20,9 @@ from collections.abc import Callable
 from typing import Final, Self, TypeAlias
 
 from mmprep.errors import FetchError, MmprepError, ServiceUnavailable
+from mmprep.metrics import Metrics
 from mmprep_frontend.media.exchange import Condition, Exchange, OpenSocket, PassingError, Reply, silence
+from mmprep_frontend.media.memory import MediaMemory
 from mmprep_frontend.media.names import Resolver, SystemResolver
 from mmprep_frontend.media.policy import Target, UrlPolicy
 from mmprep_frontend.media.retry import RetryPolicy
@@ -41,6 +43,10 @@ class Fetcher:
         What may be read.
     max_bytes:
         Largest medium, in bytes, ``--max-media-size``.
+    memory:
+        What all media may take.
+    metrics:
+        Where downloads are counted, and those who waited for one that was on its way.
     timeout:
         Seconds for one fetch in all, redirects and waiting included.
     connect_timeout, read_timeout:
@@ -64,6 +70,8 @@ class Fetcher:
         policy: UrlPolicy,
         *,
         max_bytes: int,
+        memory: MediaMemory,
+        metrics: Metrics,
         timeout: float = 30.0,
         connect_timeout: float = 5.0,
         read_timeout: float = 10.0,
@@ -77,6 +85,7 @@ class Fetcher:
     ) -> None:
         self._policy = policy
         self._timeout = timeout
+        self._metrics = metrics
         self._slots = Slots(connections, connections_per_host, waiting)
         self._flights: dict[_Course, _Flight] = {}
         self._retry = retry or RetryPolicy()
@@ -85,6 +94,7 @@ class Fetcher:
         self._exchange = Exchange(
             policy,
             max_bytes=max_bytes,
+            memory=memory,
             connect_timeout=connect_timeout,
             read_timeout=read_timeout,
             # As many idle ones as may be in use; beyond, a connection serves one exchange.
@@ -109,8 +119,17 @@ class Fetcher:
         await self._exchange.close()
         self._resolver.close()
 
-    async def fetch(self, url: str, *, param: str | None = None, timeout: float | None = None) -> bytes:
-        """Return the bytes that lie at ``url``. Where the last who waits for them is cancelled, the connection closes.
+    async def fetch(
+        self,
+        url: str,
+        *,
+        param: str | None = None,
+        timeout: float | None = None,
+        condition: Condition | None = None,
+    ) -> Reply:
+        """Return what lies at ``url``, with what its host says about keeping it.
+
+        Where the last who waits for it is cancelled, the connection closes.
 
         Parameters
         ----------
@@ -120,6 +139,8 @@ class Fetcher:
             The place in the request; every error names it.
         timeout:
             Seconds that are left for it, where that is less than the fetcher's own.
+        condition:
+            What is at hand; the host is asked only where the way still leads to the same URL.
 
         Raises
         ------
@@ -134,28 +155,9 @@ class Fetcher:
         mmprep.errors.TooLarge
             More than ``max_bytes``.
         mmprep.errors.Busy
-            Too many fetches at the moment.
+            Too many fetches, or too many bytes of media, at the moment.
         mmprep.errors.ServiceUnavailable
             The fetcher was closed meanwhile.
-        """
-        reply = await self.ask(url, param=param, timeout=timeout)
-        assert reply.data is not None
-        return reply.data
-
-    async def ask(
-        self,
-        url: str,
-        *,
-        param: str | None = None,
-        timeout: float | None = None,
-        condition: Condition | None = None,
-    ) -> Reply:
-        """Return what lies at ``url`` with what its host says about keeping it; errors as of :meth:`fetch`.
-
-        Parameters
-        ----------
-        condition:
-            What is at hand; the host is asked only where the way still leads to the same URL.
         """
         seconds = self._timeout if timeout is None else min(timeout, self._timeout)
         deadline = asyncio.get_running_loop().time() + seconds
@@ -174,6 +176,8 @@ class Fetcher:
             flight = self._flights[course] = _Flight(deadline)
             flight.task = asyncio.create_task(self._fly(target, flight, condition))
             flight.task.add_done_callback(lambda _: self._landed(course, flight))
+        else:
+            self._metrics.count("mmprep_fetch_joins_total")
         flight.waiting += 1
         flight.deadline = max(flight.deadline, deadline)
         try:
@@ -196,8 +200,8 @@ class Fetcher:
     def _landed(self, course: _Course, flight: _Flight) -> None:
         if self._flights.get(course) is flight:
             del self._flights[course]
-        if flight.task.done() and not flight.task.cancelled():
-            flight.task.exception()  # looked at, even where nobody waits any more
+        if flight.task.done():
+            self._metrics.count("mmprep_fetches_total", outcome=_outcome(flight.task))
 
     async def _fly(self, target: Target, flight: _Flight, condition: Condition | None) -> Reply:
         failed = 0
@@ -254,6 +258,14 @@ class _Flight:
         if self.error is not None:
             return _own(self.error)
         return no_slot() if self.queued else silence()
+
+
+def _outcome(task: asyncio.Task[Reply]) -> str:
+    """Return how a flight ended, as the outcome of a request is told; the exception counts as looked at."""
+    if task.cancelled():
+        return "cancelled"
+    error = task.exception()
+    return "ok" if error is None else error.type if isinstance(error, MmprepError) else "InternalServerError"
 
 
 def _own(error: BaseException) -> BaseException:

@@ -18,6 +18,7 @@ from mmprep.errors import InvalidRequest, TooLarge
 from mmprep_frontend.media.cache import Keepable, MediaCache
 from mmprep_frontend.media.fetch import Fetcher
 from mmprep_frontend.media.files import LocalFiles
+from mmprep_frontend.media.memory import Loaded, Share
 from mmprep_frontend.media.sources import DataSource, FileSource, HttpSource, parse_source
 from mmprep_frontend.render.conversation import MediaPart
 
@@ -38,12 +39,14 @@ class Medium:
     ----------
     seconds: that reading base64 and hashing took.
     keepable: where the disk cache may want it once it was decoded.
+    share: counts the bytes, where they came from elsewhere than from the request.
     """
 
     data: bytes | memoryview
     digest: bytes
     seconds: float
     keepable: Keepable | None = None
+    share: Share | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +155,10 @@ class Intake:
             return await self._through(self._cache, source, part, deadline, scope)
         if isinstance(source, HttpSource | FileSource):
             started = time.monotonic()
-            data = await self._fetched(source, part, deadline - loop.time())
+            loaded = await self._fetched(source, part, deadline - loop.time())
             self._on_fetched(time.monotonic() - started)
-            return await loop.run_in_executor(self._threads, self._hashed, data)
+            hashed = await loop.run_in_executor(self._threads, self._hashed, loaded.data)
+            return replace(hashed, share=loaded.share)
         medium = await loop.run_in_executor(self._threads, self._decode, source)
         assert medium is not None
         return medium
@@ -168,13 +172,16 @@ class Intake:
         if fetched.asked:
             self._on_fetched(time.monotonic() - started)
         if fetched.digest is not None and fetched.hash_name == self._hasher.name:
-            return Medium(fetched.data, fetched.digest, 0.0)
+            return Medium(fetched.data, fetched.digest, 0.0, share=fetched.share)
         medium = await loop.run_in_executor(self._threads, self._hashed, fetched.data)
-        return replace(medium, keepable=fetched.keepable)
+        return replace(medium, keepable=fetched.keepable, share=fetched.share)
 
-    async def _fetched(self, source: HttpSource | FileSource, part: MediaPart, seconds: float) -> bytes:
+    async def _fetched(self, source: HttpSource | FileSource, part: MediaPart, seconds: float) -> Loaded:
         if isinstance(source, HttpSource):
-            return await self._fetcher.fetch(source.url, param=part.param, timeout=max(0.001, seconds))
+            reply = await self._fetcher.fetch(source.url, param=part.param, timeout=max(0.001, seconds))
+            assert reply.data is not None
+            assert reply.share is not None
+            return Loaded(reply.data, reply.share)
         assert self._files is not None
         return await self._files.read(source)
 
