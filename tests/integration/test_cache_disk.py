@@ -53,11 +53,14 @@ def key_of(name):
     return hashlib.sha256(name.encode()).digest()
 
 
+def medium(key, nbytes, digest, tag=""):
+    return Kept(key, nbytes, "blake3", digest, ("http://a/",), bytes(32), True, Validators(tag), False)
+
+
 def put(disk, name, data=None, tag='"a"'):
     data = name.encode() * 1000 if data is None else data
     digest = Hasher("blake3").content_digest(data)
-    kept = Kept(key_of(name), "", len(data), "blake3", digest, ("http://a/",), Validators(tag), False, 0.0)
-    return disk.keep(kept, data, fetched=disk.now())
+    return disk.keep(medium(key_of(name), len(data), digest, tag), data, fetched=disk.now())
 
 
 def find(disk, name, max_bytes=LARGEST):
@@ -134,8 +137,7 @@ def test_a_later_medium_replaces_an_earlier_one_and_never_the_other_way_round(op
     put(disk, "a", b"two")
     assert find(disk, "a").data == b"two"
     digest = Hasher("blake3").content_digest(b"old")
-    kept = Kept(key_of("a"), "", 3, "blake3", digest, ("http://a/",), Validators(), False, 0.0)
-    assert not disk.keep(kept, b"old", fetched=disk.now() - 1).kept
+    assert not disk.keep(medium(key_of("a"), 3, digest), b"old", fetched=disk.now() - 1).kept
     assert find(disk, "a").data == b"two"
     assert len(files(tmp_path)) == 1
 
@@ -265,7 +267,7 @@ from mmprep_frontend.media.storing import Validators
 disk = CacheDisk(Path(sys.argv[1]), max_bytes=1 << 20, ttl=100.0)
 def put(key, data):
     digest = Hasher("blake3").content_digest(data)
-    kept = Kept(key, "", len(data), "blake3", digest, ("http://a/",), Validators(), False, 0.0)
+    kept = Kept(key, len(data), "blake3", digest, ("http://a/",), bytes(32), True, Validators(), False)
     return disk.keep(kept, data, fetched=disk.now())
 """
 STOPPED = (

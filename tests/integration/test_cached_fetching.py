@@ -132,6 +132,19 @@ def test_urls_meet_in_their_normal_form_and_scopes_never(world):
     check(world, main)
 
 
+def test_nothing_on_the_disk_holds_a_path_or_a_query(world):
+    async def main():
+        world.host.moved_to = "/first-secret?signature=second-secret"
+        await world.get("/moved?token=third-secret#fourth-secret")
+        assert not (await world.get("/moved?token=third-secret")).asked
+        written = b"".join(path.read_bytes() for path in world.directory.rglob("*") if path.is_file())
+        assert BODY in written
+        assert b"http://127.0.0.1" in written
+        assert b"secret" not in written
+
+    check(world, main)
+
+
 def test_what_is_not_offered_is_not_kept(world):
     async def main():
         await world.get(keep=False)

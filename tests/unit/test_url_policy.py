@@ -185,6 +185,14 @@ def test_a_url_is_brought_to_normal_form(url: str, normal: str) -> None:
     assert OPEN.judge_url(url).url == normal
 
 
+@pytest.mark.parametrize("url", ["http://Example.com./a/b?c#d", "https://[2606:4700::1111]:8080/?a", "http://1.1.1.1"])
+def test_an_origin_is_judged_as_its_url_and_holds_no_path(url: str) -> None:
+    target = OPEN.judge_url(url)
+    origin = OPEN.judge_url(target.origin)
+    assert (origin.scheme, origin.host, origin.port) == (target.scheme, target.host, target.port)
+    assert origin.path == "/"
+
+
 def test_a_target_holds_the_parts_of_its_url() -> None:
     assert OPEN.judge_url("https://Example.com.:8443/a?b#c") == Target("https", "example.com", 8443, "/a?b")
 

@@ -22,7 +22,7 @@ from mmprep_frontend.media.cache_disk import CacheDisk, Damaged, Found
 from mmprep_frontend.media.cache_index import Change, Kept
 from mmprep_frontend.media.exchange import Condition, Reply
 from mmprep_frontend.media.fetch import Fetcher
-from mmprep_frontend.media.keys import fetched_key
+from mmprep_frontend.media.keys import fetched_key, url_digest
 from mmprep_frontend.media.memory import MediaMemory, Share
 from mmprep_frontend.media.policy import UrlPolicy
 
@@ -76,6 +76,16 @@ class Fetched:
     asked: bool
     keepable: Keepable | None
     share: Share | None
+
+
+def may_be_read(kept: Kept, policy: UrlPolicy) -> bool:
+    """Return whether the policy of today lets pass what led to a medium."""
+    try:
+        for origin in kept.origins:
+            policy.judge_url(origin)
+    except MmprepError:
+        return False
+    return kept.private == policy.allow_private
 
 
 class MediaCache:
@@ -144,7 +154,7 @@ class MediaCache:
             return self._hit(found, asked=False)
         condition = None
         if found is not None and found.kept.validators:
-            condition = Condition(found.kept.hops[-1], found.kept.validators)
+            condition = Condition(found.kept.source, found.kept.validators)
         elif found is not None:
             self._later(partial(self._disk.drop, found.kept.name))
         fetched = self._disk.now()
@@ -175,15 +185,15 @@ class MediaCache:
         if key in self._keeping or len(self._keeping) >= _BACKLOG or (waiting and waiting + len(data) > _BACKLOG_BYTES):
             return
         kept = Kept(
-            key,
-            "",
-            len(data),
-            hash_name,
-            digest,
-            reply.hops,
-            reply.validators,
-            reply.keeping == "ask",
-            keepable.fetched,
+            key=key,
+            nbytes=len(data),
+            hash_name=hash_name,
+            digest=digest,
+            origins=tuple(hop.origin for hop in reply.hops),
+            source=url_digest(reply.hops[-1].url),
+            private=self._policy.allow_private,
+            validators=reply.validators,
+            ask=reply.keeping == "ask",
         )
         self._keeping[key] = len(data)
 
@@ -219,7 +229,7 @@ class MediaCache:
         if error is not None:
             return None
         found = looking.result()
-        return found if found is not None and self._may_be_read(found.kept) else None
+        return found if found is not None and may_be_read(found.kept, self._policy) else None
 
     def _looked_up(self, looking: asyncio.Future[Found | None]) -> None:
         self._lookups -= 1
@@ -228,14 +238,6 @@ class MediaCache:
             self._failed(error)
         if isinstance(error, Damaged):
             self._later(partial(self._disk.drop, error.name))
-
-    def _may_be_read(self, kept: Kept) -> bool:
-        try:
-            for hop in kept.hops:
-                self._policy.judge_url(hop)
-        except MmprepError:
-            return False
-        return bool(kept.hops)
 
     def _hit(self, found: Found, *, asked: bool) -> Fetched:
         self._count("mmprep_media_cache_hits_total", 1)

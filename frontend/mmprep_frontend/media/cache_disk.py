@@ -102,7 +102,7 @@ class CacheDisk:
         return Found(kept, data, kept.is_fresh(self.now(), self._ttl), share)
 
     def keep(self, kept: Kept, data: bytes | memoryview, *, fetched: float) -> Change:
-        """Keep a medium; its ``name`` and ``written`` are given here."""
+        """Keep a medium; its ``name``, ``written`` and ``used`` are given here."""
         now = self.now()
         with self._writing.use() as index:
             known = index.find(kept.key)
@@ -111,7 +111,7 @@ class CacheDisk:
         name = f"{kept.key.hex()}-{secrets.token_hex(8)}"
         with self._written(name, data):
             now = self.now()
-            named = replace(kept, name=name, nbytes=len(data), written=now)
+            named = replace(kept, name=name, nbytes=len(data), written=now, used=now)
             with self._writing.use() as index:
                 change = index.put(named, fetched=fetched, now=now)
         self._unlink(change.gone)
@@ -120,7 +120,7 @@ class CacheDisk:
     def touch(self, names: Iterable[str]) -> None:
         """Note that media were used."""
         with self._writing.use() as index:
-            index.touch(names)
+            index.touch(names, self.now())
 
     def renew(self, name: str, validators: Validators, *, ask: bool) -> None:
         """Note that a medium has not changed."""

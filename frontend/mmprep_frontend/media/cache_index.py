@@ -12,6 +12,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from mmprep.digest import HashName
 from mmprep_frontend.media.storing import Validators
@@ -22,8 +23,9 @@ BLOCK = 4096
 _SCHEMA = (
     """CREATE TABLE IF NOT EXISTS media (
         key BLOB PRIMARY KEY, name TEXT NOT NULL UNIQUE, nbytes INTEGER NOT NULL, charge INTEGER NOT NULL,
-        hash TEXT NOT NULL, digest BLOB NOT NULL, hops TEXT NOT NULL, etag TEXT NOT NULL, modified TEXT NOT NULL,
-        ask INTEGER NOT NULL, written REAL NOT NULL, turn INTEGER NOT NULL) WITHOUT ROWID""",
+        hash TEXT NOT NULL, digest BLOB NOT NULL, origins TEXT NOT NULL, source BLOB NOT NULL, private INTEGER NOT NULL,
+        etag TEXT NOT NULL, modified TEXT NOT NULL, ask INTEGER NOT NULL, written REAL NOT NULL, used REAL NOT NULL,
+        turn INTEGER NOT NULL) WITHOUT ROWID""",
     "CREATE INDEX IF NOT EXISTS by_use ON media (turn)",
     "CREATE TABLE IF NOT EXISTS totals (one INTEGER PRIMARY KEY, nbytes INTEGER NOT NULL, turn INTEGER NOT NULL)",
     "INSERT OR IGNORE INTO totals VALUES (1, 0, 0)",
@@ -32,7 +34,7 @@ _SCHEMA = (
     """CREATE TRIGGER IF NOT EXISTS goes AFTER DELETE ON media BEGIN
         UPDATE totals SET nbytes = nbytes - OLD.charge; END""",
 )
-_COLUMNS = "key, name, nbytes, hash, digest, hops, etag, modified, ask, written"
+_COLUMNS = "key, name, nbytes, hash, digest, origins, source, private, etag, modified, ask, written, used"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +44,30 @@ class Kept:
     Attributes
     ----------
     key: SHA-256 of its URL and scope.
-    name: of the file with its bytes; never used twice.
     nbytes: its length.
     hash_name, digest: of its bytes.
-    hops: the URLs that led to it, in order; the last one gave it.
+    origins: of the URLs that led to it, in order: scheme, host and port. URLs are not kept: they may hold secrets.
+    source: the digest of the URL that gave it.
+    private: whether private addresses might be dialled for it.
     validators: to ask its host with.
     ask: whether the host is to be asked before each use.
+    name: of the file with its bytes; never used twice.
     written: when it was written, or last found unchanged; seconds of the wall clock.
+    used: when it was last used; the order in which media go does not depend on it.
     """
 
     key: bytes
-    name: str
     nbytes: int
     hash_name: HashName
     digest: bytes
-    hops: tuple[str, ...]
+    origins: tuple[str, ...]
+    source: bytes
+    private: bool
     validators: Validators
     ask: bool
-    written: float
+    name: str = ""
+    written: float = 0.0
+    used: float = 0.0
 
     def is_fresh(self, now: float, ttl: float) -> bool:
         """Whether it may be used unasked; a clock that was set back makes it stale."""
@@ -130,7 +138,7 @@ class Index:
             victims = self._victims(room)
             gone += self._delete(victims)
             self._db.execute(
-                "INSERT INTO media VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO media VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     kept.key,
                     kept.name,
@@ -138,21 +146,24 @@ class Index:
                     charge,
                     kept.hash_name,
                     kept.digest,
-                    json.dumps(kept.hops),
+                    json.dumps(kept.origins),
+                    kept.source,
+                    int(kept.private),
                     kept.validators.etag,
                     kept.validators.modified,
                     int(kept.ask),
                     kept.written,
+                    kept.used,
                     self._turn(),
                 ),
             )
         return Change(True, tuple(gone), len(victims))
 
-    def touch(self, names: Iterable[str]) -> None:
+    def touch(self, names: Iterable[str], now: float) -> None:
         """Note that media were used, in this order. Their freshness stays."""
         with self._transaction():
             for name in names:
-                self._db.execute("UPDATE media SET turn = ? WHERE name = ?", (self._turn(), name))
+                self._db.execute("UPDATE media SET turn = ?, used = ? WHERE name = ?", (self._turn(), now, name))
 
     def renew(self, name: str, validators: Validators, *, ask: bool, now: float) -> None:
         """Note that the host says that a medium has not changed: its TTL begins anew."""
@@ -227,8 +238,19 @@ def _charge(nbytes: int) -> int:
     return -(-nbytes // BLOCK) * BLOCK
 
 
-def _kept(row: tuple[bytes, str, int, HashName, bytes, str, str, str, int, float]) -> Kept:
-    key, name, nbytes, hash_name, digest, hops, etag, modified, ask, written = row
+def _kept(row: tuple[Any, ...]) -> Kept:
+    key, name, nbytes, hash_name, digest, origins, source, private, etag, modified, ask, written, used = row
     return Kept(
-        key, name, nbytes, hash_name, digest, tuple(json.loads(hops)), Validators(etag, modified), bool(ask), written
+        key=key,
+        nbytes=nbytes,
+        hash_name=hash_name,
+        digest=digest,
+        origins=tuple(json.loads(origins)),
+        source=source,
+        private=bool(private),
+        validators=Validators(etag, modified),
+        ask=bool(ask),
+        name=name,
+        written=written,
+        used=used,
     )

@@ -21,6 +21,7 @@ from yarl import URL
 
 from mmprep.errors import FetchBadGateway, FetchError, FetchTimeout, MmprepError, TooLarge
 from mmprep_frontend.media.inflate import inflater
+from mmprep_frontend.media.keys import url_digest
 from mmprep_frontend.media.memory import Loaded, MediaMemory, Share
 from mmprep_frontend.media.names import JudgingResolver, Resolver
 from mmprep_frontend.media.policy import Target, UrlPolicy
@@ -38,9 +39,14 @@ OpenSocket = Callable[[aiohttp.AddrInfoType], socket.socket]
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A medium that is at hand already, from ``url``: its host need not send it again."""
+    """A medium that is at hand already: its host need not send it again.
 
-    url: str
+    Attributes
+    ----------
+    source: the digest of the URL that gave it, from :func:`mmprep_frontend.media.keys.url_digest`.
+    """
+
+    source: bytes
     validators: Validators
 
 
@@ -51,13 +57,13 @@ class Reply:
     Attributes
     ----------
     data: the medium; ``None`` where the host says that the one at hand has not changed.
-    hops: the URLs that led to it, in normal form; the last one gave it.
+    hops: what led to it; the last one gave it.
     validators, keeping: what its headers say for a cache; ``None`` where a 304 says nothing of keeping.
     share: counts the bytes, where there are some.
     """
 
     data: bytes | None
-    hops: tuple[str, ...]
+    hops: tuple[Target, ...]
     validators: Validators
     keeping: Keeping | None
     share: Share | None = None
@@ -145,15 +151,13 @@ class Exchange:
         await self._keeping.close()
         await self._closing.close()
 
-    async def ask(self, target: Target, hops: tuple[str, ...], condition: Condition | None) -> Reply | Target:
+    async def ask(self, hops: tuple[Target, ...], condition: Condition | None) -> Reply | Target:
         """Ask one host once; return the medium, or where it redirects to.
 
         Parameters
         ----------
-        target:
-            As the policy judged it.
         hops:
-            The URLs that led to it, itself included.
+            What is asked, as the policy judged it, behind what led to it.
         condition:
             What is at hand. Nobody but who gave it is told.
 
@@ -164,7 +168,10 @@ class Exchange:
         mmprep.errors.MmprepError
             None does.
         """
-        headers = condition.validators.condition() if condition and condition.url == target.url else {}
+        target = hops[-1]
+        headers = {}
+        if condition is not None and condition.source == url_digest(target.url):
+            headers = condition.validators.condition()
         try:
             session = self._keeping if self._open_sockets() < self._most_open else self._closing
             async with session.get(URL(target.url, encoded=True), allow_redirects=False, headers=headers) as response:

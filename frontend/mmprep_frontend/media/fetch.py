@@ -205,13 +205,13 @@ class Fetcher:
 
     async def _fly(self, target: Target, flight: _Flight, condition: Condition | None) -> Reply:
         failed = 0
-        hops: tuple[str, ...] = (target.url,)
+        hops: tuple[Target, ...] = (target,)
         while True:
             try:
                 flight.queued = True
-                async with self._slots.hold(target.host):
+                async with self._slots.hold(hops[-1].host):
                     flight.queued = False
-                    answer = await self._exchange.ask(target, hops, condition)
+                    answer = await self._exchange.ask(hops, condition)
             except PassingError as passing:
                 failed += 1
                 flight.error = passing.error
@@ -229,8 +229,7 @@ class Fetcher:
                 return answer
             if len(hops) > MAX_REDIRECTS:
                 raise FetchError(f"the host redirects more than {MAX_REDIRECTS} times")
-            target = answer
-            hops += (target.url,)
+            hops += (answer,)
 
 
 class _Flight:

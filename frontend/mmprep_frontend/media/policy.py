@@ -14,7 +14,7 @@ Messages never hold the address that a name resolved to: they would make the ser
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import Final
 from urllib.parse import quote, urljoin
@@ -104,6 +104,11 @@ class Target:
         host = f"[{self.host}]" if ":" in self.host else self.host
         port = "" if self.port == _DEFAULT_PORTS[self.scheme] else f":{self.port}"
         return f"{self.scheme}://{host}{port}{self.path}"
+
+    @property
+    def origin(self) -> str:
+        """The URL in normal form with nothing but ``/`` as its path: what the policy looks at, and no secret."""
+        return replace(self, path="/").url
 
 
 @dataclass(frozen=True, slots=True)
