@@ -122,7 +122,7 @@ class Frontend:
             policy,
             max_bytes=settings.max_media_size,
             memory=self._memory,
-            count=self._metrics.count,
+            metrics=self._metrics,
         )
 
     async def run(self) -> None:

@@ -52,7 +52,7 @@ class World:
     def __init__(self, directory):
         self.host = Host()
         self.now = 1_000_000.0
-        self.counts = Counter()
+        self.metrics = Metrics()
         self.directory = directory
         self.memory = MediaMemory(1 << 20)
 
@@ -60,8 +60,17 @@ class World:
         self.now += 0.001
         return self.now
 
-    def count(self, name, value):
-        self.counts[name.removeprefix("mmprep_media_cache_").removesuffix("_total")] += value
+    @property
+    def counts(self):
+        prefix, counters = "mmprep_media_cache_", self.metrics.snapshot().counters
+        return Counter(
+            {name.removeprefix(prefix).removesuffix("_total"): v for name, _, v in counters if prefix in name}
+        )
+
+    @property
+    def timed(self):
+        """How often each stage was timed."""
+        return {dict(labels)["stage"]: sum(h.counts) for _, labels, h in self.metrics.snapshot().histograms}
 
     @contextlib.asynccontextmanager
     async def running(self, kind=CacheDisk, policy=POLICY):
@@ -73,8 +82,8 @@ class World:
         self.url = site.name
         disk = kind(self.directory, max_bytes=1 << 20, ttl=TTL, clock=self.clock)
         limits = {"max_bytes": 1 << 20, "memory": self.memory}
-        async with Fetcher(policy, **limits, metrics=Metrics()) as fetcher:
-            self.cache = MediaCache(disk, fetcher, policy, **limits, count=self.count)
+        async with Fetcher(policy, **limits, metrics=self.metrics) as fetcher:
+            self.cache = MediaCache(disk, fetcher, policy, **limits, metrics=self.metrics)
             try:
                 yield self.cache
             finally:
@@ -118,6 +127,7 @@ def test_a_second_fetch_asks_nobody_and_brings_a_checked_digest(world):
         assert (second.digest, second.hash_name) == (Hasher("blake3").content_digest(BODY), "blake3")
         assert len(world.host.asked) == 1
         assert world.counts == {"hits": 1, "misses": 1}
+        assert world.timed == {"cache_lookup": 2, "cache_read": 1, "cache_write": 1}
 
     check(world, main)
 

@@ -55,7 +55,8 @@ METRICS: Final[Mapping[str, MetricSpec]] = {
     "mmprep_request_seconds": MetricSpec("histogram", "Seconds from a request to its answer.", ("path",)),
     "mmprep_stage_seconds": MetricSpec(
         "histogram",
-        "Seconds in one stage: fetch, hash, template, tokenize, queue, decode, process, expand, serialize.",
+        "Seconds in one stage: fetch, cache_lookup, cache_read, cache_write, hash, template, tokenize, queue, decode, "
+        "process, expand, serialize.",
         ("stage",),
     ),
     "mmprep_mm_cache_queries_total": MetricSpec(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any, Final
 
 from mmprep.digest import HashName
 from mmprep.errors import Busy, MmprepError
+from mmprep.metrics import Metrics
 from mmprep_frontend.media.cache_disk import CacheDisk, Damaged, Found
 from mmprep_frontend.media.cache_index import Change, Kept
 from mmprep_frontend.media.exchange import Condition, Reply
@@ -38,8 +40,6 @@ _LOOKUPS: Final = 512
 _BACKLOG: Final = 64
 _BACKLOG_BYTES: Final = 256 << 20
 _TOUCHES: Final = 4096
-
-Count = Callable[[str, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +101,8 @@ class MediaCache:
         Largest medium, in bytes, ``--max-media-size``: larger ones are not read from the disk either.
     memory:
         What all media may take.
-    count:
-        Told the name of a counter and what to add, on the loop.
+    metrics:
+        Where hits, misses and what goes wrong are counted, and the stages' times.
     """
 
     def __init__(
@@ -113,14 +113,14 @@ class MediaCache:
         *,
         max_bytes: int,
         memory: MediaMemory,
-        count: Count,
+        metrics: Metrics,
     ) -> None:
         self._disk = disk
         self._fetcher = fetcher
         self._policy = policy
         self._max_bytes = max_bytes
         self._memory = memory
-        self._count = count
+        self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="cache-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="cache-write")
@@ -163,13 +163,13 @@ class MediaCache:
                 url, param=param, timeout=max(0.001, deadline - self._loop.time()), condition=condition
             )
         except BaseException:
-            self._count("mmprep_media_cache_misses_total", 1)
+            self._metrics.count("mmprep_media_cache_misses_total", 1)
             raise
         if reply.data is None:
             assert found is not None
             self._renew(found.kept, reply)
             return self._hit(found, asked=True)
-        self._count("mmprep_media_cache_misses_total", 1)
+        self._metrics.count("mmprep_media_cache_misses_total", 1)
         return Fetched(reply.data, None, None, True, self._keepable(key, found, reply, fetched), reply.share)
 
     def keep(self, keepable: Keepable, data: bytes | memoryview, digest: bytes, hash_name: HashName) -> None:
@@ -197,12 +197,19 @@ class MediaCache:
         )
         self._keeping[key] = len(data)
 
-        def done(change: Change | None) -> None:
-            del self._keeping[key]
-            if change is not None and change.evicted:
-                self._count("mmprep_media_cache_evictions_total", change.evicted)
+        def write() -> tuple[Change, float]:
+            started = time.monotonic()
+            return self._disk.keep(kept, data, fetched=keepable.fetched), time.monotonic() - started
 
-        self._later(partial(self._disk.keep, kept, data, fetched=keepable.fetched), done)
+        def done(written: tuple[Change, float] | None) -> None:
+            del self._keeping[key]
+            if written is not None:
+                change, seconds = written
+                self._timed("cache_write", seconds)
+                if change.evicted:
+                    self._metrics.count("mmprep_media_cache_evictions_total", change.evicted)
+
+        self._later(write, done)
 
     async def close(self) -> None:
         """Write what waits, within a second, and let go of the disk."""
@@ -219,7 +226,9 @@ class MediaCache:
         find = partial(self._disk.find, key, max_bytes=self._max_bytes, share=self._memory.share())
         looking = self._loop.run_in_executor(self._readers, find)
         looking.add_done_callback(self._looked_up)
+        started = time.monotonic()
         await asyncio.wait([looking], timeout=patience)
+        self._timed("cache_lookup", time.monotonic() - started)
         if not looking.done():
             self._failed(TimeoutError("the disk is slow"))
             return None
@@ -229,6 +238,8 @@ class MediaCache:
         if error is not None:
             return None
         found = looking.result()
+        if found is not None:
+            self._timed("cache_read", found.seconds)
         return found if found is not None and may_be_read(found.kept, self._policy) else None
 
     def _looked_up(self, looking: asyncio.Future[Found | None]) -> None:
@@ -240,7 +251,7 @@ class MediaCache:
             self._later(partial(self._disk.drop, error.name))
 
     def _hit(self, found: Found, *, asked: bool) -> Fetched:
-        self._count("mmprep_media_cache_hits_total", 1)
+        self._metrics.count("mmprep_media_cache_hits_total", 1)
         name = found.kept.name
         if name in self._touched or len(self._touched) < _TOUCHES:
             self._touched.pop(name, None)
@@ -287,10 +298,13 @@ class MediaCache:
 
     def _swept(self, number: int | None) -> None:
         if number:
-            self._count("mmprep_media_cache_errors_total", number)
+            self._metrics.count("mmprep_media_cache_errors_total", number)
+
+    def _timed(self, stage: str, seconds: float) -> None:
+        self._metrics.observe("mmprep_stage_seconds", seconds, stage=stage)
 
     def _failed(self, error: BaseException) -> None:
-        self._count("mmprep_media_cache_errors_total", 1)
+        self._metrics.count("mmprep_media_cache_errors_total", 1)
         if not self._warned and not isinstance(error, Damaged):
             self._warned = True
             said = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__

@@ -54,12 +54,14 @@ class Found:
     ----------
     fresh: whether it may be used without asking its host.
     share: counts the bytes.
+    seconds: that reading and checking them took.
     """
 
     kept: Kept
     data: bytes
     fresh: bool
     share: Share
+    seconds: float
 
 
 class CacheDisk:
@@ -96,10 +98,11 @@ class CacheDisk:
         if kept is None or kept.nbytes > max_bytes:
             return None
         share.grow(kept.nbytes)
+        started = time.monotonic()
         data = self._read(kept)
         if data is None or Hasher(kept.hash_name).content_digest(data) != kept.digest:
             raise Damaged(kept.name)
-        return Found(kept, data, kept.is_fresh(self.now(), self._ttl), share)
+        return Found(kept, data, kept.is_fresh(self.now(), self._ttl), share, time.monotonic() - started)
 
     def keep(self, kept: Kept, data: bytes | memoryview, *, fetched: float) -> Change:
         """Keep a medium; its ``name``, ``written`` and ``used`` are given here."""
