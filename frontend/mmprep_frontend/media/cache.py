@@ -78,16 +78,6 @@ class Fetched:
     share: Share | None
 
 
-def may_be_read(kept: Kept, policy: UrlPolicy) -> bool:
-    """Return whether the policy of today lets pass what led to a medium."""
-    try:
-        for origin in kept.origins:
-            policy.judge_url(origin)
-    except MmprepError:
-        return False
-    return kept.private == policy.allow_private
-
-
 class MediaCache:
     """Fetches through a disk cache. To be made and used within one event loop.
 
@@ -240,7 +230,7 @@ class MediaCache:
         found = looking.result()
         if found is not None:
             self._timed("cache_read", found.seconds)
-        return found if found is not None and may_be_read(found.kept, self._policy) else None
+        return found if found is not None and found.kept.may_be_read(self._policy) else None
 
     def _looked_up(self, looking: asyncio.Future[Found | None]) -> None:
         self._lookups -= 1

@@ -30,7 +30,10 @@ from mmprep_frontend.media.memory import Share
 from mmprep_frontend.media.storing import Validators
 
 #: Beneath the directory that the operator names; another layout gets another name.
-_HOME: Final = "mmprep-media-1"
+HOME: Final = "mmprep-media-1"
+#: In that: the index, and the directory of the bodies.
+INDEX: Final = "index.db"
+BODIES: Final = "bodies"
 #: Seconds to wait for another process at the index.
 _BUSY: Final = 0.25
 _PAUSE: Final = 0.005
@@ -78,10 +81,10 @@ class CacheDisk:
     """
 
     def __init__(self, directory: Path, *, max_bytes: int, ttl: float, clock: Callable[[], float] = time.time) -> None:
-        self._bodies = directory / _HOME / "bodies"
+        self._bodies = directory / HOME / BODIES
         self._ttl = ttl
         self.now = clock
-        self._reading, self._writing = (_Connection(directory / _HOME, max_bytes=max_bytes, ttl=ttl) for _ in range(2))
+        self._reading, self._writing = (_Connection(directory / HOME, max_bytes=max_bytes, ttl=ttl) for _ in range(2))
 
     def find(self, key: bytes, *, max_bytes: int, share: Share) -> Found | None:
         """Return the medium under ``key``, unless it is larger than ``max_bytes``; ``share`` grows by its bytes before.
@@ -135,6 +138,14 @@ class CacheDisk:
         with self._writing.use() as index:
             index.drop([name])
         self._unlink([name])
+
+    def clear(self) -> list[Kept]:
+        """Drop all media, and whatever else lies there; return the media."""
+        with self._writing.use() as index:
+            gone = index.clear()
+        self._unlink(kept.name for kept in gone)
+        self.sweep()
+        return gone
 
     def sweep(self) -> int:
         """Drop what is of no use; return how many partial and strange files were there."""
@@ -223,7 +234,7 @@ class _Connection:
 
     def __init__(self, home: Path, *, max_bytes: int, ttl: float) -> None:
         self._home = home
-        self._path = home / "index.db"
+        self._path = home / INDEX
         self._max_bytes = max_bytes
         self._ttl = ttl
         self._lock = threading.Lock()
@@ -316,8 +327,8 @@ class _Connection:
 
 def _make_home(home: Path) -> None:
     """Make the cache's directory; raises OSError where somebody else could put something into it."""
-    (home / "bodies").mkdir(mode=0o700, parents=True, exist_ok=True)
-    for directory in (home, home / "bodies"):
+    (home / BODIES).mkdir(mode=0o700, parents=True, exist_ok=True)
+    for directory in (home, home / BODIES):
         found = directory.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
             raise PermissionError(errno.EPERM, "the cache's directory is not of this user")

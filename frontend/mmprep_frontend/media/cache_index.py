@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmprep.digest import HashName
+from mmprep.errors import MmprepError
+from mmprep_frontend.media.policy import UrlPolicy
 from mmprep_frontend.media.storing import Validators
 
 #: What files are counted in, bytes: many small ones take more room than their lengths.
@@ -69,9 +71,23 @@ class Kept:
     written: float = 0.0
     used: float = 0.0
 
+    @property
+    def charge(self) -> int:
+        """What it counts, in bytes: whole blocks."""
+        return -(-self.nbytes // BLOCK) * BLOCK
+
     def is_fresh(self, now: float, ttl: float) -> bool:
         """Whether it may be used unasked; a clock that was set back makes it stale."""
         return not self.ask and 0 <= now - self.written < ttl
+
+    def may_be_read(self, policy: UrlPolicy) -> bool:
+        """Whether the policy of today lets pass what led to it."""
+        try:
+            for origin in self.origins:
+                policy.judge_url(origin)
+        except MmprepError:
+            return False
+        return self.private == policy.allow_private
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +141,7 @@ class Index:
 
         What was fetched before the one at hand was written is not kept: it is the older one.
         """
-        charge = _charge(kept.nbytes)
-        if charge > self._max_bytes:
+        if kept.charge > self._max_bytes:
             return Change(False, (kept.name,))
         with self._transaction():
             known = self.find(kept.key)
@@ -134,7 +149,7 @@ class Index:
             if known is not None and fetched <= known.written <= now:
                 return Change(False, (kept.name,))
             gone = self._delete([] if known is None else [known.name])
-            room = self._max_bytes - charge
+            room = self._max_bytes - kept.charge
             victims = self._victims(room)
             gone += self._delete(victims)
             self._db.execute(
@@ -143,7 +158,7 @@ class Index:
                     kept.key,
                     kept.name,
                     kept.nbytes,
-                    charge,
+                    kept.charge,
                     kept.hash_name,
                     kept.digest,
                     json.dumps(kept.origins),
@@ -185,6 +200,23 @@ class Index:
             rows = self._db.execute(f"SELECT name FROM media WHERE {stale}", (now, now - self._ttl))  # noqa: S608 -- constants
             gone = self._delete([name for (name,) in rows.fetchall()])
             return gone + self._delete(self._victims(self._max_bytes))
+
+    def clear(self) -> list[Kept]:
+        """Forget all media; return them."""
+        with self._transaction():
+            gone = list(self.all())
+            self._db.execute("DELETE FROM media")
+        return gone
+
+    def all(self) -> Iterator[Kept]:
+        """Yield all media, the one that was used last first."""
+        for row in self._db.execute(f"SELECT {_COLUMNS} FROM media ORDER BY turn DESC"):  # noqa: S608 -- constants
+            yield _kept(row)
+
+    def count(self) -> int:
+        """Return how many media there are."""
+        (number,) = self._db.execute("SELECT COUNT(*) FROM media").fetchone()
+        return int(number)
 
     def names(self) -> set[str]:
         """Return the names of all media's files."""
@@ -232,10 +264,6 @@ class Index:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
-
-
-def _charge(nbytes: int) -> int:
-    return -(-nbytes // BLOCK) * BLOCK
 
 
 def _kept(row: tuple[Any, ...]) -> Kept:

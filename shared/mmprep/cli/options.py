@@ -212,11 +212,19 @@ OPTIONS = (
 )
 
 
-def parser(command: str, description: str) -> argparse.ArgumentParser:
-    """Return a parser with every option of ``serve``; values are read later, by :func:`resolve`."""
+def parser(command: str, description: str, names: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """Return a parser with options of ``serve``; values are read later, by :func:`resolve` or :func:`read`.
+
+    Parameters
+    ----------
+    names:
+        Of the options, without dashes; ``None``: all.
+    """
     made = argparse.ArgumentParser(prog=f"mmprep {command}", description=description)
     made.add_argument("--config", help="TOML file with options, by the same names")
     for option in OPTIONS:
+        if names is not None and option.name not in names:
+            continue
         default = f" (default: {option.default})" if option.default and not option.flag else ""
         text = (option.help + default).replace("%", "%%")
         if option.flag:
@@ -243,27 +251,33 @@ def resolve(
     StartupError
         A value is wrong, the file cannot be read, or the model is not there.
     """
-    texts = _texts(arguments, environment)
-    values: dict[str, Any] = {}
-    for option in OPTIONS:
-        values[option.name.replace("-", "_")] = option.read(texts[option.name], f"--{option.name}")
-    return _decide(values, model)
+    return _decide(read(arguments, environment), model)
 
 
-def _texts(arguments: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, str]:
+def read(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Return the values of the options that :func:`parser` made, by name, with underscores.
+
+    Raises
+    ------
+    StartupError
+        A value is wrong, or the file cannot be read.
+    """
     file = _read_file(arguments.config or environment.get("MMPREP_CONFIG"))
-    texts = {}
+    values = {}
     for option in OPTIONS:
-        given = getattr(arguments, option.name.replace("-", "_"))
+        name = option.name.replace("-", "_")
+        if not hasattr(arguments, name):
+            continue
+        given = getattr(arguments, name)
         if given is None:
-            given = environment.get(f"MMPREP_{option.name.replace('-', '_').upper()}")
+            given = environment.get(f"MMPREP_{name.upper()}")
         if given is None and option.foreign is not None:
             variable, unit = option.foreign
             given = f"{environment[variable].strip()}{unit}" if environment.get(variable, "").strip() else None
         if given is None:
             given = file.get(option.name)
-        texts[option.name] = option.default if given is None else given
-    return texts
+        values[name] = option.read(option.default if given is None else given, f"--{option.name}")
+    return values
 
 
 def _read_file(path: str | None) -> dict[str, str]:
