@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import socket
 import zlib
@@ -534,6 +535,39 @@ def test_a_host_that_does_not_speak_tls_is_a_bad_gateway(run: Run) -> None:
         async with serving(answer(body=MEDIUM)) as port, fetching() as (fetcher, _, _):
             error = await refused(fetcher, f"https://media.test:{port}/")
             assert type(error) is FetchBadGateway
+
+    run(main())
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_host_that_takes_no_connection_times_out(run: Run, scheme: str) -> None:
+    async def main() -> None:
+        with contextlib.ExitStack() as stack:
+            listening = stack.enter_context(socket.socket())
+            listening.bind(("127.0.0.1", 0))
+            listening.listen(0)
+            # Nobody accepts: the kernel takes the first ones, and lets the next ones wait.
+            for _ in range(4):
+                filling = stack.enter_context(socket.socket())
+                filling.setblocking(False)
+                filling.connect_ex(listening.getsockname())
+            async with fetching(connect_timeout=0.2) as (fetcher, _, dialled):
+                error = await refused(fetcher, f"{scheme}://media.test:{listening.getsockname()[1]}/")
+                assert type(error) is FetchTimeout
+                assert dialled.addresses == ["127.0.0.1"]
+
+    run(main())
+
+
+def test_a_host_that_never_ends_its_tls_handshake_times_out(run: Run) -> None:
+    async def main() -> None:
+        async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+
+        async with serving_raw(handler) as port, fetching(connect_timeout=0.2) as (fetcher, _, _):
+            error = await refused(fetcher, f"https://media.test:{port}/")
+            assert (type(error), error.code) == (FetchTimeout, 504)
 
     run(main())
 

@@ -30,6 +30,9 @@ SMALL = 4 << 20
 #: Bytes that are decoded and hashed on the loop where nothing else needs a hop: 0.2 ms, as much as the hop costs.
 TINY = 1 << 20
 
+#: Seconds before a request's deadline at which its fetches end, and say what the host did.
+_WORD = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class Medium:
@@ -155,7 +158,7 @@ class Intake:
             return await self._through(self._cache, source, part, deadline, scope)
         if isinstance(source, HttpSource | FileSource):
             started = time.monotonic()
-            loaded = await self._fetched(source, part, deadline - loop.time())
+            loaded = await self._fetched(source, part, _for_hosts(deadline - loop.time()))
             self._on_fetched(time.monotonic() - started)
             hashed = await loop.run_in_executor(self._threads, self._hashed, loaded.data)
             return replace(hashed, share=loaded.share)
@@ -167,7 +170,7 @@ class Intake:
         self, cache: MediaCache, source: HttpSource, part: MediaPart, deadline: float, scope: bytes
     ) -> Medium:
         loop, started = asyncio.get_running_loop(), time.monotonic()
-        seconds = max(0.001, deadline - loop.time())
+        seconds = _for_hosts(deadline - loop.time())
         fetched = await cache.fetch(source.url, scope=scope, param=part.param, timeout=seconds)
         if fetched.asked:
             self._on_fetched(time.monotonic() - started)
@@ -178,7 +181,7 @@ class Intake:
 
     async def _fetched(self, source: HttpSource | FileSource, part: MediaPart, seconds: float) -> Loaded:
         if isinstance(source, HttpSource):
-            reply = await self._fetcher.fetch(source.url, param=part.param, timeout=max(0.001, seconds))
+            reply = await self._fetcher.fetch(source.url, param=part.param, timeout=seconds)
             assert reply.data is not None
             assert reply.share is not None
             return Loaded(reply.data, reply.share)
@@ -196,6 +199,11 @@ class Intake:
             started = time.monotonic()
         digest = self._hasher.content_digest(data)
         return Medium(data, digest, time.monotonic() - started)
+
+
+def _for_hosts(seconds: float) -> float:
+    """Return how many of the seconds left a host has: it, and not the request's time, is to blame where it is silent."""
+    return max(0.001, seconds - min(_WORD, seconds / 10))
 
 
 def at_hand(source: Source) -> bool:
