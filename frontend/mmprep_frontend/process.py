@@ -32,6 +32,7 @@ from mmprep_frontend.media.cache_disk import CacheDisk
 from mmprep_frontend.media.fetch import Fetcher
 from mmprep_frontend.media.files import LocalFiles
 from mmprep_frontend.media.intake import Intake
+from mmprep_frontend.media.memory import MediaMemory
 from mmprep_frontend.media.policy import UrlPolicy
 from mmprep_frontend.model import load_model
 from mmprep_frontend.native import NativeDoor
@@ -45,6 +46,8 @@ _INPUT = 0
 _THREADS = 2
 #: Bytes of all bodies under way, at least.
 _BODIES = 512 << 20
+#: Bytes of all media that were fetched or read from a disk, at least.
+_MEDIA = 512 << 20
 #: The interpreter's switch interval: with the default of 5 ms a busy thread starves the loop.
 _SWITCH_SECONDS = 0.0005
 
@@ -67,9 +70,13 @@ class Frontend:
         self._native: NativeDoor | None = None
         hasher = Hasher(settings.hash)  # type: ignore[arg-type]
         policy = UrlPolicy(settings.allowed_media_domains, settings.allow_private_networks)
-        self._fetcher = Fetcher(policy, max_bytes=settings.max_media_size, timeout=settings.fetch_timeout)
+        largest = settings.max_media_size
+        self._memory = MediaMemory(max(_MEDIA, largest))
+        self._fetcher = Fetcher(
+            policy, max_bytes=largest, memory=self._memory, metrics=self._metrics, timeout=settings.fetch_timeout
+        )
         root = settings.allowed_local_media_path
-        self._files = None if root is None else LocalFiles(root, settings.max_media_size)
+        self._files = None if root is None else LocalFiles(root, largest, self._memory)
         self._cache = self._open_cache(policy)
         self._supervisor = SupervisorLink(self._context, self._runtime.supervisor, settings.index, self._report)
         self._tokenizer = asyncio.get_running_loop().run_in_executor(
@@ -111,7 +118,14 @@ class Frontend:
         disk = CacheDisk(
             Path(settings.media_cache_dir), max_bytes=settings.media_cache_max_size, ttl=settings.media_cache_ttl
         )
-        return MediaCache(disk, self._fetcher, policy, max_bytes=settings.max_media_size, count=self._metrics.count)
+        return MediaCache(
+            disk,
+            self._fetcher,
+            policy,
+            max_bytes=settings.max_media_size,
+            memory=self._memory,
+            metrics=self._metrics,
+        )
 
     async def run(self) -> None:
         """Serve until the second SIGTERM, or until the supervisor is gone, then stop; drain from the first one on."""
@@ -198,6 +212,7 @@ class Frontend:
 
     def _report(self) -> ProcessReport:
         self._metrics.gauge("mmprep_inflight", self._service.inflight)
+        self._metrics.gauge("mmprep_media_bytes", self._memory.nbytes)
         return ProcessReport(
             os.getpid(), self._metrics.snapshot(), {"pid": os.getpid(), "inflight": self._service.inflight}
         )

@@ -1,4 +1,4 @@
-"""What each process of the service is told when it starts: data, sent as one line of JSON on its standard input.
+"""What each process that another one starts is told: data, sent as one line of JSON on its standard input.
 
 The input then stays open; its end tells the process that its parent is gone.
 """
@@ -6,7 +6,7 @@ The input then stays open; its end tells the process that its parent is gone.
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -75,6 +75,18 @@ class FrontendSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     admin_keys: tuple[ApiKey, ...]
     share_cache_across_keys: bool
     logs: LogSettings
+
+
+class CacheOrders(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What an operator asks of the disk cache, and the settings by which it is judged. Sizes in bytes, times in seconds."""
+
+    action: Literal["stats", "inspect", "clear"]
+    directory: str
+    max_bytes: int
+    ttl: float
+    max_media_size: int
+    allowed_media_domains: tuple[str, ...]
+    allow_private_networks: bool
 
 
 def read_settings(kind: Any) -> Any:

@@ -13,10 +13,12 @@ from tests.integration.service import environment
 from mmprep.digest import Hasher
 from mmprep_frontend.media.cache_disk import CacheDisk, Damaged
 from mmprep_frontend.media.cache_index import BLOCK, Kept
+from mmprep_frontend.media.memory import MediaMemory
 from mmprep_frontend.media.storing import Validators
 
 TTL = 100.0
 LARGEST = 1 << 20
+MEMORY = MediaMemory(64 << 20)
 
 
 class Clock:
@@ -51,15 +53,18 @@ def key_of(name):
     return hashlib.sha256(name.encode()).digest()
 
 
+def medium(key, nbytes, digest, tag=""):
+    return Kept(key, nbytes, "blake3", digest, ("http://a/",), bytes(32), True, Validators(tag), False)
+
+
 def put(disk, name, data=None, tag='"a"'):
     data = name.encode() * 1000 if data is None else data
     digest = Hasher("blake3").content_digest(data)
-    kept = Kept(key_of(name), "", len(data), "blake3", digest, ("http://a/",), Validators(tag), False, 0.0)
-    return disk.keep(kept, data, fetched=disk.now())
+    return disk.keep(medium(key_of(name), len(data), digest, tag), data, fetched=disk.now())
 
 
 def find(disk, name, max_bytes=LARGEST):
-    return disk.find(key_of(name), max_bytes=max_bytes)
+    return disk.find(key_of(name), max_bytes=max_bytes, share=MEMORY.share())
 
 
 def files(tmp_path):
@@ -132,8 +137,7 @@ def test_a_later_medium_replaces_an_earlier_one_and_never_the_other_way_round(op
     put(disk, "a", b"two")
     assert find(disk, "a").data == b"two"
     digest = Hasher("blake3").content_digest(b"old")
-    kept = Kept(key_of("a"), "", 3, "blake3", digest, ("http://a/",), Validators(), False, 0.0)
-    assert not disk.keep(kept, b"old", fetched=disk.now() - 1).kept
+    assert not disk.keep(medium(key_of("a"), 3, digest), b"old", fetched=disk.now() - 1).kept
     assert find(disk, "a").data == b"two"
     assert len(files(tmp_path)) == 1
 
@@ -258,11 +262,12 @@ from pathlib import Path
 from mmprep.digest import Hasher
 from mmprep_frontend.media.cache_disk import CacheDisk, Damaged
 from mmprep_frontend.media.cache_index import Kept
+from mmprep_frontend.media.memory import MediaMemory
 from mmprep_frontend.media.storing import Validators
 disk = CacheDisk(Path(sys.argv[1]), max_bytes=1 << 20, ttl=100.0)
 def put(key, data):
     digest = Hasher("blake3").content_digest(data)
-    kept = Kept(key, "", len(data), "blake3", digest, ("http://a/",), Validators(), False, 0.0)
+    kept = Kept(key, len(data), "blake3", digest, ("http://a/",), bytes(32), True, Validators(), False)
     return disk.keep(kept, data, fetched=disk.now())
 """
 STOPPED = (
@@ -288,7 +293,7 @@ for turn in range(60):
     data = mine * (5000 + turn)
     try:
         put(key, data)
-        found = disk.find(key, max_bytes=1 << 20)
+        found = disk.find(key, max_bytes=1 << 20, share=MediaMemory(1 << 20).share())
         assert found is None or len(set(found.data)) == 1
     except (Damaged, BlockingIOError):
         odd += 1
@@ -321,7 +326,7 @@ def test_what_a_killed_writer_left_is_swept_and_what_a_living_one_writes_is_not(
         assert disk.sweep() == 0
         assert len(files(tmp_path)) == 2
         process.kill()
-    assert disk.find(bytes(32), max_bytes=LARGEST) is None
+    assert disk.find(bytes(32), max_bytes=LARGEST, share=MEMORY.share()) is None
     assert disk.sweep() == 1
     assert body(tmp_path).name == find(disk, "a").kept.name
 
@@ -337,6 +342,6 @@ def test_two_processes_that_write_one_key_leave_one_whole_medium(tmp_path):
     disk = CacheDisk(tmp_path, max_bytes=LARGEST, ttl=TTL)
     with contextlib.closing(disk):
         disk.sweep()
-        found = disk.find(bytes(32), max_bytes=LARGEST)
+        found = disk.find(bytes(32), max_bytes=LARGEST, share=MEMORY.share())
         assert len(set(found.data)) == 1
         assert body(tmp_path).name == found.kept.name

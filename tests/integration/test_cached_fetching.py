@@ -9,10 +9,12 @@ import pytest
 from aiohttp import web
 
 from mmprep.digest import Hasher
-from mmprep.errors import FetchBadGateway, FetchError
+from mmprep.errors import Busy, FetchBadGateway, FetchError
+from mmprep.metrics import Metrics
 from mmprep_frontend.media.cache import MediaCache
 from mmprep_frontend.media.cache_disk import CacheDisk
 from mmprep_frontend.media.fetch import Fetcher
+from mmprep_frontend.media.memory import MediaMemory
 from mmprep_frontend.media.policy import UrlPolicy
 
 TTL = 100.0
@@ -50,15 +52,25 @@ class World:
     def __init__(self, directory):
         self.host = Host()
         self.now = 1_000_000.0
-        self.counts = Counter()
+        self.metrics = Metrics()
         self.directory = directory
+        self.memory = MediaMemory(1 << 20)
 
     def clock(self):
         self.now += 0.001
         return self.now
 
-    def count(self, name, value):
-        self.counts[name.removeprefix("mmprep_media_cache_").removesuffix("_total")] += value
+    @property
+    def counts(self):
+        prefix, counters = "mmprep_media_cache_", self.metrics.snapshot().counters
+        return Counter(
+            {name.removeprefix(prefix).removesuffix("_total"): v for name, _, v in counters if prefix in name}
+        )
+
+    @property
+    def timed(self):
+        """How often each stage was timed."""
+        return {dict(labels)["stage"]: sum(h.counts) for _, labels, h in self.metrics.snapshot().histograms}
 
     @contextlib.asynccontextmanager
     async def running(self, kind=CacheDisk, policy=POLICY):
@@ -69,8 +81,9 @@ class World:
         await site.start()
         self.url = site.name
         disk = kind(self.directory, max_bytes=1 << 20, ttl=TTL, clock=self.clock)
-        async with Fetcher(policy, max_bytes=1 << 20) as fetcher:
-            self.cache = MediaCache(disk, fetcher, policy, max_bytes=1 << 20, count=self.count)
+        limits = {"max_bytes": 1 << 20, "memory": self.memory}
+        async with Fetcher(policy, **limits, metrics=self.metrics) as fetcher:
+            self.cache = MediaCache(disk, fetcher, policy, **limits, metrics=self.metrics)
             try:
                 yield self.cache
             finally:
@@ -114,6 +127,7 @@ def test_a_second_fetch_asks_nobody_and_brings_a_checked_digest(world):
         assert (second.digest, second.hash_name) == (Hasher("blake3").content_digest(BODY), "blake3")
         assert len(world.host.asked) == 1
         assert world.counts == {"hits": 1, "misses": 1}
+        assert world.timed == {"cache_lookup": 2, "cache_read": 1, "cache_write": 1}
 
     check(world, main)
 
@@ -124,6 +138,19 @@ def test_urls_meet_in_their_normal_form_and_scopes_never(world):
         assert not (await world.get("/a#fragment")).asked
         assert (await world.get("/a", scope=bytes(31) + b"1")).asked
         assert (await world.get("/b")).asked
+
+    check(world, main)
+
+
+def test_nothing_on_the_disk_holds_a_path_or_a_query(world):
+    async def main():
+        world.host.moved_to = "/first-secret?signature=second-secret"
+        await world.get("/moved?token=third-secret#fourth-secret")
+        assert not (await world.get("/moved?token=third-secret")).asked
+        written = b"".join(path.read_bytes() for path in world.directory.rglob("*") if path.is_file())
+        assert BODY in written
+        assert b"http://127.0.0.1" in written
+        assert b"secret" not in written
 
     check(world, main)
 
@@ -290,9 +317,9 @@ def test_a_disk_that_hangs_costs_a_moment_and_no_request(world):
     over = threading.Event()
 
     class Hanging(CacheDisk):
-        def find(self, key, *, max_bytes):
+        def find(self, key, **options):
             over.wait()
-            return super().find(key, max_bytes=max_bytes)
+            return super().find(key, **options)
 
     async def main():
         try:
@@ -303,3 +330,21 @@ def test_a_disk_that_hangs_costs_a_moment_and_no_request(world):
             over.set()
 
     check(world, main, kind=Hanging)
+
+
+def test_hits_take_their_part_of_the_memory_and_are_refused_where_there_is_none(world):
+    async def main():
+        await world.get()
+        hit = await world.get()
+        assert not hit.asked
+        assert world.memory.nbytes == len(BODY)
+        others = world.memory.share()
+        others.grow((1 << 20) - len(BODY))
+        with pytest.raises(Busy) as caught:
+            await world.get()
+        assert caught.value.param == "p"
+        del hit, caught
+        assert not (await world.get()).asked
+        assert world.counts == {"hits": 2, "misses": 1}
+
+    check(world, main)

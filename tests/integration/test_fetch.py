@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import socket
 import zlib
@@ -25,7 +26,10 @@ from mmprep.errors import (
     ServiceUnavailable,
     TooLarge,
 )
-from mmprep_frontend.media.fetch import Fetcher, SystemResolver
+from mmprep.metrics import Metrics
+from mmprep_frontend.media.fetch import Fetcher
+from mmprep_frontend.media.memory import MediaMemory
+from mmprep_frontend.media.names import SystemResolver
 from mmprep_frontend.media.policy import UrlPolicy
 from mmprep_frontend.media.retry import RetryPolicy
 
@@ -122,9 +126,16 @@ async def serving_raw(handler: Raw) -> AsyncIterator[int]:
 async def fetching(policy: UrlPolicy = PRIVATE, **options: Any) -> AsyncIterator[tuple[Fetcher, Table, Dialled]]:
     table = options.pop("resolver", Table(media_test=["127.0.0.1"]))
     dialled = Dialled()
-    options = {"max_bytes": LIMIT, "retry": RetryPolicy(first=0.0), **options}
+    needed = {"max_bytes": LIMIT, "memory": MediaMemory(64 << 20), "metrics": Metrics()}
+    options = {**needed, "retry": RetryPolicy(first=0.0), **options}
     async with Fetcher(policy, **options, resolver=table, open_socket=dialled) as fetcher:
         yield fetcher, table, dialled
+
+
+async def get(fetcher: Fetcher, url: str, **options: Any) -> bytes:
+    data = (await fetcher.fetch(url, **options)).data
+    assert data is not None
+    return data
 
 
 async def refused(fetcher: Fetcher, url: str, **options: Any) -> MmprepError:
@@ -168,7 +179,7 @@ def test_a_medium_is_fetched_with_plain_headers_and_the_next_one_over_the_same_c
 
         async with serving(handler) as port, fetching() as (fetcher, table, dialled):
             for _ in range(2):
-                assert await fetcher.fetch(f"http://Media.TEST.:{port}/a%2Fb?x=%20y#z") == MEDIUM
+                assert await get(fetcher, f"http://Media.TEST.:{port}/a%2Fb?x=%20y#z") == MEDIUM
             assert table.asked == ["media.test"]
             assert dialled.addresses == ["127.0.0.1"]
         assert len(seen) == 2
@@ -183,7 +194,7 @@ def test_a_medium_is_fetched_with_plain_headers_and_the_next_one_over_the_same_c
 def test_a_literal_address_is_fetched_without_the_resolver(run: Run) -> None:
     async def main() -> None:
         async with serving(answer(body=MEDIUM)) as port, fetching(LOCAL) as (fetcher, table, dialled):
-            assert await fetcher.fetch(f"http://127.0.0.1:{port}/") == MEDIUM
+            assert await get(fetcher, f"http://127.0.0.1:{port}/") == MEDIUM
             assert table.asked == []
             assert dialled.addresses == ["127.0.0.1"]
 
@@ -312,7 +323,7 @@ def test_at_most_five_redirects_are_followed(run: Run, hops: int, arrives: bool)
         async with serving(handler) as port, fetching() as (fetcher, _, _):
             url = f"http://media.test:{port}/{hops}"
             if arrives:
-                assert await fetcher.fetch(url) == MEDIUM
+                assert await get(fetcher, url) == MEDIUM
             else:
                 assert type(await refused(fetcher, url)) is FetchError
             assert len(paths) == 6
@@ -415,7 +426,7 @@ def test_an_endless_medium_is_cut_off_at_the_limit_and_the_host_is_hung_up_on(ru
 def test_a_medium_of_exactly_the_limit_is_fetched(run: Run) -> None:
     async def main() -> None:
         async with serving(answer(body=b"x" * LIMIT)) as port, fetching() as (fetcher, _, _):
-            assert len(await fetcher.fetch(f"http://media.test:{port}/")) == LIMIT
+            assert len(await get(fetcher, f"http://media.test:{port}/")) == LIMIT
 
     run(main())
 
@@ -450,7 +461,7 @@ def test_a_compression_that_was_not_asked_for_is_undone(run: Run, coding: str, c
         for medium in (MEDIUM, b"a", bytes(LIMIT)):
             handler = answer(body=compress(medium), headers={"Content-Encoding": coding})
             async with serving(handler) as port, fetching() as (fetcher, _, _):
-                assert await fetcher.fetch(f"http://media.test:{port}/") == medium
+                assert await get(fetcher, f"http://media.test:{port}/") == medium
 
     run(main())
 
@@ -460,7 +471,7 @@ def test_a_compressed_medium_larger_than_one_step_arrives_whole(run: Run) -> Non
         medium = bytes(3 * 2**18)
         handler = answer(body=gzip.compress(medium), headers={"Content-Encoding": "gzip"})
         async with serving(handler) as port, fetching(max_bytes=2**20) as (fetcher, _, _):
-            assert await fetcher.fetch(f"http://media.test:{port}/") == medium
+            assert await get(fetcher, f"http://media.test:{port}/") == medium
 
     run(main())
 
@@ -528,6 +539,39 @@ def test_a_host_that_does_not_speak_tls_is_a_bad_gateway(run: Run) -> None:
     run(main())
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_host_that_takes_no_connection_times_out(run: Run, scheme: str) -> None:
+    async def main() -> None:
+        with contextlib.ExitStack() as stack:
+            listening = stack.enter_context(socket.socket())
+            listening.bind(("127.0.0.1", 0))
+            listening.listen(0)
+            # Nobody accepts: the kernel takes the first ones, and lets the next ones wait.
+            for _ in range(4):
+                filling = stack.enter_context(socket.socket())
+                filling.setblocking(False)
+                filling.connect_ex(listening.getsockname())
+            async with fetching(connect_timeout=0.2) as (fetcher, _, dialled):
+                error = await refused(fetcher, f"{scheme}://media.test:{listening.getsockname()[1]}/")
+                assert type(error) is FetchTimeout
+                assert dialled.addresses == ["127.0.0.1"]
+
+    run(main())
+
+
+def test_a_host_that_never_ends_its_tls_handshake_times_out(run: Run) -> None:
+    async def main() -> None:
+        async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+
+        async with serving_raw(handler) as port, fetching(connect_timeout=0.2) as (fetcher, _, _):
+            error = await refused(fetcher, f"https://media.test:{port}/")
+            assert (type(error), error.code) == (FetchTimeout, 504)
+
+    run(main())
+
+
 def test_cancelling_a_fetch_closes_its_connection_and_frees_its_slot(run: Run) -> None:
     async def main() -> None:
         asked, hung_up = asyncio.Event(), asyncio.Event()
@@ -543,14 +587,14 @@ def test_cancelling_a_fetch_closes_its_connection_and_frees_its_slot(run: Run) -
             raise AssertionError
 
         async with serving(handler) as port, fetching(connections=1, waiting=0) as (fetcher, _, _):
-            task = asyncio.create_task(fetcher.fetch(f"http://media.test:{port}/"))
+            task = asyncio.create_task(get(fetcher, f"http://media.test:{port}/"))
             await asked.wait()
             assert type(await refused(fetcher, f"http://media.test:{port}/ok")) is Busy
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
             await hung_up.wait()
-            assert await fetcher.fetch(f"http://media.test:{port}/ok") == MEDIUM
+            assert await get(fetcher, f"http://media.test:{port}/ok") == MEDIUM
 
     run(main())
 
@@ -583,12 +627,12 @@ def test_one_host_cannot_take_every_connection_and_the_rest_waits(run: Run) -> N
             serving(gate) as port,
             fetching(connections=3, connections_per_host=2, waiting=2, resolver=table) as (fetcher, _, dialled),
         ):
-            first = [asyncio.create_task(fetcher.fetch(f"http://one.test:{port}/{n}")) for n in range(3)]
+            first = [asyncio.create_task(get(fetcher, f"http://one.test:{port}/{n}")) for n in range(3)]
             await gate.until_inside(2)
-            other = asyncio.create_task(fetcher.fetch(f"http://two.test:{port}/"))
+            other = asyncio.create_task(get(fetcher, f"http://two.test:{port}/"))
             await gate.until_inside(3)
             assert table.asked == ["one.test", "one.test", "two.test"]
-            fifth = asyncio.create_task(fetcher.fetch(f"http://two.test:{port}/5"))
+            fifth = asyncio.create_task(get(fetcher, f"http://two.test:{port}/5"))
             await asyncio.sleep(0)
             error = await refused(fetcher, f"http://two.test:{port}/6")
             assert type(error) is Busy
@@ -607,16 +651,16 @@ def test_who_waits_for_a_connection_can_give_up_or_run_out_of_time(run: Run) -> 
         gate = Gate()
         async with serving(gate) as port, fetching(connections=1, waiting=1) as (fetcher, _, _):
             url = f"http://media.test:{port}/"
-            holder = asyncio.create_task(fetcher.fetch(url))
+            holder = asyncio.create_task(get(fetcher, url))
             await gate.until_inside(1)
-            waiter = asyncio.create_task(fetcher.fetch(url + "2"))
+            waiter = asyncio.create_task(get(fetcher, url + "2"))
             await asyncio.sleep(0)
             waiter.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiter
             assert type(await refused(fetcher, url + "3", timeout=0.02)) is Busy
             gate.open.set()
-            assert await holder == await fetcher.fetch(url + "2") == MEDIUM
+            assert await holder == await get(fetcher, url + "2") == MEDIUM
 
     run(main())
 
@@ -627,7 +671,7 @@ def test_the_environment_has_no_say_in_where_a_fetch_goes(run: Run, monkeypatch:
 
     async def main() -> None:
         async with serving(answer(body=MEDIUM)) as port, fetching() as (fetcher, _, dialled):
-            assert await fetcher.fetch(f"http://media.test:{port}/") == MEDIUM
+            assert await get(fetcher, f"http://media.test:{port}/") == MEDIUM
             assert dialled.addresses == ["127.0.0.1"]
 
     run(main())
@@ -663,7 +707,7 @@ def test_connections_of_two_hosts_at_one_address_are_not_mixed(run: Run) -> None
         table = Table(one_test=["127.0.0.1"], two_test=["127.0.0.1"])
         async with serving(handler) as port, fetching(resolver=table) as (fetcher, _, dialled):
             for name in ("one.test", "two.test") * 2:
-                await fetcher.fetch(f"http://{name}:{port}/")
+                await get(fetcher, f"http://{name}:{port}/")
             assert hosts == ["one.test", "two.test"] * 2
             assert table.asked == ["one.test", "two.test"]
             assert len(dialled.addresses) == 2
@@ -681,7 +725,7 @@ def test_a_name_that_means_something_else_by_now_is_judged_before_it_is_dialled_
             return response
 
         async with serving(handler) as port, fetching(LOCAL, resolver=table) as (fetcher, _, dialled):
-            assert await fetcher.fetch(f"http://media.test:{port}/") == MEDIUM
+            assert await get(fetcher, f"http://media.test:{port}/") == MEDIUM
             table.names["media.test"] = ["169.254.169.254"]
             assert type(await refused(fetcher, f"http://media.test:{port}/")) is Forbidden
             assert dialled.addresses == ["127.0.0.1"]
@@ -709,7 +753,7 @@ def test_idle_connections_do_not_pile_up(run: Run) -> None:
         table = Table(**{name: ["127.0.0.1"] for name in names})
         async with serving_raw(handler) as port, fetching(connections=3, resolver=table) as (fetcher, _, _):
             for name in table.names:
-                assert await fetcher.fetch(f"http://{name}:{port}/") == b"hello"
+                assert await get(fetcher, f"http://{name}:{port}/") == b"hello"
             async with closed:
                 await closed.wait_for(lambda: opened == 6)
             await fetcher.close()
@@ -724,14 +768,67 @@ def test_a_hundred_fetches_of_one_url_are_one_download(run: Run) -> None:
         gate = Gate()
         async with serving(gate) as port, fetching(connections=1, waiting=0) as (fetcher, _, dialled):
             spellings = (f"http://media.test:{port}/a%20b", f"HTTP://Media.Test.:{port}/a%20b#x")
-            tasks = [asyncio.create_task(fetcher.fetch(spellings[number % 2])) for number in range(100)]
+            tasks = [asyncio.create_task(get(fetcher, spellings[number % 2])) for number in range(100)]
             await gate.until_inside(1)
             gate.open.set()
             assert await asyncio.gather(*tasks) == [MEDIUM] * 100
             assert (gate.inside, len(dialled.addresses)) == (1, 1)
             # Nothing is kept: who asks later starts a new download.
-            assert await fetcher.fetch(spellings[0]) == MEDIUM
+            assert await get(fetcher, spellings[0]) == MEDIUM
             assert gate.inside == 2
+
+    run(main())
+
+
+def test_downloads_count_once_however_many_wait_and_as_long_as_somebody_has_them(run: Run) -> None:
+    async def main() -> None:
+        memory, metrics = MediaMemory(LIMIT), Metrics()
+        async with serving(answer(body=MEDIUM)) as port, fetching(memory=memory, metrics=metrics) as (fetcher, _, _):
+            url = f"http://media.test:{port}/"
+            replies = await asyncio.gather(*(fetcher.fetch(url) for _ in range(20)))
+            assert memory.nbytes == len(MEDIUM)
+            replies.append(await fetcher.fetch(url))
+            assert memory.nbytes == 2 * len(MEDIUM)
+            replies.clear()
+            assert memory.nbytes == 0
+            assert {(name, *labels): value for name, labels, value in metrics.snapshot().counters} == {
+                ("mmprep_fetch_joins_total",): 19,
+                ("mmprep_fetches_total", ("outcome", "ok")): 2,
+            }
+
+    run(main())
+
+
+def test_what_downloads_take_together_is_bounded_and_who_comes_too_late_is_told_to_come_again(run: Run) -> None:
+    async def main() -> None:
+        on, gone = asyncio.Event(), asyncio.Event()
+
+        async def handler(request: web.BaseRequest) -> web.StreamResponse:
+            response = web.StreamResponse()
+            await response.prepare(request)
+            if request.path == "/first":
+                await response.write(MEDIUM)
+                await on.wait()
+                return response
+            try:
+                while True:
+                    await response.write(MEDIUM)
+            finally:
+                gone.set()
+
+        memory = MediaMemory(10 * LIMIT)
+        async with serving(handler) as port, fetching(memory=memory, max_bytes=20 * LIMIT) as (fetcher, _, _):
+            first = asyncio.create_task(get(fetcher, f"http://media.test:{port}/first"))
+            while not memory.nbytes:
+                await asyncio.wait([first], timeout=0.01)
+            error = await refused(fetcher, f"http://media.test:{port}/endless")
+            assert type(error) is Busy
+            assert error.retry_after
+            await gone.wait()
+            on.set()
+            assert await first == MEDIUM
+            del first
+            assert memory.nbytes == 0
 
     run(main())
 
@@ -757,7 +854,7 @@ def test_one_who_gives_up_takes_the_download_from_nobody_and_the_last_one_ends_i
 
             async def three() -> list[asyncio.Task[bytes]]:
                 asked.clear()
-                tasks = [asyncio.create_task(fetcher.fetch(url)) for _ in range(3)]
+                tasks = [asyncio.create_task(get(fetcher, url)) for _ in range(3)]
                 await asked.wait()
                 return tasks
 
@@ -774,7 +871,7 @@ def test_one_who_gives_up_takes_the_download_from_nobody_and_the_last_one_ends_i
             for task in tasks:
                 task.cancel()
             # It comes while the old flight is still ending, and is not drawn into that.
-            late = asyncio.create_task(fetcher.fetch(url))
+            late = asyncio.create_task(get(fetcher, url))
             await asyncio.wait(tasks)
             assert await late == MEDIUM
             await hung_up.wait()
@@ -788,8 +885,8 @@ def test_a_flight_outlives_the_deadline_of_the_one_who_started_it(run: Run) -> N
         gate = Gate()
         async with serving(gate) as port, fetching() as (fetcher, _, _):
             url = f"http://media.test:{port}/"
-            hasty = asyncio.create_task(fetcher.fetch(url, timeout=0.1))
-            patient = asyncio.create_task(fetcher.fetch(url))
+            hasty = asyncio.create_task(get(fetcher, url, timeout=0.1))
+            patient = asyncio.create_task(get(fetcher, url))
             with pytest.raises(FetchTimeout):
                 await hasty
             gate.open.set()
@@ -804,8 +901,8 @@ def test_whether_another_try_fits_is_judged_by_the_latest_deadline(run: Run) -> 
         host = Failing(1, status=503, headers={"Retry-After": "1"})
         async with serving(host) as port, fetching() as (fetcher, _, _):
             url = f"http://media.test:{port}/"
-            hasty = asyncio.create_task(fetcher.fetch(url, timeout=0.9))
-            patient = asyncio.create_task(fetcher.fetch(url))
+            hasty = asyncio.create_task(get(fetcher, url, timeout=0.9))
+            patient = asyncio.create_task(get(fetcher, url))
             with pytest.raises(FetchBadGateway):
                 await hasty
             assert await patient == MEDIUM
@@ -816,7 +913,7 @@ def test_whether_another_try_fits_is_judged_by_the_latest_deadline(run: Run) -> 
 def test_all_who_wait_are_told_of_a_failure_each_with_the_place_in_its_own_request(run: Run) -> None:
     async def main() -> None:
         async with serving(answer(status=404)) as port, fetching() as (fetcher, _, _):
-            fetches = (fetcher.fetch(f"http://media.test:{port}/", param=f"part {n}") for n in range(3))
+            fetches = (get(fetcher, f"http://media.test:{port}/", param=f"part {n}") for n in range(3))
             errors = await asyncio.gather(*fetches, return_exceptions=True)
             assert [(type(error), getattr(error, "param", "")) for error in errors] == [
                 (FetchError, f"part {n}") for n in range(3)
@@ -829,7 +926,7 @@ def test_closing_ends_the_fetches_under_way(run: Run) -> None:
     async def main() -> None:
         gate = Gate()
         async with serving(gate) as port, fetching() as (fetcher, _, _):
-            task = asyncio.create_task(fetcher.fetch(f"http://media.test:{port}/"))
+            task = asyncio.create_task(get(fetcher, f"http://media.test:{port}/"))
             await gate.until_inside(1)
             await fetcher.close()
             with pytest.raises(ServiceUnavailable):
@@ -861,7 +958,7 @@ def test_a_host_that_fails_for_a_moment_is_asked_again(run: Run, failure: dict[s
     async def main() -> None:
         host = Failing(2, **failure)
         async with serving(host) as port, fetching() as (fetcher, _, _):
-            assert await fetcher.fetch(f"http://media.test:{port}/") == MEDIUM
+            assert await get(fetcher, f"http://media.test:{port}/") == MEDIUM
             assert host.asked == 3
 
     run(main())
@@ -898,7 +995,7 @@ def test_a_host_is_left_alone_for_as_long_as_it_asks(run: Run) -> None:
         host = Failing(1, status=503, headers={"Retry-After": "1"})
         async with serving(host) as port, fetching() as (fetcher, _, _):
             started = asyncio.get_running_loop().time()
-            assert await fetcher.fetch(f"http://media.test:{port}/") == MEDIUM
+            assert await get(fetcher, f"http://media.test:{port}/") == MEDIUM
             assert asyncio.get_running_loop().time() - started >= 1.0
 
     run(main())
@@ -909,7 +1006,7 @@ def test_whose_time_ends_between_two_tries_is_told_what_the_host_said(run: Run) 
         host = Failing(1, status=503, headers={"Retry-After": "1"})
         async with serving(host) as port, fetching() as (fetcher, _, _):
             url = f"http://media.test:{port}/"
-            patient = asyncio.create_task(fetcher.fetch(url))
+            patient = asyncio.create_task(get(fetcher, url))
             await asyncio.sleep(0)
             error = await refused(fetcher, url, timeout=0.5)
             assert type(error) is FetchBadGateway
@@ -923,8 +1020,8 @@ def test_a_fetch_between_two_tries_holds_no_connection_from_others(run: Run) -> 
     async def main() -> None:
         host = Failing(1, status=503, headers={"Retry-After": "1"})
         async with serving(host) as port, fetching(connections=1, waiting=1) as (fetcher, _, _):
-            pausing = asyncio.create_task(fetcher.fetch(f"http://media.test:{port}/"))
-            other = asyncio.create_task(fetcher.fetch(f"http://media.test:{port}/other"))
+            pausing = asyncio.create_task(get(fetcher, f"http://media.test:{port}/"))
+            other = asyncio.create_task(get(fetcher, f"http://media.test:{port}/other"))
             assert await other == MEDIUM
             assert not pausing.done()
             assert await pausing == MEDIUM

@@ -190,9 +190,8 @@ def test_a_host_that_refuses_connections_is_a_bad_gateway(service):
 
 
 def test_the_deadline_of_a_request_ends_its_fetch(service, host):
-    answer = service.chat(at(f"{host.url}/silence"), deadline_ms=200)
-    assert answer.status in {408, 504}
-    assert answer.error["type"] == "TimeoutError"
+    answer = service.chat(at(f"{host.url}/silence"), deadline_ms=500)
+    assert (answer.status, answer.error["type"], answer.error["param"]) == (504, "TimeoutError", PART)
 
 
 def test_nothing_is_left_of_failed_fetches(service, host):

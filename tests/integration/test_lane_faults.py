@@ -165,7 +165,7 @@ def _clear(runtime_dir):
         for message in (hello, messages.Clear(1)):
             socket.send(pack(message))
         assert isinstance(unpack(socket.recv(), messages.FromWriter), messages.WriterWelcome)
-        assert isinstance(unpack(socket.recv(), messages.FromWriter), messages.Done)
+        assert isinstance(unpack(socket.recv(), messages.FromWriter), messages.Cleared)
 
 
 # --- a lane that was given up while it could still write --------------------------------------------------------------

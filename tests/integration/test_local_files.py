@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.integration.service import eventually
 
-from mmprep.errors import FetchError, Forbidden, MmprepError, TooLarge
+from mmprep.errors import Busy, FetchError, Forbidden, MmprepError, TooLarge
 from mmprep_frontend.media.files import LocalFiles
+from mmprep_frontend.media.memory import MediaMemory
 from mmprep_frontend.media.sources import FileSource, parse_source
 
 PARAM = "messages[0].content[1].image_url"
@@ -33,7 +35,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def files(root: Path) -> Iterator[LocalFiles]:
-    files = LocalFiles(str(root), LIMIT)
+    files = LocalFiles(str(root), LIMIT, MediaMemory(64 << 20))
     before = len(list(Path("/proc/self/fd").iterdir()))
     yield files
     assert len(list(Path("/proc/self/fd").iterdir())) <= before
@@ -44,7 +46,7 @@ def read(files: LocalFiles, path: Path | str) -> bytes:
     source = parse_source(f"file://{path}", param=PARAM, max_bytes=LIMIT, local_files=True)
     assert isinstance(source, FileSource)
     with asyncio.Runner() as runner:
-        return runner.run(files.read(source))
+        return runner.run(files.read(source)).data
 
 
 def refused(files: LocalFiles, path: Path | str) -> MmprepError:
@@ -58,7 +60,7 @@ def refused(files: LocalFiles, path: Path | str) -> MmprepError:
 
 def test_a_file_is_read_by_the_directorys_given_name_and_by_its_real_one(root: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(root)
-    files = LocalFiles(str(tmp_path / "link"), LIMIT)
+    files = LocalFiles(str(tmp_path / "link"), LIMIT, MediaMemory(64 << 20))
     for directory in (root, tmp_path / "link"):
         assert read(files, directory / "below/deep/a.bin") == b"inside"
     files.close()
@@ -102,7 +104,7 @@ def test_all_failures_below_the_directory_look_alike(files: LocalFiles, root: Pa
 
 
 def test_a_device_is_refused() -> None:
-    files = LocalFiles("/dev", LIMIT)
+    files = LocalFiles("/dev", LIMIT, MediaMemory(64 << 20))
     for name in ("zero", "null", "tty"):
         assert type(refused(files, f"/dev/{name}")) is FetchError
     files.close()
@@ -117,7 +119,7 @@ def test_the_limit_holds_before_reading_and_while_reading(files: LocalFiles, roo
     assert type(refused(files, root / "sparse")) is TooLarge
     # Files of /proc say that they are empty, and are not.
     size = len(Path("/proc/self/maps").read_bytes())
-    proc = LocalFiles("/proc", size // 4)
+    proc = LocalFiles("/proc", size // 4, MediaMemory(64 << 20))
     assert type(refused(proc, f"/proc/{os.getpid()}/maps")) is TooLarge
     proc.close()
 
@@ -161,3 +163,15 @@ def test_a_name_that_changes_between_file_and_link_never_gives_what_lies_outside
         swapping.join()
     assert seen <= {b"inside", b"refused"}
     assert seen
+
+
+def test_files_take_their_part_of_the_memory_and_are_refused_where_there_is_none(root: Path) -> None:
+    memory = MediaMemory(9)
+    files = LocalFiles(str(root), LIMIT, memory)
+    others = memory.share()
+    others.grow(4)
+    assert type(refused(files, root / "below/deep/a.bin")) is Busy
+    del others
+    assert read(files, root / "below/deep/a.bin") == b"inside"
+    eventually(lambda: memory.nbytes == 0, "the thread that has read it letting go")
+    files.close()

@@ -1,16 +1,13 @@
 """The disk cache of a whole service: what is fetched once is not fetched again, and no disk fails a request."""
 
 import contextlib
-import hashlib
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from tests.integration.service import DATA, eventually, mmprep, photo, serving, text, user
+from tests.integration.media_host import media_host
+from tests.integration.service import eventually, mmprep, photo, serving, text, user
 
 SMALL = ("--allow-private-networks", "--cache-size", "32MiB", "--frontends", 1)
-CAT = (DATA / "cat.png").read_bytes()
 READ_ONLY = (
     "unshare",
     "--mount",
@@ -21,47 +18,10 @@ READ_ONLY = (
 FULL = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=128k none "$0" && exec "$@"')
 
 
-class Host(BaseHTTPRequestHandler):
-    """Gives the picture that the path ends with, with the headers of ``server.headers``; 304 to who has its tag."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        self.server.asked.append((self.path, self.headers.get("If-None-Match")))
-        if self.path.startswith("/moved/"):
-            self.send_response(302)
-            self.send_header("Location", f"http://{self.server.elsewhere}/{self.path.rpartition('/')[2]}")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        body = b"no picture" if "text" in self.path else CAT
-        tag = f'"{hashlib.sha256(body).hexdigest()}"'
-        unchanged = self.headers.get("If-None-Match") == tag
-        self.send_response(304 if unchanged else 200)
-        self.send_header("ETag", tag)
-        for name, value in self.server.headers.items():
-            self.send_header(name, value)
-        if not unchanged:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if not unchanged:
-            self.wfile.write(body)
-
-    def log_message(self, *_):
-        """Say nothing."""
-
-
 @pytest.fixture
 def host():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Host) as server:
-        server.asked, server.headers = [], {}
-        server.elsewhere = f"localhost:{server.server_port}"
-        server.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with media_host() as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def at(url):

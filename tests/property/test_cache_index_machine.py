@@ -55,7 +55,8 @@ class CacheIndexMachine(RuleBasedStateMachine):
     def put(self, key, nbytes, ask, tagged, ago):
         self.made += 1
         tag = Validators('"a"' if tagged else "")
-        kept = Kept(key, f"n{self.made}", nbytes, "blake3", bytes(32), ("http://a/",), tag, ask, self.now)
+        times = {"written": self.now, "used": self.now}
+        kept = Kept(key, nbytes, "blake3", bytes(32), ("http://a/",), key, ask, tag, ask, f"n{self.made}", **times)
         change = self.index.put(kept, fetched=self.now - ago, now=self.now)
         known = self.known(key)
         late = known is not None and self.now - ago <= known.written <= self.now
@@ -72,9 +73,9 @@ class CacheIndexMachine(RuleBasedStateMachine):
     @rule(keys=st.lists(KEYS, max_size=3))
     def touch(self, keys):
         names = [kept.name for kept in map(self.known, keys) if kept] + ["unknown"]
-        self.index.touch(names)
+        self.index.touch(names, self.now)
         for name in names:
-            used = [kept for kept in self.model if kept.name == name]
+            used = [replace(kept, used=self.now) for kept in self.model if kept.name == name]
             self.model = [kept for kept in self.model if kept.name != name] + used
 
     @rule(key=KEYS, ask=st.booleans(), tag=st.sampled_from(["", '"b"']))

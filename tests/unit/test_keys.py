@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmprep.keys import item_key
-from mmprep_frontend.media.keys import alias, fetched_key, scope, variant
+from mmprep_frontend.media.keys import alias, fetched_key, scope, url_digest, variant
 
 PARTS: dict[str, Any] = {
     "scope": bytes(range(32)),
@@ -133,3 +133,10 @@ def test_what_a_fetched_medium_lies_under_is_sha256_of_scope_url_and_reach():
         fetched_key(scope=bytes(32), url="http://a/b", allow_private=True),
     }
     assert len(others | {key}) == 4
+
+
+def test_what_tells_a_url_from_others_is_sha256_and_no_part_of_another_key():
+    parts = (b"mmprep media url 1", b"http://a/b")
+    encoded = (2).to_bytes(8, "little") + b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+    assert url_digest("http://a/b") == hashlib.sha256(encoded).digest()
+    assert len({url_digest("http://a/b"), url_digest("http://a/c"), hashlib.sha256(b"http://a/b").digest()}) == 3

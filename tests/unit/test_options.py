@@ -239,9 +239,12 @@ def test_spills_have_half_of_the_caches_size_unless_told_otherwise_and_none_is_a
 
 
 def test_domains_are_split_at_commas():
-    assert decide("--allowed-media-domains", "a.example, b.example,").allowed_media_domains == (
+    assert decide(
+        "--allowed-media-domains", "a.example, *.b.example:8443,[2606:4700::1111]:81,"
+    ).allowed_media_domains == (
         "a.example",
-        "b.example",
+        "*.b.example:8443",
+        "[2606:4700::1111]:81",
     )
 
 

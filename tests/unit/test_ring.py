@@ -245,6 +245,26 @@ def test_a_cleared_entry_that_is_leased_stays_until_it_is_released():
     ring.validate()
 
 
+def test_entries_are_told_by_slot_in_pages_and_those_beside_the_ring_come_last():
+    ring = new_ring(spill_bytes=1 << 20)
+    entries = [store(ring, n, 64) for n in range(5)]
+    ring.grant(key(9), 0, 64)
+    spill = ring.publish_spill(ring.grant_spill(key(7), b"meta", 100, bytes(16)))
+    assert spill.slot >= 16
+    told, start, pages = [], 0, 0
+    while pages == 0 or start:
+        page, start = ring.in_slots(start, 3)
+        assert len(page) <= 3
+        told += page
+        pages += 1
+    assert pages == -(-(16 + 256) // 3)
+    assert [entry.slot for entry in told] == sorted(entry.slot for entry in told)
+    assert told[:5] == entries
+    assert told[5].state is State.GRANTED
+    assert told[6:] == [spill]
+    assert ring.in_slots(10**15, 3) == ([], 0)
+
+
 def test_removing_a_grant_or_nothing_does_nothing():
     ring = new_ring()
     grant = ring.grant(key(1), 0, 64)

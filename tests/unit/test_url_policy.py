@@ -72,6 +72,8 @@ REFUSED_ADDRESSES = [
     "ff0e::1",
     "2001:0:7f00:1::f7f7:f7f7",
     "2001:0:808:808::80ff:fffe",
+    "2606:4700::5efe:10.0.0.1",
+    "2606:4700::200:5efe:a9fe:a9fe",
 ]
 
 PUBLIC_ADDRESSES = [
@@ -100,6 +102,7 @@ PUBLIC_ADDRESSES = [
     "64:ff9b::8.8.8.8",
     "2002:808:808::1",
     "2001:0:808:808::f7f7:f7f7",
+    "2606:4700::5efe:8.8.8.8",
 ]
 
 
@@ -130,18 +133,24 @@ def test_an_ipv4_address_is_judged_the_same_in_every_ipv6_form_that_carries_it(a
         (0x2002 << 112) | (bits << 80) | 0x1234,
         (0x20010000 << 96) | (0x08080808 << 64) | (bits ^ 0xFFFFFFFF),
         (0x20010000 << 96) | (bits << 64) | (0x08080808 ^ 0xFFFFFFFF),
+        (0x26064700 << 96) | (0x00005EFE << 32) | bits,
+        (0x26064700 << 96) | (0x02005EFE << 32) | bits,
     ]
     assert {_passes(ipaddress.IPv6Address(form)) for form in forms} == {_passes(address)}
 
 
 @given(st.ip_addresses())
-def test_nothing_passes_that_the_standard_library_calls_private(
+@example(ipaddress.ip_address("192.88.99.1"))
+@example(ipaddress.ip_address("fec0::1"))
+@example(ipaddress.ip_address("5f00::1"))
+def test_nothing_passes_that_the_standard_library_does_not_call_global(
     address: ipaddress.IPv4Address | ipaddress.IPv6Address,
 ) -> None:
     embedded = isinstance(address, ipaddress.IPv6Address) and (
         address.ipv4_mapped or address.sixtofour or address.teredo or int(address) >> 32 in {0, 0x64FF9B << 64}
     )
-    if not embedded and (address.is_private or address.is_multicast or address.is_reserved or address.is_link_local):
+    local = address.is_multicast or address.is_reserved or address.is_link_local or address.is_loopback
+    if not embedded and (local or not address.is_global):
         assert not _passes(address)
 
 
@@ -174,6 +183,14 @@ def _passes(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 )
 def test_a_url_is_brought_to_normal_form(url: str, normal: str) -> None:
     assert OPEN.judge_url(url).url == normal
+
+
+@pytest.mark.parametrize("url", ["http://Example.com./a/b?c#d", "https://[2606:4700::1111]:8080/?a", "http://1.1.1.1"])
+def test_an_origin_is_judged_as_its_url_and_holds_no_path(url: str) -> None:
+    target = OPEN.judge_url(url)
+    origin = OPEN.judge_url(target.origin)
+    assert (origin.scheme, origin.host, origin.port) == (target.scheme, target.host, target.port)
+    assert origin.path == "/"
 
 
 def test_a_target_holds_the_parts_of_its_url() -> None:
@@ -296,13 +313,68 @@ def test_where_domains_are_listed_only_they_are_read(host: str, allowed: bool) -
             policy.judge_url(f"https://{host}/x")
 
 
+@pytest.mark.parametrize(
+    ("url", "allowed"),
+    [
+        ("http://example.com:8080/", True),
+        ("http://example.com:08080/", True),
+        ("http://example.com/", False),
+        ("https://example.com/", False),
+        ("https://a.cdn.test/", True),
+        ("https://a.cdn.test:443/", True),
+        ("http://a.cdn.test:443/", True),
+        ("http://a.cdn.test/", False),
+        ("https://cdn.test/", False),
+        ("https://any.example:9999/", True),
+        ("http://[2606:4700::1111]:81/", True),
+        ("http://[2606:4700:0::1111]/", False),
+    ],
+)
+def test_an_entry_with_a_port_allows_this_one_alone_and_one_without_allows_all(url: str, allowed: bool) -> None:
+    policy = UrlPolicy(("example.com:8080", "*.cdn.test:443", "any.example", "[2606:4700:0:0::1111]:81"))
+    if allowed:
+        policy.judge_url(url)
+    else:
+        with pytest.raises(Forbidden):
+            policy.judge_url(url)
+
+
+def test_a_redirect_to_another_port_of_a_listed_host_is_judged_like_a_url() -> None:
+    policy = UrlPolicy(("example.com:443",))
+    origin = policy.judge_url("https://example.com/a")
+    assert policy.judge_redirect(origin, "/b").url == "https://example.com/b"
+    for location in ("http://example.com/", "//example.com:22/", "https://example.com:8443/"):
+        with pytest.raises(Forbidden):
+            policy.judge_redirect(origin, location)
+
+
 def test_a_listed_domain_does_not_make_private_addresses_readable() -> None:
     policy = UrlPolicy(allowed_domains=("127.0.0.1",))
     with pytest.raises(Forbidden):
         policy.judge_url("http://127.0.0.1/")
 
 
-@pytest.mark.parametrize("domain", ["", "*", "*.", "http://example.com", "exa mple.com", "*.*.com", "127.1", "a:b"])
+@pytest.mark.parametrize(
+    "domain",
+    [
+        "",
+        "*",
+        "*.",
+        "http://example.com",
+        "exa mple.com",
+        "*.*.com",
+        "127.1",
+        "a:b",
+        "a.example:",
+        "a.example:0",
+        "a.example:65536",
+        "::1",
+        "[::1",
+        "*.[::1]",
+        "*.8.8.8.8",
+        "*a.example",
+    ],
+)
 def test_a_domain_that_is_no_host_name_stops_the_start_and_names_the_option(domain: str) -> None:
     with pytest.raises(StartupError, match="--allowed-media-domains"):
         UrlPolicy(allowed_domains=(domain,))
@@ -321,7 +393,21 @@ def test_a_redirect_may_be_relative(location: str, url: str) -> None:
     assert OPEN.judge_redirect(OPEN.judge_url("https://example.com/dir/a"), location).url == url
 
 
-@pytest.mark.parametrize("location", ["", "ftp://example.com/", "http://[::1", "/a\tb", "\\\\evil.example", "http://"])
+@pytest.mark.parametrize(
+    "location",
+    [
+        "",
+        "ftp://example.com/",
+        "file:///etc/passwd",
+        "data:image/png;base64,AA==",
+        "http://[::1",
+        "/a\tb",
+        "\\\\evil.example",
+        "http://",
+        "http:///a",
+        "http://example.com:0/",
+    ],
+)
 def test_a_redirect_to_what_is_no_url_is_the_hosts_fault(location: str) -> None:
     with pytest.raises(FetchError) as caught:
         OPEN.judge_redirect(OPEN.judge_url("https://example.com/"), location)

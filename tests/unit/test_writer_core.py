@@ -10,7 +10,7 @@ import pytest
 from mmprep.layout import RECORD_SIZE, Geometry
 from mmprep.metrics import Metrics
 from mmprep.wire import messages
-from mmprep.wire.codec import CONTROL_LIMIT, PROTOCOL, unpack
+from mmprep.wire.codec import CONTROL_LIMIT, PROTOCOL, pack, unpack
 from mmprep.wire.messages import HEAVY_COST
 from mmprep_worker.ring.policy import Clock
 from mmprep_worker.ring.ring import Ring
@@ -944,6 +944,60 @@ def test_a_spill_is_leased_acquired_and_outlives_its_removal_until_the_last_hold
     assert not world.segments
 
 
+def test_clearing_tells_what_became_free_beside_the_ring_too():
+    world = full(spill=SPILL)
+    ask(world, 10, A, 100)
+    world.say("f0", messages.Clear(11))
+    assert world.got("f0", messages.Cleared, 11)[0].message == messages.Cleared(11, 5, 0)
+    world.say("f0", messages.Unpin(10))
+    ask(world, 12, A, 100)
+    world.say("f0", messages.Unpin(12))
+    world.say("f0", messages.Clear(13))
+    cleared = world.got("f0", messages.Cleared, 13)[0].message
+    assert (cleared.entries, cleared.nbytes > 100) == (1, True)
+    assert not world.segments
+
+
+def test_a_control_process_is_told_what_is_in_the_ring_and_who_holds_it():
+    world = World(spill=SPILL)
+    world.compute("f0", 1, A)
+    world.compute("f0", 2, B, lease="engine")
+    world.offer("f0", 3, C)
+    (want,) = world.wants("f0", 3)
+    world.put("f0", want.flight)
+    world.lane(world.lane_of(want.flight), messages.AskExtent(want.flight, 100), META)
+    world.say("f0", messages.Unpin(1))
+    assert ask(world, 4, FULL[0], 3 * QUARTER) == "spill"
+    world.hello("cli", "control")
+    world.say("cli", messages.Inspect(1, 0))
+    told = world.got("cli", messages.Inspected, 1)[0].message
+    assert told.start == 0
+    assert {entry.key: (entry.state, entry.pins, entry.leases, entry.spill) for entry in told.entries} == {
+        A: ("ready", 0, 0, False),
+        B: ("ready", 0, 1, False),
+        C: ("filling", 0, 0, False),
+        FULL[0]: ("ready", 1, 0, True),
+    }
+    in_ring = sum(entry.nbytes for entry in told.entries if not entry.spill)
+    assert in_ring == GEOMETRY.arena_capacity - world.core.ring.stats().free
+    world.say("cli", messages.Clear(2))
+    world.say("cli", messages.Inspect(3, 0))
+    left = world.got("cli", messages.Inspected, 3)[0].message.entries
+    assert {entry.key: entry.state for entry in left} == {B: "removed", C: "filling", FULL[0]: "removed"}
+
+
+def test_only_a_control_process_may_look_into_the_ring(world):
+    for name in ("f0", "engine"):
+        world.say(name, messages.Inspect(9, 0))
+        assert world.fault(name, 9).kind == "InvalidRequest"
+
+
+def test_a_full_page_of_entries_fits_into_a_control_frame():
+    entry = messages.InspectedEntry(2**40, 2**48, bytes([255]) * 32, 2**48, "removed", 2**30, 2**30, True)
+    page = messages.Inspected(2**40, (entry,) * messages.MAX_INSPECTED, 2**40)
+    assert unpack(pack(page), messages.FromWriter) == page
+
+
 def test_a_backends_death_frees_its_spills():
     world = full(spill=SPILL)
     ask(world, 10, A, 100, lease="engine")
@@ -1272,15 +1326,19 @@ def test_processes_without_a_lock_are_remembered_up_to_a_bound(world):
         world.hello(f"cli-{number}", "control")
     assert len(world.core.peers) < 30
     world.say("cli-99", messages.Clear(1))
-    assert world.got("cli-99", messages.Done, 1)
+    assert world.got("cli-99", messages.Cleared, 1)
 
 
 def test_clearing_drops_what_nobody_holds_and_what_is_pinned_stays_readable(world):
     (kept,) = world.compute("f0", 1, A)
     world.compute("f0", 2, B)
     world.say("f0", messages.Unpin(2))
+    free = world.core.ring.stats().free
     world.say("f0", messages.Clear(3))
-    assert world.got("f0", messages.Done, 3)
+    cleared = world.got("f0", messages.Cleared, 3)[0].message
+    # The pinned one is found no more, and not free yet.
+    assert (cleared.entries, cleared.nbytes) == (2, world.core.ring.stats().free - free)
+    assert cleared.nbytes > 0
     assert bytes(world.memory[kept.offset : kept.offset + len(META)]) == META
     assert world.core.ring.stats().entries == 1
     world.offer("f1", 1, A, need="plan")

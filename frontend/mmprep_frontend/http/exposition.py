@@ -55,7 +55,8 @@ METRICS: Final[Mapping[str, MetricSpec]] = {
     "mmprep_request_seconds": MetricSpec("histogram", "Seconds from a request to its answer.", ("path",)),
     "mmprep_stage_seconds": MetricSpec(
         "histogram",
-        "Seconds in one stage: fetch, hash, template, tokenize, queue, decode, process, expand, serialize.",
+        "Seconds in one stage: fetch, cache_lookup, cache_read, cache_write, hash, template, tokenize, queue, decode, "
+        "process, expand, serialize.",
         ("stage",),
     ),
     "mmprep_mm_cache_queries_total": MetricSpec(
@@ -65,6 +66,9 @@ METRICS: Final[Mapping[str, MetricSpec]] = {
         "counter", "Items that were found, injected and joined ones too.", ("modality",), "vllm:mm_cache_hits_total"
     ),
     "mmprep_singleflight_joins_total": MetricSpec("counter", "Items that joined a computation under way."),
+    "mmprep_fetches_total": MetricSpec("counter", "Downloads of media that have ended.", ("outcome",)),
+    "mmprep_fetch_joins_total": MetricSpec("counter", "Media that waited for a download that was on its way."),
+    "mmprep_media_bytes": MetricSpec("gauge", "Bytes of fetched and read media that requests hold."),
     "mmprep_media_cache_hits_total": MetricSpec("counter", "Fetches that the disk cache answered."),
     "mmprep_media_cache_misses_total": MetricSpec("counter", "Fetches that the disk cache did not answer."),
     "mmprep_media_cache_evictions_total": MetricSpec("counter", "Media dropped from the disk cache to make room."),

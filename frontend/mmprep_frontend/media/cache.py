@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,11 +18,14 @@ from functools import partial
 from typing import Any, Final
 
 from mmprep.digest import HashName
-from mmprep.errors import MmprepError
+from mmprep.errors import Busy, MmprepError
+from mmprep.metrics import Metrics
 from mmprep_frontend.media.cache_disk import CacheDisk, Damaged, Found
 from mmprep_frontend.media.cache_index import Change, Kept
-from mmprep_frontend.media.fetch import Condition, Fetcher, Reply
-from mmprep_frontend.media.keys import fetched_key
+from mmprep_frontend.media.exchange import Condition, Reply
+from mmprep_frontend.media.fetch import Fetcher
+from mmprep_frontend.media.keys import fetched_key, url_digest
+from mmprep_frontend.media.memory import MediaMemory, Share
 from mmprep_frontend.media.policy import UrlPolicy
 
 _log = logging.getLogger("mmprep.frontend")
@@ -36,8 +40,6 @@ _LOOKUPS: Final = 512
 _BACKLOG: Final = 64
 _BACKLOG_BYTES: Final = 256 << 20
 _TOUCHES: Final = 4096
-
-Count = Callable[[str, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class Fetched:
     digest, hash_name: of the bytes, where they were checked already.
     asked: whether a host was asked.
     keepable: where it is to be offered to the cache.
+    share: counts the bytes.
     """
 
     data: bytes
@@ -72,6 +75,7 @@ class Fetched:
     hash_name: HashName | None
     asked: bool
     keepable: Keepable | None
+    share: Share | None
 
 
 class MediaCache:
@@ -85,16 +89,28 @@ class MediaCache:
         What fetches, and the policy it follows.
     max_bytes:
         Largest medium, in bytes, ``--max-media-size``: larger ones are not read from the disk either.
-    count:
-        Told the name of a counter and what to add, on the loop.
+    memory:
+        What all media may take.
+    metrics:
+        Where hits, misses and what goes wrong are counted, and the stages' times.
     """
 
-    def __init__(self, disk: CacheDisk, fetcher: Fetcher, policy: UrlPolicy, *, max_bytes: int, count: Count) -> None:
+    def __init__(
+        self,
+        disk: CacheDisk,
+        fetcher: Fetcher,
+        policy: UrlPolicy,
+        *,
+        max_bytes: int,
+        memory: MediaMemory,
+        metrics: Metrics,
+    ) -> None:
         self._disk = disk
         self._fetcher = fetcher
         self._policy = policy
         self._max_bytes = max_bytes
-        self._count = count
+        self._memory = memory
+        self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="cache-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="cache-write")
@@ -120,28 +136,31 @@ class MediaCache:
         except MmprepError as error:
             raise error.at(param) if param is not None else error from None
         key = fetched_key(scope=scope, url=target.url, allow_private=self._policy.allow_private)
-        found = await self._find(key, min(_PATIENCE, timeout))
+        try:
+            found = await self._find(key, min(_PATIENCE, timeout))
+        except Busy as error:
+            raise error.at(param) if param is not None else error from None
         if found is not None and found.fresh:
             return self._hit(found, asked=False)
         condition = None
         if found is not None and found.kept.validators:
-            condition = Condition(found.kept.hops[-1], found.kept.validators)
+            condition = Condition(found.kept.source, found.kept.validators)
         elif found is not None:
             self._later(partial(self._disk.drop, found.kept.name))
         fetched = self._disk.now()
         try:
-            reply = await self._fetcher.ask(
+            reply = await self._fetcher.fetch(
                 url, param=param, timeout=max(0.001, deadline - self._loop.time()), condition=condition
             )
         except BaseException:
-            self._count("mmprep_media_cache_misses_total", 1)
+            self._metrics.count("mmprep_media_cache_misses_total", 1)
             raise
         if reply.data is None:
             assert found is not None
             self._renew(found.kept, reply)
             return self._hit(found, asked=True)
-        self._count("mmprep_media_cache_misses_total", 1)
-        return Fetched(reply.data, None, None, True, self._keepable(key, found, reply, fetched))
+        self._metrics.count("mmprep_media_cache_misses_total", 1)
+        return Fetched(reply.data, None, None, True, self._keepable(key, found, reply, fetched), reply.share)
 
     def keep(self, keepable: Keepable, data: bytes | memoryview, digest: bytes, hash_name: HashName) -> None:
         """Keep a medium that was fetched and decoded; returns at once, and may do nothing.
@@ -156,24 +175,31 @@ class MediaCache:
         if key in self._keeping or len(self._keeping) >= _BACKLOG or (waiting and waiting + len(data) > _BACKLOG_BYTES):
             return
         kept = Kept(
-            key,
-            "",
-            len(data),
-            hash_name,
-            digest,
-            reply.hops,
-            reply.validators,
-            reply.keeping == "ask",
-            keepable.fetched,
+            key=key,
+            nbytes=len(data),
+            hash_name=hash_name,
+            digest=digest,
+            origins=tuple(hop.origin for hop in reply.hops),
+            source=url_digest(reply.hops[-1].url),
+            private=self._policy.allow_private,
+            validators=reply.validators,
+            ask=reply.keeping == "ask",
         )
         self._keeping[key] = len(data)
 
-        def done(change: Change | None) -> None:
-            del self._keeping[key]
-            if change is not None and change.evicted:
-                self._count("mmprep_media_cache_evictions_total", change.evicted)
+        def write() -> tuple[Change, float]:
+            started = time.monotonic()
+            return self._disk.keep(kept, data, fetched=keepable.fetched), time.monotonic() - started
 
-        self._later(partial(self._disk.keep, kept, data, fetched=keepable.fetched), done)
+        def done(written: tuple[Change, float] | None) -> None:
+            del self._keeping[key]
+            if written is not None:
+                change, seconds = written
+                self._timed("cache_write", seconds)
+                if change.evicted:
+                    self._metrics.count("mmprep_media_cache_evictions_total", change.evicted)
+
+        self._later(write, done)
 
     async def close(self) -> None:
         """Write what waits, within a second, and let go of the disk."""
@@ -187,42 +213,42 @@ class MediaCache:
         if self._lookups >= _LOOKUPS:
             return None
         self._lookups += 1
-        looking = self._loop.run_in_executor(self._readers, partial(self._disk.find, key, max_bytes=self._max_bytes))
+        find = partial(self._disk.find, key, max_bytes=self._max_bytes, share=self._memory.share())
+        looking = self._loop.run_in_executor(self._readers, find)
         looking.add_done_callback(self._looked_up)
+        started = time.monotonic()
         await asyncio.wait([looking], timeout=patience)
+        self._timed("cache_lookup", time.monotonic() - started)
         if not looking.done():
             self._failed(TimeoutError("the disk is slow"))
             return None
-        if looking.exception() is not None:
+        error = looking.exception()
+        if isinstance(error, Busy):
+            raise error  # a fetch would need the same memory
+        if error is not None:
             return None
         found = looking.result()
-        return found if found is not None and self._may_be_read(found.kept) else None
+        if found is not None:
+            self._timed("cache_read", found.seconds)
+        return found if found is not None and found.kept.may_be_read(self._policy) else None
 
     def _looked_up(self, looking: asyncio.Future[Found | None]) -> None:
         self._lookups -= 1
         error = None if looking.cancelled() else looking.exception()
-        if error is not None:
+        if error is not None and not isinstance(error, Busy):
             self._failed(error)
         if isinstance(error, Damaged):
             self._later(partial(self._disk.drop, error.name))
 
-    def _may_be_read(self, kept: Kept) -> bool:
-        try:
-            for hop in kept.hops:
-                self._policy.judge_url(hop)
-        except MmprepError:
-            return False
-        return bool(kept.hops)
-
     def _hit(self, found: Found, *, asked: bool) -> Fetched:
-        self._count("mmprep_media_cache_hits_total", 1)
+        self._metrics.count("mmprep_media_cache_hits_total", 1)
         name = found.kept.name
         if name in self._touched or len(self._touched) < _TOUCHES:
             self._touched.pop(name, None)
             self._touched[name] = None
             if not self._touching:
                 self._note_use(None)
-        return Fetched(found.data, found.kept.digest, found.kept.hash_name, asked, None)
+        return Fetched(found.data, found.kept.digest, found.kept.hash_name, asked, None, found.share)
 
     def _note_use(self, _done: object) -> None:
         """Write down what was used since the last time, in its order; then again, where more was used meanwhile."""
@@ -262,10 +288,13 @@ class MediaCache:
 
     def _swept(self, number: int | None) -> None:
         if number:
-            self._count("mmprep_media_cache_errors_total", number)
+            self._metrics.count("mmprep_media_cache_errors_total", number)
+
+    def _timed(self, stage: str, seconds: float) -> None:
+        self._metrics.observe("mmprep_stage_seconds", seconds, stage=stage)
 
     def _failed(self, error: BaseException) -> None:
-        self._count("mmprep_media_cache_errors_total", 1)
+        self._metrics.count("mmprep_media_cache_errors_total", 1)
         if not self._warned and not isinstance(error, Damaged):
             self._warned = True
             said = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__

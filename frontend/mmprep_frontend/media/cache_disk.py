@@ -26,10 +26,14 @@ from typing import Final
 
 from mmprep.digest import Hasher
 from mmprep_frontend.media.cache_index import Change, Index, Kept
+from mmprep_frontend.media.memory import Share
 from mmprep_frontend.media.storing import Validators
 
 #: Beneath the directory that the operator names; another layout gets another name.
-_HOME: Final = "mmprep-media-1"
+HOME: Final = "mmprep-media-1"
+#: In that: the index, and the directory of the bodies.
+INDEX: Final = "index.db"
+BODIES: Final = "bodies"
 #: Seconds to wait for another process at the index.
 _BUSY: Final = 0.25
 _PAUSE: Final = 0.005
@@ -52,11 +56,15 @@ class Found:
     Attributes
     ----------
     fresh: whether it may be used without asking its host.
+    share: counts the bytes.
+    seconds: that reading and checking them took.
     """
 
     kept: Kept
     data: bytes
     fresh: bool
+    share: Share
+    seconds: float
 
 
 class CacheDisk:
@@ -73,30 +81,34 @@ class CacheDisk:
     """
 
     def __init__(self, directory: Path, *, max_bytes: int, ttl: float, clock: Callable[[], float] = time.time) -> None:
-        self._bodies = directory / _HOME / "bodies"
+        self._bodies = directory / HOME / BODIES
         self._ttl = ttl
         self.now = clock
-        self._reading, self._writing = (_Connection(directory / _HOME, max_bytes=max_bytes, ttl=ttl) for _ in range(2))
+        self._reading, self._writing = (_Connection(directory / HOME, max_bytes=max_bytes, ttl=ttl) for _ in range(2))
 
-    def find(self, key: bytes, *, max_bytes: int) -> Found | None:
-        """Return the medium under ``key``, unless it is larger than ``max_bytes``.
+    def find(self, key: bytes, *, max_bytes: int, share: Share) -> Found | None:
+        """Return the medium under ``key``, unless it is larger than ``max_bytes``; ``share`` grows by its bytes before.
 
         Raises
         ------
         Damaged
             Its body is not what it was; to be dropped.
+        mmprep.errors.Busy
+            There is no memory for it.
         """
         with self._reading.use() as index:
             kept = index.find(key)
         if kept is None or kept.nbytes > max_bytes:
             return None
+        share.grow(kept.nbytes)
+        started = time.monotonic()
         data = self._read(kept)
         if data is None or Hasher(kept.hash_name).content_digest(data) != kept.digest:
             raise Damaged(kept.name)
-        return Found(kept, data, kept.is_fresh(self.now(), self._ttl))
+        return Found(kept, data, kept.is_fresh(self.now(), self._ttl), share, time.monotonic() - started)
 
     def keep(self, kept: Kept, data: bytes | memoryview, *, fetched: float) -> Change:
-        """Keep a medium; its ``name`` and ``written`` are given here."""
+        """Keep a medium; its ``name``, ``written`` and ``used`` are given here."""
         now = self.now()
         with self._writing.use() as index:
             known = index.find(kept.key)
@@ -105,7 +117,7 @@ class CacheDisk:
         name = f"{kept.key.hex()}-{secrets.token_hex(8)}"
         with self._written(name, data):
             now = self.now()
-            named = replace(kept, name=name, nbytes=len(data), written=now)
+            named = replace(kept, name=name, nbytes=len(data), written=now, used=now)
             with self._writing.use() as index:
                 change = index.put(named, fetched=fetched, now=now)
         self._unlink(change.gone)
@@ -114,7 +126,7 @@ class CacheDisk:
     def touch(self, names: Iterable[str]) -> None:
         """Note that media were used."""
         with self._writing.use() as index:
-            index.touch(names)
+            index.touch(names, self.now())
 
     def renew(self, name: str, validators: Validators, *, ask: bool) -> None:
         """Note that a medium has not changed."""
@@ -126,6 +138,14 @@ class CacheDisk:
         with self._writing.use() as index:
             index.drop([name])
         self._unlink([name])
+
+    def clear(self) -> list[Kept]:
+        """Drop all media, and whatever else lies there; return the media."""
+        with self._writing.use() as index:
+            gone = index.clear()
+        self._unlink(kept.name for kept in gone)
+        self.sweep()
+        return gone
 
     def sweep(self) -> int:
         """Drop what is of no use; return how many partial and strange files were there."""
@@ -214,7 +234,7 @@ class _Connection:
 
     def __init__(self, home: Path, *, max_bytes: int, ttl: float) -> None:
         self._home = home
-        self._path = home / "index.db"
+        self._path = home / INDEX
         self._max_bytes = max_bytes
         self._ttl = ttl
         self._lock = threading.Lock()
@@ -307,8 +327,8 @@ class _Connection:
 
 def _make_home(home: Path) -> None:
     """Make the cache's directory; raises OSError where somebody else could put something into it."""
-    (home / "bodies").mkdir(mode=0o700, parents=True, exist_ok=True)
-    for directory in (home, home / "bodies"):
+    (home / BODIES).mkdir(mode=0o700, parents=True, exist_ok=True)
+    for directory in (home, home / BODIES):
         found = directory.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
             raise PermissionError(errno.EPERM, "the cache's directory is not of this user")

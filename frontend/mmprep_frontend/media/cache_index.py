@@ -12,8 +12,11 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from mmprep.digest import HashName
+from mmprep.errors import MmprepError
+from mmprep_frontend.media.policy import UrlPolicy
 from mmprep_frontend.media.storing import Validators
 
 #: What files are counted in, bytes: many small ones take more room than their lengths.
@@ -22,8 +25,9 @@ BLOCK = 4096
 _SCHEMA = (
     """CREATE TABLE IF NOT EXISTS media (
         key BLOB PRIMARY KEY, name TEXT NOT NULL UNIQUE, nbytes INTEGER NOT NULL, charge INTEGER NOT NULL,
-        hash TEXT NOT NULL, digest BLOB NOT NULL, hops TEXT NOT NULL, etag TEXT NOT NULL, modified TEXT NOT NULL,
-        ask INTEGER NOT NULL, written REAL NOT NULL, turn INTEGER NOT NULL) WITHOUT ROWID""",
+        hash TEXT NOT NULL, digest BLOB NOT NULL, origins TEXT NOT NULL, source BLOB NOT NULL, private INTEGER NOT NULL,
+        etag TEXT NOT NULL, modified TEXT NOT NULL, ask INTEGER NOT NULL, written REAL NOT NULL, used REAL NOT NULL,
+        turn INTEGER NOT NULL) WITHOUT ROWID""",
     "CREATE INDEX IF NOT EXISTS by_use ON media (turn)",
     "CREATE TABLE IF NOT EXISTS totals (one INTEGER PRIMARY KEY, nbytes INTEGER NOT NULL, turn INTEGER NOT NULL)",
     "INSERT OR IGNORE INTO totals VALUES (1, 0, 0)",
@@ -32,7 +36,7 @@ _SCHEMA = (
     """CREATE TRIGGER IF NOT EXISTS goes AFTER DELETE ON media BEGIN
         UPDATE totals SET nbytes = nbytes - OLD.charge; END""",
 )
-_COLUMNS = "key, name, nbytes, hash, digest, hops, etag, modified, ask, written"
+_COLUMNS = "key, name, nbytes, hash, digest, origins, source, private, etag, modified, ask, written, used"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,28 +46,48 @@ class Kept:
     Attributes
     ----------
     key: SHA-256 of its URL and scope.
-    name: of the file with its bytes; never used twice.
     nbytes: its length.
     hash_name, digest: of its bytes.
-    hops: the URLs that led to it, in order; the last one gave it.
+    origins: of the URLs that led to it, in order: scheme, host and port. URLs are not kept: they may hold secrets.
+    source: the digest of the URL that gave it.
+    private: whether private addresses might be dialled for it.
     validators: to ask its host with.
     ask: whether the host is to be asked before each use.
+    name: of the file with its bytes; never used twice.
     written: when it was written, or last found unchanged; seconds of the wall clock.
+    used: when it was last used; the order in which media go does not depend on it.
     """
 
     key: bytes
-    name: str
     nbytes: int
     hash_name: HashName
     digest: bytes
-    hops: tuple[str, ...]
+    origins: tuple[str, ...]
+    source: bytes
+    private: bool
     validators: Validators
     ask: bool
-    written: float
+    name: str = ""
+    written: float = 0.0
+    used: float = 0.0
+
+    @property
+    def charge(self) -> int:
+        """What it counts, in bytes: whole blocks."""
+        return -(-self.nbytes // BLOCK) * BLOCK
 
     def is_fresh(self, now: float, ttl: float) -> bool:
         """Whether it may be used unasked; a clock that was set back makes it stale."""
         return not self.ask and 0 <= now - self.written < ttl
+
+    def may_be_read(self, policy: UrlPolicy) -> bool:
+        """Whether the policy of today lets pass what led to it."""
+        try:
+            for origin in self.origins:
+                policy.judge_url(origin)
+        except MmprepError:
+            return False
+        return self.private == policy.allow_private
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +141,7 @@ class Index:
 
         What was fetched before the one at hand was written is not kept: it is the older one.
         """
-        charge = _charge(kept.nbytes)
-        if charge > self._max_bytes:
+        if kept.charge > self._max_bytes:
             return Change(False, (kept.name,))
         with self._transaction():
             known = self.find(kept.key)
@@ -126,33 +149,36 @@ class Index:
             if known is not None and fetched <= known.written <= now:
                 return Change(False, (kept.name,))
             gone = self._delete([] if known is None else [known.name])
-            room = self._max_bytes - charge
+            room = self._max_bytes - kept.charge
             victims = self._victims(room)
             gone += self._delete(victims)
             self._db.execute(
-                "INSERT INTO media VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO media VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     kept.key,
                     kept.name,
                     kept.nbytes,
-                    charge,
+                    kept.charge,
                     kept.hash_name,
                     kept.digest,
-                    json.dumps(kept.hops),
+                    json.dumps(kept.origins),
+                    kept.source,
+                    int(kept.private),
                     kept.validators.etag,
                     kept.validators.modified,
                     int(kept.ask),
                     kept.written,
+                    kept.used,
                     self._turn(),
                 ),
             )
         return Change(True, tuple(gone), len(victims))
 
-    def touch(self, names: Iterable[str]) -> None:
+    def touch(self, names: Iterable[str], now: float) -> None:
         """Note that media were used, in this order. Their freshness stays."""
         with self._transaction():
             for name in names:
-                self._db.execute("UPDATE media SET turn = ? WHERE name = ?", (self._turn(), name))
+                self._db.execute("UPDATE media SET turn = ?, used = ? WHERE name = ?", (self._turn(), now, name))
 
     def renew(self, name: str, validators: Validators, *, ask: bool, now: float) -> None:
         """Note that the host says that a medium has not changed: its TTL begins anew."""
@@ -174,6 +200,23 @@ class Index:
             rows = self._db.execute(f"SELECT name FROM media WHERE {stale}", (now, now - self._ttl))  # noqa: S608 -- constants
             gone = self._delete([name for (name,) in rows.fetchall()])
             return gone + self._delete(self._victims(self._max_bytes))
+
+    def clear(self) -> list[Kept]:
+        """Forget all media; return them."""
+        with self._transaction():
+            gone = list(self.all())
+            self._db.execute("DELETE FROM media")
+        return gone
+
+    def all(self) -> Iterator[Kept]:
+        """Yield all media, the one that was used last first."""
+        for row in self._db.execute(f"SELECT {_COLUMNS} FROM media ORDER BY turn DESC"):  # noqa: S608 -- constants
+            yield _kept(row)
+
+    def count(self) -> int:
+        """Return how many media there are."""
+        (number,) = self._db.execute("SELECT COUNT(*) FROM media").fetchone()
+        return int(number)
 
     def names(self) -> set[str]:
         """Return the names of all media's files."""
@@ -223,12 +266,19 @@ class Index:
             raise
 
 
-def _charge(nbytes: int) -> int:
-    return -(-nbytes // BLOCK) * BLOCK
-
-
-def _kept(row: tuple[bytes, str, int, HashName, bytes, str, str, str, int, float]) -> Kept:
-    key, name, nbytes, hash_name, digest, hops, etag, modified, ask, written = row
+def _kept(row: tuple[Any, ...]) -> Kept:
+    key, name, nbytes, hash_name, digest, origins, source, private, etag, modified, ask, written, used = row
     return Kept(
-        key, name, nbytes, hash_name, digest, tuple(json.loads(hops)), Validators(etag, modified), bool(ask), written
+        key=key,
+        nbytes=nbytes,
+        hash_name=hash_name,
+        digest=digest,
+        origins=tuple(json.loads(origins)),
+        source=source,
+        private=bool(private),
+        validators=Validators(etag, modified),
+        ask=bool(ask),
+        name=name,
+        written=written,
+        used=used,
     )

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from mmprep.errors import Busy, FetchError, Forbidden, TooLarge
+from mmprep_frontend.media.memory import Loaded, MediaMemory
 from mmprep_frontend.media.sources import FileSource
 
 #: Bytes of one read.
@@ -40,12 +41,15 @@ class LocalFiles:
         or as it is without links.
     max_bytes:
         Largest file, in bytes, ``--max-media-size``.
+    memory:
+        What all media may take.
     """
 
-    def __init__(self, root: str, max_bytes: int) -> None:
+    def __init__(self, root: str, max_bytes: int, memory: MediaMemory) -> None:
         self._root = os.path.realpath(root)
         self._prefixes = tuple(dict.fromkeys(map(_components, (os.path.normpath(root), self._root))))
         self._max_bytes = max_bytes
+        self._memory = memory
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="files")
 
     def close(self) -> None:
@@ -69,7 +73,7 @@ class LocalFiles:
             param=source.param,
         )
 
-    async def read(self, source: FileSource) -> bytes:
+    async def read(self, source: FileSource) -> Loaded:
         """Return the bytes of the file.
 
         Raises
@@ -81,12 +85,16 @@ class LocalFiles:
         mmprep.errors.TooLarge
             More than ``max_bytes``.
         mmprep.errors.Busy
-            The process has no descriptors left.
+            The process has no descriptors left, or media take too much memory.
         """
         names = self.beneath(source)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._read, names, source.param)
+        reading = asyncio.get_running_loop().run_in_executor(self._threads, self._read, names, source.param)
+        try:
+            return await reading
+        except Busy as error:
+            raise error.at(source.param) if source.param is not None else error from None
 
-    def _read(self, names: Sequence[bytes], param: str | None) -> bytes:
+    def _read(self, names: Sequence[bytes], param: str | None) -> Loaded:
         try:
             file = _open_beneath(self._root, names)
             try:
@@ -95,22 +103,20 @@ class LocalFiles:
                 os.close(file)
         except OSError as error:
             if error.errno in _NONE_LEFT:
-                raise Busy("too many files are open at the moment; try again", param=param, retry_after=1.0) from None
+                raise Busy("too many files are open at the moment; try again", retry_after=1.0) from None
             raise FetchError(_UNREADABLE, param=param) from None
 
-    def _content(self, file: int, param: str | None) -> bytes:
+    def _content(self, file: int, param: str | None) -> Loaded:
         if os.fstat(file).st_size > self._max_bytes:
             raise self._too_large(param)
-        pieces: list[bytes] = []
-        left = self._max_bytes + 1  # the file may have grown since
-        while left and (piece := os.read(file, min(left, _PIECE))):
-            pieces.append(piece)
-            left -= len(piece)
-        if not left:
-            raise self._too_large(param)
-        if not pieces:
-            raise FetchError("the file is empty", param=param)
-        return b"".join(pieces)
+        with self._memory.pieces() as pieces:
+            while piece := os.read(file, _PIECE):
+                if pieces.nbytes + len(piece) > self._max_bytes:  # it may have grown since
+                    raise self._too_large(param)
+                pieces.add(piece)
+            if not pieces.nbytes:
+                raise FetchError("the file is empty", param=param)
+            return pieces.joined()
 
     def _too_large(self, param: str | None) -> TooLarge:
         return TooLarge(

@@ -18,6 +18,7 @@ from mmprep.errors import InvalidRequest, TooLarge
 from mmprep_frontend.media.cache import Keepable, MediaCache
 from mmprep_frontend.media.fetch import Fetcher
 from mmprep_frontend.media.files import LocalFiles
+from mmprep_frontend.media.memory import Loaded, Share
 from mmprep_frontend.media.sources import DataSource, FileSource, HttpSource, inline_source, parse_source
 from mmprep_frontend.render.conversation import MediaPart
 
@@ -29,6 +30,9 @@ SMALL = 4 << 20
 #: Bytes that are decoded and hashed on the loop where nothing else needs a hop: 0.2 ms, as much as the hop costs.
 TINY = 1 << 20
 
+#: Seconds before a request's deadline at which its fetches end, and say what the host did.
+_WORD = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class Medium:
@@ -38,12 +42,14 @@ class Medium:
     ----------
     seconds: that reading base64 and hashing took.
     keepable: where the disk cache may want it once it was decoded.
+    share: counts the bytes, where they came from elsewhere than from the request.
     """
 
     data: bytes | memoryview
     digest: bytes
     seconds: float
     keepable: Keepable | None = None
+    share: Share | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,27 +170,31 @@ class Intake:
             return await self._through(self._cache, source, part, deadline, scope)
         if isinstance(source, HttpSource | FileSource):
             started = time.monotonic()
-            data = await self._fetched(source, part, deadline - loop.time())
+            loaded = await self._fetched(source, part, _for_hosts(deadline - loop.time()))
             self._on_fetched(time.monotonic() - started)
-            return await loop.run_in_executor(self._threads, self._hashed, data)
+            hashed = await loop.run_in_executor(self._threads, self._hashed, loaded.data)
+            return replace(hashed, share=loaded.share)
         return await loop.run_in_executor(self._threads, self._decode, source)
 
     async def _through(
         self, cache: MediaCache, source: HttpSource, part: MediaPart, deadline: float, scope: bytes
     ) -> Medium:
         loop, started = asyncio.get_running_loop(), time.monotonic()
-        seconds = max(0.001, deadline - loop.time())
+        seconds = _for_hosts(deadline - loop.time())
         fetched = await cache.fetch(source.url, scope=scope, param=part.param, timeout=seconds)
         if fetched.asked:
             self._on_fetched(time.monotonic() - started)
         if fetched.digest is not None and fetched.hash_name == self._hasher.name:
-            return Medium(fetched.data, fetched.digest, 0.0)
+            return Medium(fetched.data, fetched.digest, 0.0, share=fetched.share)
         medium = await loop.run_in_executor(self._threads, self._hashed, fetched.data)
-        return replace(medium, keepable=fetched.keepable)
+        return replace(medium, keepable=fetched.keepable, share=fetched.share)
 
-    async def _fetched(self, source: HttpSource | FileSource, part: MediaPart, seconds: float) -> bytes:
+    async def _fetched(self, source: HttpSource | FileSource, part: MediaPart, seconds: float) -> Loaded:
         if isinstance(source, HttpSource):
-            return await self._fetcher.fetch(source.url, param=part.param, timeout=max(0.001, seconds))
+            reply = await self._fetcher.fetch(source.url, param=part.param, timeout=seconds)
+            assert reply.data is not None
+            assert reply.share is not None
+            return Loaded(reply.data, reply.share)
         assert self._files is not None
         return await self._files.read(source)
 
@@ -199,6 +209,11 @@ class Intake:
             started = time.monotonic()
         digest = self._hasher.content_digest(data)
         return Medium(data, digest, time.monotonic() - started)
+
+
+def _for_hosts(seconds: float) -> float:
+    """Return how many of the seconds left a host has: it, and not the request's time, is to blame where it is silent."""
+    return max(0.001, seconds - min(_WORD, seconds / 10))
 
 
 def at_hand(source: Source) -> bool:

@@ -24,6 +24,7 @@ _SCOPE_DOMAIN: Final = b"mmprep scope 1"
 _VARIANT_DOMAIN: Final = b"mmprep item variant 1"
 _ALIAS_DOMAIN: Final = b"mmprep uuid alias 1"
 _FETCHED_DOMAIN: Final = b"mmprep fetched medium 1"
+_URL_DOMAIN: Final = b"mmprep media url 1"
 
 
 @lru_cache(maxsize=1024)
@@ -108,6 +109,11 @@ def fetched_key(*, scope: bytes, url: str, allow_private: bool) -> bytes:
     """
     parts = (_FETCHED_DOMAIN, scope, url.encode("ascii"), b"private" if allow_private else b"public")
     return hashlib.sha256(encode_parts(parts)).digest()
+
+
+def url_digest(url: str) -> bytes:
+    """Return what tells a URL in normal form from others without holding it: SHA-256, 32 bytes."""
+    return hashlib.sha256(encode_parts((_URL_DOMAIN, url.encode("ascii")))).digest()
 
 
 def _check_scope(scope: bytes) -> None:

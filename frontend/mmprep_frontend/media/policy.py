@@ -14,7 +14,7 @@ Messages never hold the address that a name resolved to: they would make the ser
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import Final
 from urllib.parse import quote, urljoin
@@ -74,6 +74,9 @@ _EMBEDDING_V6: Final = (
     (IPv6Network("2002::/16"), 80),  # 6to4
 )
 _TEREDO: Final = IPv6Network("2001::/32")
+#: RFC 5214: an interface identifier that carries an IPv4 address, whatever the prefix; with and without the bit for
+#: "globally unique".
+_ISATAP: Final = frozenset({0x00005EFE, 0x02005EFE})
 
 _FORBIDDEN_ADDRESS = "the URL's host is not on the public network; this service reads only from public addresses"
 
@@ -102,6 +105,25 @@ class Target:
         port = "" if self.port == _DEFAULT_PORTS[self.scheme] else f":{self.port}"
         return f"{self.scheme}://{host}{port}{self.path}"
 
+    @property
+    def origin(self) -> str:
+        """The URL in normal form with nothing but ``/`` as its path: what the policy looks at, and no secret."""
+        return replace(self, path="/").url
+
+
+@dataclass(frozen=True, slots=True)
+class _Pattern:
+    """One entry of the allowed hosts: a host or all below it, at one port or every one."""
+
+    host: str
+    below: bool
+    port: int | None
+
+    def matches(self, target: Target) -> bool:
+        if self.port not in {None, target.port}:
+            return False
+        return target.host.endswith(f".{self.host}") if self.below else target.host == self.host
+
 
 @dataclass(frozen=True)
 class UrlPolicy:
@@ -111,7 +133,7 @@ class UrlPolicy:
     ----------
     allowed_domains:
         Where not empty, the only hosts allowed: ``example.com`` exactly that, ``*.example.com`` all below it and not
-        itself.
+        itself; at every port, or with ``:8443`` behind it at that one alone.
     allow_private:
         Also addresses that are not globally routable. For tests, and for services whose media lie in their own network.
 
@@ -123,9 +145,10 @@ class UrlPolicy:
 
     allowed_domains: tuple[str, ...] = ()
     allow_private: bool = False
+    _allowed: tuple[_Pattern, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "allowed_domains", tuple(_normal_pattern(domain) for domain in self.allowed_domains))
+        object.__setattr__(self, "_allowed", tuple(map(_read_pattern, self.allowed_domains)))
 
     def judge_url(self, url: str) -> Target:
         """Return ``url`` in normal form, if it may be read as far as its text tells.
@@ -139,8 +162,8 @@ class UrlPolicy:
             is not public or is spelled in an odd way.
         """
         target = _parse(url)
-        if self.allowed_domains and not any(_matches(target.host, domain) for domain in self.allowed_domains):
-            raise Forbidden("the URL's host is not one of those that this service is set up to read from")
+        if self._allowed and not any(pattern.matches(target) for pattern in self._allowed):
+            raise Forbidden("the URL's host or port is not one of those that this service is set up to read from")
         literal = _literal(target.host)
         if literal is not None:
             self.judge_address(literal)
@@ -252,22 +275,21 @@ def _normal_host(host: str) -> str | None:
     return host
 
 
-def _normal_pattern(pattern: str) -> str:
-    prefix = "*." if pattern.startswith("*.") else ""
-    name = pattern.removeprefix("*.")
+def _read_pattern(text: str) -> _Pattern:
+    rest = text.removeprefix("*.")
+    parts = _BRACKETED.fullmatch(rest) or _NAMED.fullmatch(rest)
     try:
-        host = _canonical_v6(name.strip("[]")) if ":" in name else _normal_host(name)
+        host = None if parts is None else _canonical_v6(parts[1]) if rest.startswith("[") else _normal_host(parts[1])
     except Forbidden:
         host = None
-    if host is None:
-        raise StartupError(f"--allowed-media-domains: {pattern!r} is neither a host name nor *.host name")
-    return prefix + host
-
-
-def _matches(host: str, pattern: str) -> bool:
-    if pattern.startswith("*."):
-        return host.endswith(pattern[1:])
-    return host == pattern
+    below = rest != text
+    port = int(parts[2]) if parts is not None and parts[2] else None
+    # Nothing is below an address.
+    if host is None or (below and _literal(host)) or not (port is None or 1 <= port <= 65535):
+        raise StartupError(
+            f"--allowed-media-domains: {text!r} is neither a host name nor *.host name, with or without :port"
+        )
+    return _Pattern(host, below, port)
 
 
 def _literal(host: str) -> IPv4Address | IPv6Address | None:
@@ -290,4 +312,6 @@ def _is_public(address: IPv4Address | IPv6Address) -> bool:
         server = IPv4Address((int(plain) >> 64) & 0xFFFFFFFF)
         client = IPv4Address(~int(plain) & 0xFFFFFFFF)
         return _is_public(server) and _is_public(client)
+    if (int(plain) >> 32) & 0xFFFFFFFF in _ISATAP and not _is_public(IPv4Address(int(plain) & 0xFFFFFFFF)):
+        return False
     return plain in _GLOBAL_V6 and not any(plain in network for network in _REFUSED_V6)

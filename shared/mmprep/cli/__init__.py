@@ -12,6 +12,7 @@ _COMMANDS = {
     "serve": "run the service",
     "render": "render one request from a file, with a service of its own",
     "status": "show what a running service does",
+    "cache": "show or empty the ring and the disk cache of media",
     "doctor": "check whether this machine can run the service",
 }
 

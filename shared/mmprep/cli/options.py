@@ -28,7 +28,7 @@ _LIMITS = {"image": 8, "video": 1, "audio": 4}
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
 #: What cannot be a host name is refused here; the frontends' URL policy judges the rest.
-_DOMAIN = re.compile(r"(\*\.)?[^\s/:*@?#%\\]+|\[[0-9A-Fa-f:.]+\]")
+_DOMAIN = re.compile(r"((\*\.)?[^\s/:*@?#%\\]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
 
 
 class Option(NamedTuple):
@@ -136,7 +136,8 @@ def _domains(text: str, option: str) -> tuple[str, ...]:
     for domain in domains:
         if not _DOMAIN.fullmatch(domain):
             raise StartupError(
-                f"{option}: {domain!r} is no host name; give names as a.example, or *.b.example for all below"
+                f"{option}: {domain!r} is no host name; give names as a.example, or *.b.example for all below, each with "
+                "or without a port"
             )
     return domains
 
@@ -188,7 +189,7 @@ OPTIONS = (
     Option("max-video-frames", _whole(1, 1 << 16), "768", "most frames of one video that are processed"),
     Option("max-video-duration", _duration("1s", "1d"), "1h", "longest video"),
     Option("max-audio-duration", _duration("1s", "1d"), "1h", "longest recording"),
-    Option("allowed-media-domains", _domains, "", "only fetch media from these: a.example,*.b.example"),
+    Option("allowed-media-domains", _domains, "", "only fetch media from these: a.example,*.b.example:443"),
     Option("allow-private-networks", _switch, "false", "fetch media from private addresses too", flag=True),
     Option(
         "allowed-local-media-path", _directory, "", "read media at file:// URLs below this directory; default: none"
@@ -226,11 +227,19 @@ OPTIONS = (
 )
 
 
-def parser(command: str, description: str) -> argparse.ArgumentParser:
-    """Return a parser with every option of ``serve``; values are read later, by :func:`resolve`."""
+def parser(command: str, description: str, names: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """Return a parser with options of ``serve``; values are read later, by :func:`resolve` or :func:`read`.
+
+    Parameters
+    ----------
+    names:
+        Of the options, without dashes; ``None``: all.
+    """
     made = argparse.ArgumentParser(prog=f"mmprep {command}", description=description)
     made.add_argument("--config", help="TOML file with options, by the same names")
     for option in OPTIONS:
+        if names is not None and option.name not in names:
+            continue
         default = f" (default: {option.default})" if option.default and not option.flag else ""
         text = (option.help + default).replace("%", "%%")
         if option.flag:
@@ -257,27 +266,33 @@ def resolve(
     StartupError
         A value is wrong, the file cannot be read, or the model is not there.
     """
-    texts = _texts(arguments, environment)
-    values: dict[str, Any] = {}
-    for option in OPTIONS:
-        values[option.name.replace("-", "_")] = option.read(texts[option.name], f"--{option.name}")
-    return _decide(values, model)
+    return _decide(read(arguments, environment), model)
 
 
-def _texts(arguments: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, str]:
+def read(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Return the values of the options that :func:`parser` made, by name, with underscores.
+
+    Raises
+    ------
+    StartupError
+        A value is wrong, or the file cannot be read.
+    """
     file = _read_file(arguments.config or environment.get("MMPREP_CONFIG"))
-    texts = {}
+    values = {}
     for option in OPTIONS:
-        given = getattr(arguments, option.name.replace("-", "_"))
+        name = option.name.replace("-", "_")
+        if not hasattr(arguments, name):
+            continue
+        given = getattr(arguments, name)
         if given is None:
-            given = environment.get(f"MMPREP_{option.name.replace('-', '_').upper()}")
+            given = environment.get(f"MMPREP_{name.upper()}")
         if given is None and option.foreign is not None:
             variable, unit = option.foreign
             given = f"{environment[variable].strip()}{unit}" if environment.get(variable, "").strip() else None
         if given is None:
             given = file.get(option.name)
-        texts[option.name] = option.default if given is None else given
-    return texts
+        values[name] = option.read(option.default if given is None else given, f"--{option.name}")
+    return values
 
 
 def _read_file(path: str | None) -> dict[str, str]:

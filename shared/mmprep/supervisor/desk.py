@@ -40,9 +40,14 @@ class Desk:
     ----------
     on_state:
         Called after every change of a process's state.
+    settings:
+        Of the whole service, as the status tells them.
     """
 
-    def __init__(self, context: zmq.Context[Any], endpoint: str, on_state: Callable[[], None]) -> None:
+    def __init__(
+        self, context: zmq.Context[Any], endpoint: str, on_state: Callable[[], None], settings: dict[str, Any]
+    ) -> None:
+        self._settings = settings
         self._on_state = on_state
         self._reporters: dict[bytes, Reporter] = {}
         self._calls = CallTable()
@@ -74,7 +79,7 @@ class Desk:
     async def status(self) -> dict[str, Any]:
         """Return the whole service's status, as ``mmprep status --json`` prints it."""
         reports = await self._collect()
-        status: dict[str, Any] = {"supervisor": {"pid": os.getpid()}, "frontends": []}
+        status: dict[str, Any] = {"supervisor": {"pid": os.getpid()}, "frontends": [], **self._settings}
         for reporter, report in reports:
             if reporter.role == "frontend":
                 status["frontends"].append({**report.status, "ready": reporter.state.ready})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -88,6 +89,19 @@ class ServeOptions(msgspec.Struct, frozen=True):
             lane_memory=self.lane_memory,
             logs=self.logs,
         )
+
+    def media_cache(self) -> dict[str, Any] | None:
+        """Return what the status says about the disk cache; ``None`` where there is none."""
+        if self.media_cache_dir is None:
+            return None
+        return {
+            "directory": str(self.media_cache_dir),
+            "max_bytes": self.media_cache_max_size,
+            "ttl": self.media_cache_ttl,
+            "max_media_size": self.max_media_size,
+            "allowed_media_domains": self.allowed_media_domains,
+            "allow_private_networks": self.allow_private_networks,
+        }
 
     def frontend(self, index: int, runtime_dir: Path, port: int) -> FrontendSettings:
         """Return the part of frontend ``index``."""

@@ -81,7 +81,8 @@ class Supervisor:
             with claim_port(self._options.host, self._options.port) as reserved:
                 self._port = reserved.getsockname()[1]
                 context: zmq.Context[Any] = zmq.Context()
-                self._desk = Desk(context, self._runtime.supervisor, self._state_changed)
+                settings = {"media_cache": self._options.media_cache()}
+                self._desk = Desk(context, self._runtime.supervisor, self._state_changed, settings)
                 try:
                     await self._serve()
                 finally:

@@ -24,6 +24,8 @@ Call = Natural
 MAX_ITEMS = 256
 #: Estimated pixels of an item from which it is slow work, which one lane never takes.
 HEAVY_COST = 16_000_000
+#: Entries of the ring in one message; about 32 KiB.
+MAX_INSPECTED = 512
 Need = Literal["tensors", "plan"]
 LeaseKind = Literal["copy", "view"]
 
@@ -332,13 +334,53 @@ class Upgrade(Wire, frozen=True):
 
 
 class Clear(Wire, frozen=True):
-    """Drop every entry that nobody holds. Answered by :class:`Done`."""
+    """Drop every entry; what somebody holds goes when it is let go. Answered by :class:`Cleared`."""
 
     call: Call
 
 
-ToWriter: TypeAlias = Hello | Offer | Cancel | Unpin | Reassert | Repin | Renew | Release | Acquire | Upgrade | Clear
-FromWriter: TypeAlias = WriterWelcome | Refused | Card | Wants | Answer | Failed | Done | Renewed | Acquired | Overdue
+class Cleared(Wire, frozen=True):
+    """So many entries are found no more; ``nbytes`` became free at once, those that are held do later."""
+
+    call: Call
+    entries: Natural
+    nbytes: Natural
+
+
+class Inspect(Wire, frozen=True):
+    """What is in the slots from ``start`` on? Answered by :class:`Inspected`."""
+
+    call: Call
+    start: Natural
+
+
+class Inspected(Wire, frozen=True):
+    """Some entries, by slot; spills come last, in slots above those of the ring. ``start``: of the next question, 0: none."""
+
+    call: Call
+    entries: Annotated[tuple[InspectedEntry, ...], msgspec.Meta(max_length=MAX_INSPECTED)]
+    start: Natural
+
+
+class InspectedEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One entry; ``nbytes`` are those that it occupies, with what aligns it, or those of a spill's segment."""
+
+    slot: Natural
+    generation: Natural
+    key: Digest
+    nbytes: Natural
+    state: Literal["filling", "ready", "removed"]
+    pins: Natural
+    leases: Natural
+    spill: bool
+
+
+ToWriter: TypeAlias = (
+    Hello | Offer | Cancel | Unpin | Reassert | Repin | Renew | Release | Acquire | Upgrade | Clear | Inspect
+)
+FromWriter: TypeAlias = (
+    WriterWelcome | Refused | Card | Wants | Answer | Failed | Done | Renewed | Acquired | Overdue | Cleared | Inspected
+)
 
 
 # --- frontend to writer (bulk) ----------------------------------------------------------------------------------------

@@ -321,6 +321,12 @@ class Ring:
         ready = (e.key for entries in (self._directory, self._spills) for e in entries if e.state is State.READY)
         return sum(self.remove(key) for key in dict.fromkeys(ready))
 
+    def in_slots(self, start: int, most: int) -> tuple[list[Entry], int]:
+        """Return what is in the ``most`` slots from ``start`` on, spills too, and the next slot; 0: there is none."""
+        slots = range(start, min(start + most, self._spills.end))
+        found = (self._at(slot) for slot in slots)
+        return [entry for entry in found if entry is not None], slots.stop if slots.stop < self._spills.end else 0
+
     def take_writes(self) -> tuple[tuple[int, bytes], ...]:
         """Return what is to be written into the directory since the last call: ``(slot, 128 bytes)``, in this order."""
         return self._space.take_writes()

@@ -81,6 +81,11 @@ class Spills:
     def __iter__(self) -> Iterator[Spill]:
         return iter(self._by_generation.values())
 
+    @property
+    def end(self) -> int:
+        """The number that no spill can have, and none above it."""
+        return self._first + len(self._slots)
+
     def fits(self, meta_len: int, tensor_len: int, beside: int) -> bool:
         """Whether there would be room for an item if there were nothing but ``beside`` bytes."""
         if beside + align(meta_len) + tensor_len > self._max_bytes:  # however absurd, no geometry has to be made of it

@@ -31,6 +31,7 @@ from mmprep_worker.scheduling.flights import Flights
 from mmprep_worker.scheduling.queue import FairQueue
 from mmprep_worker.writer.aliases import MOST_ALIASES, Aliases
 from mmprep_worker.writer.holds import Holds
+from mmprep_worker.writer.inspection import clear, inspect
 from mmprep_worker.writer.leasing import Leasing
 from mmprep_worker.writer.plans import PlanStore
 from mmprep_worker.writer.state import (
@@ -60,7 +61,7 @@ _MAY_SEND: dict[str, tuple[type, ...]] = {
         messages.Clear,
     ),
     "backend": (messages.Acquire, messages.Reassert, messages.Renew, messages.Release, messages.Upgrade),
-    "control": (messages.Clear,),
+    "control": (messages.Clear, messages.Inspect),
 }
 
 #: Control processes that are remembered. They hold no process lock, so nothing tells when they are gone.
@@ -369,11 +370,12 @@ class WriterCore:
             case messages.Repin():
                 self._repin(peer, message)
             case messages.Clear():
-                self.ring.clear()
                 self.plans.clear()
                 self.aliases.clear()
                 self.quarantine.clear()
-                self._send(peer, messages.Done(message.call))
+                self._send(peer, clear(self.ring, message))
+            case messages.Inspect():
+                self._send(peer, inspect(self.ring, message))
             case _:
                 answer = self._leasing.answer(peer, message, now)
                 if answer is not None:
