@@ -29,6 +29,7 @@ from mmprep.wire.sockets import Pump, router
 from mmprep_frontend.render.answer import max_tokens, new_request_id
 from mmprep_frontend.room import Held, Room
 from mmprep_frontend.service import RenderedChat, RenderedItem, Service
+from mmprep_frontend.texts import Texts
 
 _log = logging.getLogger("mmprep.native")
 
@@ -70,6 +71,7 @@ class NativeDoor:
         refusal: Callable[[], str | None],
     ) -> None:
         self._service = service
+        self._texts = Texts(service)
         self._room = room
         self._max_frame = max_body_size
         self._refusal = refusal
@@ -232,15 +234,15 @@ class NativeDoor:
         return head.pack()
 
     async def _completions(self, peer: bytes, call: int, held: Held, body: memoryview, _: list[memoryview]) -> None:
-        self._json(peer, call, held, await self._service.completions(body, new_request_id("cmpl")))
+        self._json(peer, call, held, await self._texts.completions(body, new_request_id("cmpl")))
 
     async def _tokenize(
         self, peer: bytes, call: int, held: Held, body: memoryview, attachments: list[memoryview]
     ) -> None:
-        self._json(peer, call, held, await self._service.tokenize(body, attachments))
+        self._json(peer, call, held, await self._texts.tokenize(body, attachments))
 
     async def _detokenize(self, peer: bytes, call: int, held: Held, body: memoryview, _: list[memoryview]) -> None:
-        self._json(peer, call, held, await self._service.detokenize(body))
+        self._json(peer, call, held, await self._texts.detokenize(body))
 
     def _json(self, peer: bytes, call: int, held: Held, encoded: bytes) -> None:
         held.hold_answer(len(encoded))

@@ -27,16 +27,10 @@ from mmprep_frontend.dispatch import Offered, OfferItem, WriterLink
 from mmprep_frontend.media.intake import SMALL, TINY, Intake, Medium, Source, at_hand, first_error, size
 from mmprep_frontend.media.keys import item_key, scope
 from mmprep_frontend.model import ServedModel
-from mmprep_frontend.render.answer import check_length, generate_request, json_list
+from mmprep_frontend.render.answer import check_length
 from mmprep_frontend.render.conversation import Conversation, MediaPart
 from mmprep_frontend.render.expansion import Expanded, expand
-from mmprep_frontend.render.requests import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-    parse,
-)
+from mmprep_frontend.render.requests import ChatRequest, TokenizeRequest, parse
 from mmprep_frontend.render.tokens import EncodedPrompt
 
 T = TypeVar("T")
@@ -45,16 +39,13 @@ Body: TypeAlias = bytes | memoryview
 
 #: Requests above this size are parsed off the loop.
 _LARGE_BODY = 256 * 1024
-#: Ids up to which an answer is encoded on the loop, and how many the rest of one answer is worth.
+#: Ids up to which an answer is encoded on the loop.
 _FEW_IDS = 16_384
-_ANSWER = 100
 #: Bytes of tensors up to which an answer is encoded on the loop.
 _FEW_BYTES = 64 * 1024
 #: What one medium is estimated to cost, in pixels: the least, and for each encoded byte. A second of video is as much
 #: as a large picture, so every video is slow work.
 _COST = {"image": (4096, 4), "video": (HEAVY_COST, 40), "audio": (65_536, 1)}
-#: Characters and ids that one completion request has tokenized or checked before others get their turn.
-_TURN = 64 * 1024
 _ANONYMOUS = "anonymous"
 
 
@@ -93,7 +84,7 @@ class Terms:
 
 
 @dataclass(frozen=True, slots=True)
-class _Walked:
+class Walked:
     """A request's conversation, and the bytes of its JSON beside its media."""
 
     conversation: Conversation
@@ -190,7 +181,7 @@ class Service:
         self._tensor_dtype = tensor_dtype
         self._limits = limits
         self._request_timeout = request_timeout
-        self._trusts_kwargs = trusts_kwargs
+        self.trusts_kwargs = trusts_kwargs
 
     async def on_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         """Return what ``work`` returns on a thread; awaits its end also when cancelled.
@@ -233,25 +224,26 @@ class Service:
         MmprepError
             With the place in the request as ``param``.
         """
-        model, arrived = self.served(), _now()
-        request = await self._parse(body, lambda: parse(body, "chat", trusted=self._trusts_kwargs))
+        model, arrived = self.served(), now()
+        request = await self.parse_body(body, lambda: parse(body, "chat", trusted=self.trusts_kwargs))
         model.check_name(request.model)
-        deadline = self._deadline(arrived, request.deadline_ms)
-        with _naming("messages"):
-            walked = self._walk(model, request, body)
+        deadline = self.deadline(arrived, request.deadline_ms)
+        with naming("messages"):
+            walked = self.walk(model, request, body)
             return await self._render(model, request, walked, attachments, deadline)
 
-    def _walk(self, model: ServedModel, request: ChatRequest | TokenizeRequest, body: Body) -> _Walked:
+    def walk(self, model: ServedModel, request: ChatRequest | TokenizeRequest, body: Body) -> Walked:
+        """Take the media out of a request's messages and judge what is left; raises InvalidRequest."""
         conversation = model.walk(request, self._limits)
         nbytes = len(body) - sum(len(part.url) for part in conversation.media)
         model.bounds.check_json(nbytes)
-        return _Walked(conversation, nbytes)
+        return Walked(conversation, nbytes)
 
     async def _render(
         self,
         model: ServedModel,
         request: ChatRequest,
-        walked: _Walked,
+        walked: Walked,
         attachments: Sequence[memoryview],
         deadline: float,
     ) -> RenderedChat:
@@ -281,7 +273,7 @@ class Service:
         self,
         model: ServedModel,
         request: ChatRequest | TokenizeRequest,
-        walked: _Walked,
+        walked: Walked,
         attachments: Sequence[memoryview],
         deadline: float,
     ) -> tuple[EncodedPrompt, list[Medium]]:
@@ -295,7 +287,7 @@ class Service:
             return prompt, _all(self._intake.read_now(sources))
         if complete and nbytes <= SMALL:
             encode = model.encode_chat_and_read
-            encoded, media = await self._on_render_thread(
+            encoded, media = await self.on_render_thread(
                 deadline, encode, conversation, request, self._intake, sources, prompt
             )
             model.prompts.put(key, encoded)
@@ -319,7 +311,7 @@ class Service:
             async with _within(deadline), asyncio.TaskGroup() as group:
                 reading = group.create_task(self._intake.read(sources, conversation.media, deadline, scoped))
                 if known is None:
-                    encode = self._on_render_thread(deadline, model.encode_chat, conversation, request)
+                    encode = self.on_render_thread(deadline, model.encode_chat, conversation, request)
                     encoding = group.create_task(encode)
         except BaseExceptionGroup as failures:
             raise first_error(failures) from None
@@ -387,91 +379,15 @@ class Service:
         with self.timed("expand"):
             return expand(prompt.token_ids, prompt.placeholders, plans)
 
-    # --- the rest -------------------------------------------------------------------------------------------------
-
-    async def completions(self, body: Body, request_id: str) -> bytes:
-        """Render a completion request; JSON of a list of GenerateRequests, one a prompt."""
-        model, arrived = self.served(), _now()
-        model.bounds.check_json(len(body))
-        request = await self._parse(body, lambda: parse(body, "completion", trusted=self._trusts_kwargs))
-        model.check_name(request.model)
-        numbered = request.is_batch
-        with _naming("prompt"):
-            encoded = await self._encode_prompts(model, request, self._deadline(arrived, request.deadline_ms))
-
-            def answers() -> bytes:
-                told = (
-                    generate_request(
-                        request,
-                        request_id=f"{request_id}-{index}" if numbered else request_id,
-                        model=model.name,
-                        token_ids=token_ids,
-                        max_model_len=model.max_model_len,
-                        prompt_text=text,
-                    )
-                    for index, (token_ids, text) in enumerate(encoded)
-                )
-                return b"".join((b"[", b",".join(map(msgspec.json.encode, told)), b"]"))
-
-            return await self.encode(sum(_ANSWER + len(token_ids) for token_ids, _ in encoded), answers)
-
-    async def _encode_prompts(
-        self, model: ServedModel, request: CompletionRequest, deadline: float
-    ) -> list[tuple[list[int], str | None]]:
-        """Return ids and text of every prompt, some at a time, so that others get their turn on the render thread."""
-        prompts = request.prompts()
-        params = [f"prompt[{index}]" for index in range(len(prompts))] if request.is_batch else ["prompt"]
-        for prompt, param in zip(prompts, params, strict=True):
-            if isinstance(prompt, str):
-                model.bounds.check_prompt(len(prompt), param)
-        encoded: list[tuple[list[int], str | None]] = []
-        for turn in _turns([len(prompt) for prompt in prompts]):
-            encoded += await self._on_render_thread(
-                deadline, _encode, model, prompts[turn], params[turn], request.add_special_tokens
-            )
-        return encoded
-
-    async def tokenize(self, body: Body, attachments: Sequence[memoryview] = ()) -> bytes:
-        """Tokenize a text or a chat, to JSON; media are expanded, and only their plans are computed."""
-        model, arrived = self.served(), _now()
-        request = await self._parse(body, lambda: parse(body, "tokenize", trusted=self._trusts_kwargs))
-        model.check_name(request.model)
-        deadline = self._deadline(arrived, request.deadline_ms)
-        if request.prompt is not None:
-            model.bounds.check_counted(len(request.prompt), "prompt")
-            text, special = request.prompt, request.adds_special_tokens
-            token_ids = await self._on_render_thread(
-                deadline, lambda: model.encode_text(text, add_special_tokens=special)
-            )
-        else:
-            with _naming("messages"):
-                token_ids = await self._tokenize_chat(
-                    model, request, self._walk(model, request, body), attachments, deadline
-                )
-        strings = None
-        if request.return_token_strs:
-            strings = await self._on_render_thread(deadline, model.tokenizer.token_strs, token_ids)
-
-        def answer() -> bytes:
-            return msgspec.json.encode(
-                {
-                    "count": len(token_ids),
-                    "max_model_len": model.max_model_len,
-                    "tokens": json_list(token_ids),
-                    "token_strs": None if strings is None else json_list(strings),
-                }
-            )
-
-        return await self.encode(len(token_ids), answer)
-
-    async def _tokenize_chat(
+    async def chat_tokens(
         self,
         model: ServedModel,
         request: TokenizeRequest,
-        walked: _Walked,
+        walked: Walked,
         attachments: Sequence[memoryview],
         deadline: float,
     ) -> list[int]:
+        """Return the ids of a chat, media expanded; only their plans are computed."""
         prompt, media = await self._prompt_and_media(model, request, walked, attachments, deadline)
         if not media:
             return (
@@ -490,34 +406,21 @@ class Service:
         with offered:
             return self._expand(prompt, items).token_ids
 
-    async def detokenize(self, body: Body) -> bytes:
-        """Return the text of token ids, as JSON."""
-        model, arrived = self.served(), _now()
-        model.bounds.check_json(len(body))
-        request: DetokenizeRequest = await self._parse(body, lambda: parse(body, "detokenize"))
-        model.check_name(request.model)
-        deadline = self._deadline(arrived, request.deadline_ms)
-
-        def decode() -> str:
-            model.tokenizer.check_ids(request.tokens, "tokens")
-            return model.tokenizer.decode(request.tokens)
-
-        text = await self._on_render_thread(deadline, decode)
-        return await self.encode(len(request.tokens), lambda: msgspec.json.encode({"prompt": text}))
-
     # --- steps ----------------------------------------------------------------------------------------------------
 
-    def _deadline(self, arrived: float, deadline_ms: int | None) -> float:
+    def deadline(self, arrived: float, deadline_ms: int | None) -> float:
+        """Return when a request's time is over, by the loop's clock."""
         seconds = self._request_timeout if deadline_ms is None else min(deadline_ms / 1000, self._request_timeout)
         return arrived + seconds
 
-    async def _parse(self, body: Body, work: Callable[[], T]) -> T:
+    async def parse_body(self, body: Body, work: Callable[[], T]) -> T:
+        """Return what ``work`` makes of ``body``; off the loop where it is large."""
         if len(body) <= _LARGE_BODY:
             return work()
-        async with _within(_now() + self._request_timeout):
+        async with _within(now() + self._request_timeout):
             return await asyncio.get_running_loop().run_in_executor(self.threads, work)
 
-    async def _on_render_thread(self, deadline: float, work: Callable[..., T], *arguments: Any) -> T:
+    async def on_render_thread(self, deadline: float, work: Callable[..., T], *arguments: Any) -> T:
         """Return what ``work`` returns. Where the deadline comes first, work that has not begun is dropped."""
         try:
             async with _within(deadline):
@@ -543,7 +446,7 @@ def _all(media: Sequence[Medium | None]) -> list[Medium]:
 
 
 @contextmanager
-def _naming(param: str) -> Iterator[None]:
+def naming(param: str) -> Iterator[None]:
     """Let an invalid request that names no place name ``param``."""
     try:
         yield
@@ -551,7 +454,8 @@ def _naming(param: str) -> Iterator[None]:
         raise error.at(param) from None
 
 
-def _now() -> float:
+def now() -> float:
+    """Return the running loop's time, in seconds."""
     return asyncio.get_running_loop().time()
 
 
@@ -563,28 +467,3 @@ async def _within(deadline: float) -> AsyncIterator[None]:
             yield
     except TimeoutError:
         raise DeadlineExceeded("the request's time was over before it was rendered and tokenized") from None
-
-
-def _turns(lengths: Sequence[int]) -> Iterator[slice]:
-    """Cut a list of prompts of these lengths into slices, each of one prompt or of at most ``_TURN`` in sum."""
-    start = size = 0
-    for index, length in enumerate(lengths):
-        if index > start and size + length > _TURN:
-            yield slice(start, index)
-            start, size = index, 0
-        size += length
-    yield slice(start, len(lengths))
-
-
-def _encode(
-    model: ServedModel, prompts: Sequence[str | list[int]], params: Sequence[str], add_special_tokens: bool
-) -> list[tuple[list[int], str | None]]:
-    """Return ids and text of each prompt; on the render thread."""
-    encoded: list[tuple[list[int], str | None]] = []
-    for prompt, param in zip(prompts, params, strict=True):
-        if isinstance(prompt, str):
-            encoded.append((model.encode_text(prompt, add_special_tokens=add_special_tokens), prompt))
-        else:
-            model.tokenizer.check_ids(prompt, param)
-            encoded.append((prompt, None))
-    return encoded

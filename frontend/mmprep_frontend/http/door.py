@@ -17,6 +17,7 @@ from mmprep_frontend.http.chat_answer import encode_chat_answer
 from mmprep_frontend.http.exposition import METRICS, HistogramData, Numbers, Series, expose
 from mmprep_frontend.room import Held
 from mmprep_frontend.service import Service
+from mmprep_frontend.texts import Texts
 
 T = TypeVar("T")
 
@@ -53,6 +54,7 @@ class HttpDoor:
         collect: Callable[[], Awaitable[Snapshot]],
     ) -> None:
         self._service = service
+        self._texts = Texts(service)
         self._not_ready = not_ready
         self._refusal = refusal
         self._collect = collect
@@ -62,13 +64,13 @@ class HttpDoor:
         return await self._counted("/v1/chat/completions/render", self._render_chat(body, request_id, held))
 
     async def render_completions(self, body: bytes, request_id: str, held: Held) -> bytes:  # noqa: ARG002, the seam
-        return await self._counted("/v1/completions/render", self._service.completions(body, request_id))
+        return await self._counted("/v1/completions/render", self._texts.completions(body, request_id))
 
     async def tokenize(self, body: bytes) -> bytes:
-        return await self._counted("/tokenize", self._service.tokenize(body))
+        return await self._counted("/tokenize", self._texts.tokenize(body))
 
     async def detokenize(self, body: bytes) -> bytes:
-        return await self._counted("/detokenize", self._service.detokenize(body))
+        return await self._counted("/detokenize", self._texts.detokenize(body))
 
     async def renew_leases(self, body: bytes) -> bytes:
         request = _lease_request(body)

@@ -1,0 +1,152 @@
+"""What is answered with text and ids alone: completions, counting and its reverse.
+
+A chat that is counted goes the way of one that is rendered, in :mod:`mmprep_frontend.service`; here is what has no media.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from mmprep_frontend.model import ServedModel
+from mmprep_frontend.render.answer import generate_request, json_list
+from mmprep_frontend.render.requests import CompletionRequest, DetokenizeRequest, parse
+from mmprep_frontend.service import Body, Service, naming, now
+
+#: How many ids the rest of one answer is worth.
+_ANSWER = 100
+#: Characters and ids that one completion request has tokenized or checked before others get their turn.
+_TURN = 64 * 1024
+
+
+class Texts:
+    """Answers about texts and ids.
+
+    Parameters
+    ----------
+    service:
+        Has the model and the threads.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def completions(self, body: Body, request_id: str) -> bytes:
+        """Render a completion request; JSON of a list of GenerateRequests, one a prompt."""
+        model, arrived = self._service.served(), now()
+        model.bounds.check_json(len(body))
+        request = await self._service.parse_body(
+            body, lambda: parse(body, "completion", trusted=self._service.trusts_kwargs)
+        )
+        model.check_name(request.model)
+        numbered = request.is_batch
+        with naming("prompt"):
+            encoded = await self._encode_prompts(model, request, self._service.deadline(arrived, request.deadline_ms))
+
+            def answers() -> bytes:
+                told = (
+                    generate_request(
+                        request,
+                        request_id=f"{request_id}-{index}" if numbered else request_id,
+                        model=model.name,
+                        token_ids=token_ids,
+                        max_model_len=model.max_model_len,
+                        prompt_text=text,
+                    )
+                    for index, (token_ids, text) in enumerate(encoded)
+                )
+                return b"".join((b"[", b",".join(map(msgspec.json.encode, told)), b"]"))
+
+            return await self._service.encode(sum(_ANSWER + len(token_ids) for token_ids, _ in encoded), answers)
+
+    async def _encode_prompts(
+        self, model: ServedModel, request: CompletionRequest, deadline: float
+    ) -> list[tuple[list[int], str | None]]:
+        """Return ids and text of every prompt, some at a time, so that others get their turn on the render thread."""
+        prompts = request.prompts()
+        params = [f"prompt[{index}]" for index in range(len(prompts))] if request.is_batch else ["prompt"]
+        for prompt, param in zip(prompts, params, strict=True):
+            if isinstance(prompt, str):
+                model.bounds.check_prompt(len(prompt), param)
+        encoded: list[tuple[list[int], str | None]] = []
+        for turn in _turns([len(prompt) for prompt in prompts]):
+            encoded += await self._service.on_render_thread(
+                deadline, _encode, model, prompts[turn], params[turn], request.add_special_tokens
+            )
+        return encoded
+
+    async def tokenize(self, body: Body, attachments: Sequence[memoryview] = ()) -> bytes:
+        """Tokenize a text or a chat, to JSON; media are expanded, and only their plans are computed."""
+        model, arrived = self._service.served(), now()
+        request = await self._service.parse_body(
+            body, lambda: parse(body, "tokenize", trusted=self._service.trusts_kwargs)
+        )
+        model.check_name(request.model)
+        deadline = self._service.deadline(arrived, request.deadline_ms)
+        if request.prompt is not None:
+            model.bounds.check_counted(len(request.prompt), "prompt")
+            text, special = request.prompt, request.adds_special_tokens
+            token_ids = await self._service.on_render_thread(
+                deadline, lambda: model.encode_text(text, add_special_tokens=special)
+            )
+        else:
+            with naming("messages"):
+                token_ids = await self._service.chat_tokens(
+                    model, request, self._service.walk(model, request, body), attachments, deadline
+                )
+        strings = None
+        if request.return_token_strs:
+            strings = await self._service.on_render_thread(deadline, model.tokenizer.token_strs, token_ids)
+
+        def answer() -> bytes:
+            return msgspec.json.encode(
+                {
+                    "count": len(token_ids),
+                    "max_model_len": model.max_model_len,
+                    "tokens": json_list(token_ids),
+                    "token_strs": None if strings is None else json_list(strings),
+                }
+            )
+
+        return await self._service.encode(len(token_ids), answer)
+
+    async def detokenize(self, body: Body) -> bytes:
+        """Return the text of token ids, as JSON."""
+        model, arrived = self._service.served(), now()
+        model.bounds.check_json(len(body))
+        request: DetokenizeRequest = await self._service.parse_body(body, lambda: parse(body, "detokenize"))
+        model.check_name(request.model)
+        deadline = self._service.deadline(arrived, request.deadline_ms)
+
+        def decode() -> str:
+            model.tokenizer.check_ids(request.tokens, "tokens")
+            return model.tokenizer.decode(request.tokens)
+
+        text = await self._service.on_render_thread(deadline, decode)
+        return await self._service.encode(len(request.tokens), lambda: msgspec.json.encode({"prompt": text}))
+
+
+def _turns(lengths: Sequence[int]) -> Iterator[slice]:
+    """Cut a list of prompts of these lengths into slices, each of one prompt or of at most ``_TURN`` in sum."""
+    start = size = 0
+    for index, length in enumerate(lengths):
+        if index > start and size + length > _TURN:
+            yield slice(start, index)
+            start, size = index, 0
+        size += length
+    yield slice(start, len(lengths))
+
+
+def _encode(
+    model: ServedModel, prompts: Sequence[str | list[int]], params: Sequence[str], add_special_tokens: bool
+) -> list[tuple[list[int], str | None]]:
+    """Return ids and text of each prompt; on the render thread."""
+    encoded: list[tuple[list[int], str | None]] = []
+    for prompt, param in zip(prompts, params, strict=True):
+        if isinstance(prompt, str):
+            encoded.append((model.encode_text(prompt, add_special_tokens=add_special_tokens), prompt))
+        else:
+            model.tokenizer.check_ids(prompt, param)
+            encoded.append((prompt, None))
+    return encoded
