@@ -26,7 +26,8 @@ from mmprep.wire import messages
 from mmprep.wire.codec import MAX_FRAMES, PROTOCOL, pack, unpack
 from mmprep.wire.messages import LeaseKind
 from mmprep.wire.sockets import Pump, router
-from mmprep_frontend.render.answer import max_tokens, new_request_id
+from mmprep_frontend.render.answer import new_request_id
+from mmprep_frontend.render.sampling import max_tokens
 from mmprep_frontend.room import Held, Room
 from mmprep_frontend.service import RenderedChat, RenderedItem, Service
 from mmprep_frontend.texts import Texts
@@ -228,7 +229,7 @@ class NativeDoor:
             lease_ms=chat.offered.lease_ms if chat.offered is not None else 0,
             segment=mapping.name if mapping is not None else "",
             epoch=bytes.fromhex(mapping.epoch) if mapping is not None else bytes(16),
-            max_tokens=max_tokens(chat.request, room),
+            max_tokens=max_tokens(chat.request, room, model.sampling),
             prompt_text=chat.prompt.text if chat.request.return_prompt_text else None,
         )
         return head.pack()

@@ -31,7 +31,9 @@ from mmprep_frontend.render.answer import check_length
 from mmprep_frontend.render.conversation import Conversation, MediaPart
 from mmprep_frontend.render.expansion import Expanded, expand
 from mmprep_frontend.render.requests import ChatRequest, TokenizeRequest, parse
+from mmprep_frontend.render.sampling import check_wanted
 from mmprep_frontend.render.tokens import EncodedPrompt
+from mmprep_frontend.render.truncation import truncate, truncate_offsets
 
 T = TypeVar("T")
 #: A request's JSON as a door holds it.
@@ -98,6 +100,7 @@ class RenderedChat:
     request: ChatRequest
     prompt: EncodedPrompt
     expanded: Expanded
+    offsets: Sequence[tuple[int, int]] | None = None
     items: list[RenderedItem] = field(default_factory=list)
     offered: Offered | None = None
 
@@ -227,6 +230,8 @@ class Service:
         model, arrived = self.served(), now()
         request = await self.parse_body(body, lambda: parse(body, "chat", trusted=self.trusts_kwargs))
         model.check_name(request.model)
+        model.truncation(request)
+        check_wanted(request, model.max_model_len)
         deadline = self.deadline(arrived, request.deadline_ms)
         with naming("messages"):
             walked = self.walk(model, request, body)
@@ -248,9 +253,11 @@ class Service:
         deadline: float,
     ) -> RenderedChat:
         prompt, media = await self._prompt_and_media(model, request, walked, attachments, deadline)
+        how = model.truncation(request)
         if not media:
-            check_length(len(prompt.token_ids), model.max_model_len)
-            return RenderedChat(request, prompt, expand(prompt.token_ids, prompt.placeholders, {}))
+            expanded = truncate(expand(prompt.token_ids, prompt.placeholders, {}), how)
+            check_length(len(expanded.token_ids), model.max_model_len)
+            return RenderedChat(request, prompt, expanded, truncate_offsets(prompt.offsets, how))
         terms = Terms(
             need="plan" if request.payload == "none" else "tensors",
             lease=LeaseTo(request.backend_id or "", request.lease_kind or "copy") if request.payload == "shm" else None,
@@ -262,12 +269,12 @@ class Service:
         )
         offered, items = await self._items(model, walked.conversation.media, media, terms)
         try:
-            expanded = self._expand(prompt, items)
+            expanded = truncate(self._expand(prompt, items), how)
             check_length(len(expanded.token_ids), model.max_model_len)
         except BaseException:
             offered.give_back()
             raise
-        return RenderedChat(request, prompt, expanded, items, offered)
+        return RenderedChat(request, prompt, expanded, items=items, offered=offered)
 
     async def _prompt_and_media(
         self,
@@ -389,10 +396,9 @@ class Service:
     ) -> list[int]:
         """Return the ids of a chat, media expanded; only their plans are computed."""
         prompt, media = await self._prompt_and_media(model, request, walked, attachments, deadline)
+        how = model.truncation(request)
         if not media:
-            return (
-                expand(prompt.token_ids, prompt.placeholders, {}).token_ids if prompt.placeholders else prompt.token_ids
-            )
+            return truncate(expand(prompt.token_ids, prompt.placeholders, {}), how).token_ids
         terms = Terms(
             need="plan",
             lease=None,
@@ -404,7 +410,7 @@ class Service:
         )
         offered, items = await self._items(model, walked.conversation.media, media, terms)
         with offered:
-            return self._expand(prompt, items).token_ids
+            return truncate(self._expand(prompt, items), how).token_ids
 
     # --- steps ----------------------------------------------------------------------------------------------------
 

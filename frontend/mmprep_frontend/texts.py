@@ -6,12 +6,16 @@ A chat that is counted goes the way of one that is rendered, in :mod:`mmprep_fro
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import msgspec
 
 from mmprep_frontend.model import ServedModel
 from mmprep_frontend.render.answer import generate_request, json_list
-from mmprep_frontend.render.requests import CompletionRequest, DetokenizeRequest, parse
+from mmprep_frontend.render.requests import CompletionRequest, DetokenizeRequest, parse, wants_offsets
+from mmprep_frontend.render.sampling import check_wanted
+from mmprep_frontend.render.tokens import EncodedPrompt
+from mmprep_frontend.render.truncation import truncate_offsets
 from mmprep_frontend.service import Body, Service, naming, now
 
 #: How many ids the rest of one answer is worth.
@@ -40,6 +44,7 @@ class Texts:
             body, lambda: parse(body, "completion", trusted=self._service.trusts_kwargs)
         )
         model.check_name(request.model)
+        check_wanted(request, model.max_model_len)
         numbered = request.is_batch
         with naming("prompt"):
             encoded = await self._encode_prompts(model, request, self._service.deadline(arrived, request.deadline_ms))
@@ -50,29 +55,32 @@ class Texts:
                         request,
                         request_id=f"{request_id}-{index}" if numbered else request_id,
                         model=model.name,
-                        token_ids=token_ids,
+                        token_ids=prompt.token_ids,
                         max_model_len=model.max_model_len,
-                        prompt_text=text,
+                        defaults=model.sampling,
+                        prompt_text=prompt.text,
+                        token_offsets=prompt.offsets,
                     )
-                    for index, (token_ids, text) in enumerate(encoded)
+                    for index, prompt in enumerate(encoded)
                 )
                 return b"".join((b"[", b",".join(map(msgspec.json.encode, told)), b"]"))
 
-            return await self._service.encode(sum(_ANSWER + len(token_ids) for token_ids, _ in encoded), answers)
+            return await self._service.encode(sum(_ANSWER + len(prompt.token_ids) for prompt in encoded), answers)
 
     async def _encode_prompts(
         self, model: ServedModel, request: CompletionRequest, deadline: float
-    ) -> list[tuple[list[int], str | None]]:
-        """Return ids and text of every prompt, some at a time, so that others get their turn on the render thread."""
+    ) -> list[EncodedPrompt]:
+        """Return every prompt encoded and cut, some at a time, so that others get their turn on the render thread."""
         prompts = request.prompts()
         params = [f"prompt[{index}]" for index in range(len(prompts))] if request.is_batch else ["prompt"]
-        for prompt, param in zip(prompts, params, strict=True):
-            if isinstance(prompt, str):
-                model.bounds.check_prompt(len(prompt), param)
-        encoded: list[tuple[list[int], str | None]] = []
+        if model.truncation(request).tokens is None:
+            for prompt, param in zip(prompts, params, strict=True):
+                if isinstance(prompt, str):
+                    model.bounds.check_prompt(len(prompt), param)
+        encoded: list[EncodedPrompt] = []
         for turn in _turns([len(prompt) for prompt in prompts]):
             encoded += await self._service.on_render_thread(
-                deadline, _encode, model, prompts[turn], params[turn], request.add_special_tokens
+                deadline, _encode, model, request, prompts[turn], params[turn]
             )
         return encoded
 
@@ -85,11 +93,14 @@ class Texts:
         model.check_name(request.model)
         deadline = self._service.deadline(arrived, request.deadline_ms)
         if request.prompt is not None:
-            model.bounds.check_counted(len(request.prompt), "prompt")
+            how = model.truncation(request)
+            if how.tokens is None:
+                model.bounds.check_counted(len(request.prompt), "prompt")
             text, special = request.prompt, request.adds_special_tokens
-            token_ids = await self._service.on_render_thread(
-                deadline, lambda: model.encode_text(text, add_special_tokens=special)
+            encoded = await self._service.on_render_thread(
+                deadline, lambda: model.encode_text(text, how, add_special_tokens=special)
             )
+            token_ids = encoded.token_ids[how.slice_of(len(encoded.token_ids))]
         else:
             with naming("messages"):
                 token_ids = await self._service.chat_tokens(
@@ -139,14 +150,19 @@ def _turns(lengths: Sequence[int]) -> Iterator[slice]:
 
 
 def _encode(
-    model: ServedModel, prompts: Sequence[str | list[int]], params: Sequence[str], add_special_tokens: bool
-) -> list[tuple[list[int], str | None]]:
-    """Return ids and text of each prompt; on the render thread."""
-    encoded: list[tuple[list[int], str | None]] = []
+    model: ServedModel, request: CompletionRequest, prompts: Sequence[str | list[int]], params: Sequence[str]
+) -> list[EncodedPrompt]:
+    """Return each prompt encoded and cut; on the render thread."""
+    how = model.truncation(request)
+    encoded = []
     for prompt, param in zip(prompts, params, strict=True):
         if isinstance(prompt, str):
-            encoded.append((model.encode_text(prompt, add_special_tokens=add_special_tokens), prompt))
+            whole = model.encode_text(
+                prompt, how, add_special_tokens=request.add_special_tokens, offsets=wants_offsets(request)
+            )
         else:
             model.tokenizer.check_ids(prompt, param)
-            encoded.append((prompt, None))
+            whole = EncodedPrompt(prompt, [], None)
+        kept = how.slice_of(len(whole.token_ids))
+        encoded.append(replace(whole, token_ids=whole.token_ids[kept], offsets=truncate_offsets(whole.offsets, how)))
     return encoded

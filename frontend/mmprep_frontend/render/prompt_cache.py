@@ -73,6 +73,10 @@ class PromptCache:
             request.reasoning_effort,
             request.add_generation_prompt,
             request.continue_final_message,
+            request.chat_template,
+            # Only a text that is too long is cut before it is tokenized.
+            request.truncate_prompt_tokens is not None,
+            request.truncation_side,
             special,
             salt,
         )

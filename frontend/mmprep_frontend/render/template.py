@@ -24,7 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mmprep.errors import InvalidRequest, StartupError
 from mmprep_frontend.render.conversation import ContentFormat, Conversation, detect_format
-from mmprep_frontend.render.requests import ChatRequest, TokenizeRequest
+from mmprep_frontend.render.requests import ChatRequest, TokenizeRequest, template_kwargs
 from mmprep_frontend.render.sentinels import Sentinels
 
 #: Variables of a template that requests set by fields of their own, not by ``chat_template_kwargs``.
@@ -112,17 +112,13 @@ class ChatTemplate:
         return self._compiled["default"]
 
     def _variables(self, conversation: Conversation, request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
-        extra = request.chat_template_kwargs or {}
+        extra = template_kwargs(request)
         if reserved := _RESERVED.intersection(extra):
             name = min(reserved)
             raise InvalidRequest(
                 f"'chat_template_kwargs' cannot set '{name}'; use the request's own field.",
                 param=f"chat_template_kwargs.{name}",
             )
-        if request.reasoning_effort is not None:
-            # Asking for an effort turns thinking on, or off, in templates that leave it to a switch.
-            thinking = request.reasoning_effort != "none"
-            extra = {"enable_thinking": thinking, "reasoning_effort": request.reasoning_effort, **extra}
         self._refuse_sentinels(conversation, request, extra)
         return {
             **self._special_tokens,
