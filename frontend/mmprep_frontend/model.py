@@ -149,7 +149,7 @@ class ServedModel:
         self, conversation: Conversation, request: ChatRequest | TokenizeRequest, nbytes: int
     ) -> bytes | None:
         """Return what identifies the prompt in :attr:`prompts` of a request of ``nbytes`` of JSON beside its media."""
-        if wants_offsets(request):
+        if wants_offsets(request) or self.template.depends_on_time(request):
             return None
         special = _adds_special_tokens(request)
         return self.prompts.key(conversation, request, nbytes=nbytes, special=special, salt=request.cache_salt)
@@ -202,7 +202,7 @@ def load_model(
         tokenizer,
         length,
         TextBounds(length, tokenizer.longest_token),
-        PromptCache(0 if chat_template.depends_on_time else _CACHED_BYTES),
+        PromptCache(_CACHED_BYTES),
         read_defaults(directory),
     )
 

@@ -157,6 +157,8 @@ class Service:
         Seconds, for requests without ``deadline_ms``.
     trusts_kwargs:
         Whether requests may say how media are read.
+    trusts_templates:
+        Whether they may bring or choose their chat template.
     """
 
     def __init__(
@@ -172,6 +174,7 @@ class Service:
         limits: dict[str, int],
         request_timeout: float,
         trusts_kwargs: bool,
+        trusts_templates: bool,
     ) -> None:
         self.writer = writer
         self.metrics = metrics
@@ -185,6 +188,7 @@ class Service:
         self._limits = limits
         self._request_timeout = request_timeout
         self.trusts_kwargs = trusts_kwargs
+        self.trusts_templates = trusts_templates
 
     async def on_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         """Return what ``work`` returns on a thread; awaits its end also when cancelled.
@@ -228,14 +232,22 @@ class Service:
             With the place in the request as ``param``.
         """
         model, arrived = self.served(), now()
-        request = await self.parse_body(body, lambda: parse(body, "chat", trusted=self.trusts_kwargs))
+        request = await self.parse_body(
+            body, lambda: parse(body, "chat", trusted=self.trusts_kwargs, templates=self.trusts_templates)
+        )
         model.check_name(request.model)
         model.truncation(request)
         check_wanted(request, model.max_model_len)
         deadline = self.deadline(arrived, request.deadline_ms)
+        await self.prepare(model, request, deadline)
         with naming("messages"):
             walked = self.walk(model, request, body)
             return await self._render(model, request, walked, attachments, deadline)
+
+    async def prepare(self, model: ServedModel, request: ChatRequest | TokenizeRequest, deadline: float) -> None:
+        """Compile the request's own chat template, where it brings one; raises InvalidRequest."""
+        if not model.template.is_ready(request):
+            await self.on_render_thread(deadline, model.template.prepare, request)
 
     def walk(self, model: ServedModel, request: ChatRequest | TokenizeRequest, body: Body) -> Walked:
         """Take the media out of a request's messages and judge what is left; raises InvalidRequest."""

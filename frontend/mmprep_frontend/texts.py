@@ -41,7 +41,10 @@ class Texts:
         model, arrived = self._service.served(), now()
         model.bounds.check_json(len(body))
         request = await self._service.parse_body(
-            body, lambda: parse(body, "completion", trusted=self._service.trusts_kwargs)
+            body,
+            lambda: parse(
+                body, "completion", trusted=self._service.trusts_kwargs, templates=self._service.trusts_templates
+            ),
         )
         model.check_name(request.model)
         check_wanted(request, model.max_model_len)
@@ -88,7 +91,10 @@ class Texts:
         """Tokenize a text or a chat, to JSON; media are expanded, and only their plans are computed."""
         model, arrived = self._service.served(), now()
         request = await self._service.parse_body(
-            body, lambda: parse(body, "tokenize", trusted=self._service.trusts_kwargs)
+            body,
+            lambda: parse(
+                body, "tokenize", trusted=self._service.trusts_kwargs, templates=self._service.trusts_templates
+            ),
         )
         model.check_name(request.model)
         deadline = self._service.deadline(arrived, request.deadline_ms)
@@ -102,6 +108,7 @@ class Texts:
             )
             token_ids = encoded.token_ids[how.slice_of(len(encoded.token_ids))]
         else:
+            await self._service.prepare(model, request, deadline)
             with naming("messages"):
                 token_ids = await self._service.chat_tokens(
                     model, request, self._service.walk(model, request, body), attachments, deadline

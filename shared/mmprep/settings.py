@@ -68,6 +68,7 @@ class FrontendSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     media_cache_ttl: float
     chat_template: str | None
     trust_request_mm_kwargs: bool
+    trust_request_chat_template: bool
     log_level: str
 
 

@@ -35,6 +35,7 @@ WRONG = {
     "max-video-duration": ["0s", "2d", "long"],
     "max-audio-duration": ["0s", "2d", ""],
     "trust-request-mm-kwargs": ["maybe", ""],
+    "trust-request-chat-template": ["maybe", ""],
     "allow-private-networks": ["maybe", "2", ""],
     "allowed-local-media-path": ["/nonexistent", "/proc/self/maps"],
     "media-cache-max-size": ["1023KiB", "65TiB", "much", ""],
@@ -108,7 +109,7 @@ def test_every_option_has_wrong_values_or_none(option):
 @pytest.mark.parametrize(("option", "value"), [(name, value) for name, values in WRONG.items() for value in values])
 def test_a_wrong_value_is_an_error_that_names_the_option_wherever_it_stands(option, value, file):
     places = [{"environment": {variable(option): value}}, {"arguments": ["--config", file(f"{option} = '{value}'")]}]
-    if option not in {"allow-private-networks", "trust-request-mm-kwargs"}:
+    if option not in {"allow-private-networks", "trust-request-mm-kwargs", "trust-request-chat-template"}:
         places.append({"arguments": [f"--{option}={value}"]})
     for place in places:
         with pytest.raises(StartupError, match=f"--{option}"):

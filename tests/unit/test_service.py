@@ -52,6 +52,7 @@ def service(model):
         limits={},
         request_timeout=60.0,
         trusts_kwargs=False,
+        trusts_templates=False,
     )
     made.model = model
     yield made

@@ -29,7 +29,7 @@ class PromptCache:
     Parameters
     ----------
     max_bytes:
-        Of memory, by :meth:`size`; 0 for a template whose text also depends on the time.
+        Of memory, by :meth:`size`; 0: nothing is kept.
     """
 
     def __init__(self, max_bytes: int) -> None:

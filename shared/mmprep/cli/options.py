@@ -212,6 +212,13 @@ OPTIONS = (
     Option(
         "trust-request-mm-kwargs", _switch, "false", "let requests say how media are read (media_io_kwargs)", flag=True
     ),
+    Option(
+        "trust-request-chat-template",
+        _switch,
+        "false",
+        "let requests bring their own chat template, or name one of the model's",
+        flag=True,
+    ),
     Option("chat-template", _optional, "", "file with a chat template in place of the model's"),
     Option("log-level", _choice(*_LEVELS), "warning", "debug, info, warning or error"),
 )

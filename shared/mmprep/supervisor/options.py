@@ -47,6 +47,7 @@ class ServeOptions(msgspec.Struct, frozen=True):
     media_cache_ttl: float
     chat_template: str | None
     trust_request_mm_kwargs: bool
+    trust_request_chat_template: bool
     log_level: str
 
     @property
@@ -105,5 +106,6 @@ class ServeOptions(msgspec.Struct, frozen=True):
             media_cache_ttl=self.media_cache_ttl,
             chat_template=self.chat_template,
             trust_request_mm_kwargs=self.trust_request_mm_kwargs,
+            trust_request_chat_template=self.trust_request_chat_template,
             log_level=self.log_level,
         )
