@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
@@ -30,7 +30,10 @@ from mmprep_frontend.model import ServedModel
 from mmprep_frontend.render.answer import check_length
 from mmprep_frontend.render.conversation import Conversation, MediaPart
 from mmprep_frontend.render.expansion import Expanded, expand
+from mmprep_frontend.render.messages import read_messages
+from mmprep_frontend.render.places import Asked
 from mmprep_frontend.render.requests import ChatRequest, TokenizeRequest, parse
+from mmprep_frontend.render.responses import read_responses
 from mmprep_frontend.render.sampling import check_wanted
 from mmprep_frontend.render.tokens import EncodedPrompt
 from mmprep_frontend.render.truncation import truncate, truncate_offsets
@@ -38,6 +41,8 @@ from mmprep_frontend.render.truncation import truncate, truncate_offsets
 T = TypeVar("T")
 #: A request's JSON as a door holds it.
 Body: TypeAlias = bytes | memoryview
+#: The API of a conversation: OpenAI's chat completions, Anthropic's messages, OpenAI's responses.
+Form: TypeAlias = Literal["chat", "messages", "responses"]
 
 #: Requests above this size are parsed off the loop.
 _LARGE_BODY = 256 * 1024
@@ -216,8 +221,8 @@ class Service:
 
     # --- chat -----------------------------------------------------------------------------------------------------
 
-    async def chat(self, body: Body, attachments: Sequence[memoryview] = ()) -> RenderedChat:
-        """Render one chat request.
+    async def chat(self, body: Body, attachments: Sequence[memoryview] = (), form: Form = "chat") -> RenderedChat:
+        """Render one conversation.
 
         Parameters
         ----------
@@ -225,6 +230,8 @@ class Service:
             JSON.
         attachments:
             What ``attachment:<n>`` URLs name; only through the native door.
+        form:
+            The API that the body is a request of.
 
         Raises
         ------
@@ -232,17 +239,24 @@ class Service:
             With the place in the request as ``param``.
         """
         model, arrived = self.served(), now()
-        request = await self.parse_body(
-            body, lambda: parse(body, "chat", trusted=self.trusts_kwargs, templates=self.trusts_templates)
-        )
-        model.check_name(request.model)
-        model.truncation(request)
-        check_wanted(request, model.max_model_len)
-        deadline = self.deadline(arrived, request.deadline_ms)
-        await self.prepare(model, request, deadline)
-        with naming("messages"):
+        asked = await self.parse_body(body, lambda: self._read(model, body, form))
+        request = asked.request
+        with asked.places.renaming(), naming("messages"):
+            model.check_name(request.model)
+            model.truncation(request)
+            check_wanted(request, model.max_model_len)
+            deadline = self.deadline(arrived, request.deadline_ms)
+            await self.prepare(model, request, deadline)
             walked = self.walk(model, request, body)
             return await self._render(model, request, walked, attachments, deadline)
+
+    def _read(self, model: ServedModel, body: Body, form: Form) -> Asked:
+        trusted, templates = self.trusts_kwargs, self.trusts_templates
+        if form == "messages":
+            return read_messages(body, model.template.habits, trusted=trusted, templates=templates)
+        if form == "responses":
+            return read_responses(body, trusted=trusted, templates=templates)
+        return Asked(parse(body, "chat", trusted=trusted, templates=templates))
 
     async def prepare(self, model: ServedModel, request: ChatRequest | TokenizeRequest, deadline: float) -> None:
         """Compile the request's own chat template, where it brings one; raises InvalidRequest."""
@@ -252,7 +266,7 @@ class Service:
     def walk(self, model: ServedModel, request: ChatRequest | TokenizeRequest, body: Body) -> Walked:
         """Take the media out of a request's messages and judge what is left; raises InvalidRequest."""
         conversation = model.walk(request, self._limits)
-        nbytes = len(body) - sum(len(part.url) for part in conversation.media)
+        nbytes = max(0, len(body) - sum(len(part.url) for part in conversation.media))
         model.bounds.check_json(nbytes)
         return Walked(conversation, nbytes)
 

@@ -87,6 +87,8 @@ def make_app(
     app[RUNNING] = Running()
     for path, handler in (
         ("/v1/chat/completions/render", edge.rendering(service.render_chat, "chatcmpl-")),
+        ("/v1/messages/render", edge.rendering(service.render_messages, "chatcmpl-")),
+        ("/v1/responses/render", edge.rendering(service.render_responses, "resp_")),
         ("/v1/completions/render", edge.rendering(service.render_completions, "cmpl-")),
         ("/tokenize", edge.answering(service.tokenize, needs_model=True)),
         ("/detokenize", edge.answering(service.detokenize, needs_model=True)),

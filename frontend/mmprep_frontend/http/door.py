@@ -16,7 +16,7 @@ from mmprep.wire.messages import Name
 from mmprep_frontend.http.chat_answer import encode_chat_answer
 from mmprep_frontend.http.exposition import METRICS, HistogramData, Numbers, Series, expose
 from mmprep_frontend.room import Held
-from mmprep_frontend.service import Service
+from mmprep_frontend.service import Form, Service
 from mmprep_frontend.texts import Texts
 
 T = TypeVar("T")
@@ -61,7 +61,13 @@ class HttpDoor:
         self._started = int(time.time())
 
     async def render_chat(self, body: bytes, request_id: str, held: Held) -> bytes:
-        return await self._counted("/v1/chat/completions/render", self._render_chat(body, request_id, held))
+        return await self._counted("/v1/chat/completions/render", self._render_chat(body, request_id, held, "chat"))
+
+    async def render_messages(self, body: bytes, request_id: str, held: Held) -> bytes:
+        return await self._counted("/v1/messages/render", self._render_chat(body, request_id, held, "messages"))
+
+    async def render_responses(self, body: bytes, request_id: str, held: Held) -> bytes:
+        return await self._counted("/v1/responses/render", self._render_chat(body, request_id, held, "responses"))
 
     async def render_completions(self, body: bytes, request_id: str, held: Held) -> bytes:  # noqa: ARG002, the seam
         return await self._counted("/v1/completions/render", self._texts.completions(body, request_id))
@@ -107,8 +113,8 @@ class HttpDoor:
     def refusal(self) -> str | None:
         return self._refusal()
 
-    async def _render_chat(self, body: bytes, request_id: str, held: Held) -> bytes:
-        chat = await self._service.chat(body)
+    async def _render_chat(self, body: bytes, request_id: str, held: Held, form: Form) -> bytes:
+        chat = await self._service.chat(body, form=form)
         try:
             model = self._service.served()
             inline = chat.inline_bytes()

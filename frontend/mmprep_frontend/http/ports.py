@@ -18,6 +18,12 @@ class Service(Protocol):
     async def render_chat(self, body: bytes, request_id: str, held: Held) -> bytes:
         """Answer a chat completion request with its GenerateRequest."""
 
+    async def render_messages(self, body: bytes, request_id: str, held: Held) -> bytes:
+        """Answer a request of Anthropic's Messages API with its GenerateRequest."""
+
+    async def render_responses(self, body: bytes, request_id: str, held: Held) -> bytes:
+        """Answer a request of OpenAI's Responses API with its GenerateRequest."""
+
     async def render_completions(self, body: bytes, request_id: str, held: Held) -> bytes:
         """Answer a completion request with a list of GenerateRequests."""
 

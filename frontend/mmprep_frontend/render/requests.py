@@ -30,11 +30,11 @@ Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh",
 Payload: TypeAlias = Literal["tensors", "shm", "none"]
 Kind: TypeAlias = Literal["chat", "completion", "tokenize", "detokenize"]
 
-_Positive = Annotated[int, Meta(ge=1)]
-_Natural = Annotated[int, Meta(ge=0)]
-_Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-_Share = Annotated[float, Meta(ge=0, le=1)]
-_Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Positive: TypeAlias = Annotated[int, Meta(ge=1)]
+Natural: TypeAlias = Annotated[int, Meta(ge=0)]
+Int64: TypeAlias = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
+Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
 _Url = Annotated[str, Meta(min_length=1)]
 Temperature: TypeAlias = Annotated[float, Meta(ge=0, le=2)]
 TopP: TypeAlias = Annotated[float, Meta(gt=0, le=1)]
@@ -49,6 +49,30 @@ class TextPart(Struct, tag="text", tag_field="type"):
     """Text of a message."""
 
     text: str
+
+
+class InputTextPart(Struct, tag="input_text", tag_field="type"):
+    """Text, as OpenAI's responses API names what is asked."""
+
+    text: str
+
+
+class OutputTextPart(Struct, tag="output_text", tag_field="type"):
+    """Text, as OpenAI's responses API names what was answered."""
+
+    text: str
+
+
+class ThinkingPart(Struct, tag="thinking", tag_field="type"):
+    """What the assistant thought, as text among texts."""
+
+    thinking: str
+
+
+class ToolReferencePart(Struct, tag="tool_reference", tag_field="type"):
+    """The name of a tool that a search found; templates expand it."""
+
+    name: str
 
 
 class RefusalPart(Struct, tag="refusal", tag_field="type"):
@@ -112,7 +136,8 @@ class ImageEmbedsPart(Struct, tag="image_embeds", tag_field="type"):
 
 
 MediumPart: TypeAlias = ImageUrlPart | InputImagePart | VideoUrlPart | AudioUrlPart | InputAudioPart
-Part: TypeAlias = TextPart | RefusalPart | MediumPart | ImageEmbedsPart
+WordsPart: TypeAlias = TextPart | InputTextPart | OutputTextPart | ThinkingPart | RefusalPart
+Part: TypeAlias = WordsPart | ToolReferencePart | MediumPart | ImageEmbedsPart
 
 
 class FunctionCall(Struct):
@@ -130,11 +155,14 @@ class ToolCall(Struct, kw_only=True):
     function: FunctionCall
 
 
+Content: TypeAlias = str | list[Part | str]
+
+
 class Message(Struct, kw_only=True):
     """One message of a conversation. The three names of the reasoning are those that clients use for one thing."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: Content | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -152,9 +180,9 @@ class _Request(Struct, kw_only=True):
     media_io_kwargs: dict[Literal["image", "video", "audio"], Io] | None = None
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
     truncation_side: Side | None = None
-    priority: _Int64 | None = None
+    priority: Int64 | None = None
     cache_salt: _Salt | None = None
-    deadline_ms: _Positive | None = None
+    deadline_ms: Positive | None = None
     mm_dtype: _Dtype | None = None
 
     @property
@@ -191,19 +219,19 @@ class _Generating(Delivered, kw_only=True):
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
-    min_p: _Share | None = None
-    presence_penalty: _Penalty | None = None
-    frequency_penalty: _Penalty | None = None
+    min_p: Share | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
-    n: _Positive | None = None
-    seed: _Int64 | None = None
-    max_tokens: _Positive | None = None
-    min_tokens: _Natural | None = None
+    n: Positive | None = None
+    seed: Int64 | None = None
+    max_tokens: Positive | None = None
+    min_tokens: Natural | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[_Natural] | None = None
+    stop_token_ids: list[Natural] | None = None
     bad_words: list[str] | None = None
     logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[_Natural] | None = None
+    allowed_token_ids: list[Natural] | None = None
     prompt_logprobs: Annotated[int, Meta(ge=-1)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -212,12 +240,12 @@ class _Generating(Delivered, kw_only=True):
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     vllm_xargs: dict[str, Any] | None = None
-    logprob_token_ids: list[_Natural] | None = None
+    logprob_token_ids: list[Natural] | None = None
     thinking_token_budget: Annotated[int, Meta(ge=-1)] | None = None
     repetition_detection: dict[str, Any] | None = None
-    stream_interval: _Positive | None = None
+    stream_interval: Positive | None = None
     watermarking: bool | None = None
-    routed_experts_prompt_start: _Natural | None = None
+    routed_experts_prompt_start: Natural | None = None
     stream_options: dict[str, Any] | None = None
     return_token_ids: bool | None = None
     echo: bool | None = None
@@ -238,7 +266,7 @@ class ChatRequest(_Generating, kw_only=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
-    max_completion_tokens: _Positive | None = None
+    max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=-1)] | None = None
     functions: Any = None
@@ -272,7 +300,7 @@ class CompletionRequest(_Generating, kw_only=True):
 
     prompt: str | list[str | int | list[int]]
     add_special_tokens: bool = True
-    logprobs: _Natural | None = None
+    logprobs: Natural | None = None
     suffix: Any = None
     prompt_embeds: Any = None
 
@@ -346,7 +374,7 @@ class DetokenizeRequest(Struct, kw_only=True):
 
     model: str | None = None
     tokens: list[int]
-    deadline_ms: _Positive | None = None
+    deadline_ms: Positive | None = None
 
 
 Request: TypeAlias = ChatRequest | CompletionRequest | TokenizeRequest | DetokenizeRequest

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from mmprep.errors import InvalidRequest, StartupError
 from mmprep_frontend.render.bounded_jinja import BoundedEnvironment, OverBudgetError, RaisedByTemplateError
 from mmprep_frontend.render.conversation import ContentFormat, Conversation, detect_format
 from mmprep_frontend.render.developers import developers_as_system
-from mmprep_frontend.render.requests import ChatRequest, TokenizeRequest, template_kwargs
+from mmprep_frontend.render.requests import ChatRequest, Effort, TokenizeRequest, template_kwargs
 from mmprep_frontend.render.sentinels import Sentinels
 
 #: Variables of a template that requests set by fields of their own, not by ``chat_template_kwargs``.
@@ -29,6 +29,10 @@ _RESERVED = frozenset(
     ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
 )
 _LONGEST_REFUSAL = 1000
+#: Conversations that are tried at the start; templates get nothing else, as where vLLM tries the same.
+_LATE_SYSTEM = tuple({"role": role, "content": "t"} for role in ("system", "user", "system", "user"))
+_ONE_TURN = ({"role": "user", "content": "Hi"},)
+_EFFORTS: tuple[Effort, ...] = ("low", "medium", "high", "xhigh", "max")
 #: Characters of a request's own template, and how many of them are kept.
 _LONGEST_SOURCE = 64 * 1024
 _MOST_KEPT = 32
@@ -42,6 +46,19 @@ class _Compiled(NamedTuple):
     content_format: ContentFormat
     depends_on_time: bool
     knows_developers: bool
+
+
+class Habits(NamedTuple):
+    """What a model's templates make of what other APIs allow.
+
+    Attributes
+    ----------
+    late_system: they take messages of the system behind others.
+    quiet_effort: the effort that means no thinking: ``none``, unless it is as good as one that means some.
+    """
+
+    late_system: bool
+    quiet_effort: Effort
 
 
 class ChatTemplate:
@@ -67,8 +84,14 @@ class ChatTemplate:
         self._sentinels = sentinels
         self._special_tokens = {name: sentinels.hide(text) for name, text in special_tokens.items()}
         self._compiled = {name: self._compile_own(source) for name, source in sources.items()}
+        self._habits = self._probe()
         self._of_requests: OrderedDict[str, _Compiled] = OrderedDict()
         self._lock = threading.Lock()
+
+    @property
+    def habits(self) -> Habits:
+        """What the templates make of conversations of other APIs."""
+        return self._habits
 
     def depends_on_time(self, request: ChatRequest | TokenizeRequest) -> bool:
         """Whether the template asks for the time, so that the same conversation may give another prompt later."""
@@ -175,6 +198,19 @@ class ChatTemplate:
             "'developer'" in source or '"developer"' in source,
         )
 
+    def _probe(self) -> Habits:
+        """Find out by trying, on conversations of one word a message."""
+        tried = [self._compiled[name] for name in ("default", "tool_use") if name in self._compiled]
+        late_system = bool(tried) and all(_renders(compiled, _LATE_SYSTEM) is not None for compiled in tried)
+        default, special = self._compiled.get("default"), self._special_tokens
+        quiet = None if default is None else _renders(default, _ONE_TURN, **special, **_effort("none"))
+        loud = (
+            ()
+            if default is None
+            else (_renders(default, _ONE_TURN, **special, **_effort(effort)) for effort in _EFFORTS)
+        )
+        return Habits(late_system, "low" if quiet is None or quiet in loud else "none")
+
     def _variables(self, conversation: Conversation, request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
         extra = template_kwargs(request)
         if reserved := _RESERVED.intersection(extra):
@@ -231,6 +267,19 @@ class ChatTemplate:
             )
         kept = text[:end]
         return kept if text.startswith(" ", end + len(tail)) else kept.rstrip()
+
+
+def _effort(effort: Effort) -> dict[str, Any]:
+    return {"reasoning_effort": effort, "enable_thinking": effort != "none", "add_generation_prompt": True}
+
+
+def _renders(compiled: _Compiled, messages: Sequence[dict[str, str]], **variables: Any) -> str | None:
+    """Return the prompt of a conversation of texts, ``None`` where the template refuses it."""
+    shaped: list[dict[str, Any]] = [dict(message) for message in messages]
+    try:
+        return compiled.environment.rendered(compiled.template, {"messages": shaped, **variables})
+    except Exception:  # noqa: BLE001 - a template can fail in any way
+        return None
 
 
 def load_sources(directory: Path) -> dict[str, str]:
