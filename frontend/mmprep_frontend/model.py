@@ -11,7 +11,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from mmprep_frontend.media.intake import Intake, Medium, Source
 from mmprep_frontend.render.bounds import TextBounds
 from mmprep_frontend.render.conversation import Conversation, walk
 from mmprep_frontend.render.prompt_cache import PromptCache
-from mmprep_frontend.render.requests import ChatRequest, TokenizeRequest, parse
+from mmprep_frontend.render.requests import ChatRequest, CompletionRequest, TokenizeRequest, parse, wants_offsets
+from mmprep_frontend.render.sampling import NO_DEFAULTS, Defaults, read_defaults
 from mmprep_frontend.render.sentinels import Sentinels
 from mmprep_frontend.render.template import ChatTemplate, load_sources
 from mmprep_frontend.render.tokens import EncodedPrompt, Tokenizer
+from mmprep_frontend.render.truncation import Truncation, truncation
 
 _DEFAULT_LENGTH = 32_768
 #: Bytes of all cached prompts of one frontend.
@@ -44,6 +46,7 @@ class ServedModel:
     max_model_len: tokens of prompt and answer together.
     bounds: of a request's text.
     prompts: those that were encoded before.
+    sampling: the model's defaults.
     stages: stages and their seconds, as the render thread noted them; for whoever counts to take out.
     """
 
@@ -55,6 +58,7 @@ class ServedModel:
     max_model_len: int
     bounds: TextBounds
     prompts: PromptCache
+    sampling: Defaults = NO_DEFAULTS
     stages: deque[tuple[str, float]] = field(default_factory=lambda: deque(maxlen=_NOTED))
 
     def check_name(self, name: str | None) -> None:
@@ -92,25 +96,48 @@ class ServedModel:
         with contextlib.suppress(InvalidRequest):
             request = parse(b'{"messages":[{"role":"user","content":"Hello"}]}', "chat")
             self.encode_chat(self.walk(request, {}), request)
-        self.tokenizer.decode(self.tokenizer.encode_text("Hello", add_special_tokens=True))
+        self.tokenizer.decode(self.tokenizer.encode_text("Hello", add_special_tokens=True).token_ids)
         self.stages.clear()
 
     def encode_chat(self, conversation: Conversation, request: ChatRequest | TokenizeRequest) -> EncodedPrompt:
         """Render and tokenize; on the render thread."""
         with self._noting("template"):
             rendered = self.template.render(conversation, request)
+        trimmed, dropped = self.truncation(request).trim(rendered, self.bounds.characters)
+        if trimmed is not rendered and self.sentinels.order(trimmed) != self.sentinels.order(rendered):
+            raise InvalidRequest(
+                f"The prompt has {len(rendered)} characters, and truncating it would cut off a medium; shorten the text.",
+                param="truncate_prompt_tokens",
+            )
         counts = isinstance(request, TokenizeRequest)
+        offsets = wants_offsets(request) and not conversation.media
         with self._noting("tokenize"):
             return self.tokenizer.encode_prompt(
-                rendered,
+                trimmed,
                 add_special_tokens=_adds_special_tokens(request),
                 check=self.bounds.check_counted if counts else self.bounds.check_prompt,
+                offsets_from=dropped if offsets else None,
             )
 
-    def encode_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Tokenize a plain text; on the render thread."""
+    def encode_text(
+        self, text: str, how: Truncation, *, add_special_tokens: bool, offsets: bool = False
+    ) -> EncodedPrompt:
+        """Tokenize a plain text, of which only what ``how`` can keep is looked at; on the render thread."""
+        trimmed, dropped = how.trim(text, self.bounds.characters)
         with self._noting("tokenize"):
-            return self.tokenizer.encode_text(text, add_special_tokens=add_special_tokens)
+            encoded = self.tokenizer.encode_text(
+                trimmed, add_special_tokens=add_special_tokens, offsets_from=dropped if offsets else None
+            )
+        return replace(encoded, text=text)
+
+    def truncation(self, request: ChatRequest | CompletionRequest | TokenizeRequest) -> Truncation:
+        """Return how a request's prompts are cut; raises InvalidRequest."""
+        return truncation(
+            request.truncate_prompt_tokens,
+            request.truncation_side,
+            default=self.tokenizer.truncation_side,
+            max_model_len=self.max_model_len,
+        )
 
     @contextlib.contextmanager
     def _noting(self, stage: str) -> Iterator[None]:
@@ -122,6 +149,8 @@ class ServedModel:
         self, conversation: Conversation, request: ChatRequest | TokenizeRequest, nbytes: int, scope: bytes
     ) -> bytes | None:
         """Return what identifies the prompt in :attr:`prompts` of a request of ``nbytes`` of JSON beside its media."""
+        if wants_offsets(request) or self.template.depends_on_time(request):
+            return None
         special = _adds_special_tokens(request)
         return self.prompts.key(conversation, request, nbytes=nbytes, special=special, scope=scope)
 
@@ -173,7 +202,8 @@ def load_model(
         tokenizer,
         length,
         TextBounds(length, tokenizer.longest_token),
-        PromptCache(0 if chat_template.depends_on_time else _CACHED_BYTES),
+        PromptCache(_CACHED_BYTES),
+        read_defaults(directory),
     )
 
 

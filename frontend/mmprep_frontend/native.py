@@ -27,9 +27,11 @@ from mmprep.wire import messages
 from mmprep.wire.codec import MAX_FRAMES, PROTOCOL, pack, unpack
 from mmprep.wire.messages import LeaseKind
 from mmprep.wire.sockets import Pump, router
-from mmprep_frontend.render.answer import max_tokens, new_request_id
+from mmprep_frontend.render.answer import new_request_id
+from mmprep_frontend.render.sampling import max_tokens
 from mmprep_frontend.room import Held, Room
 from mmprep_frontend.service import RenderedChat, RenderedItem, Service
+from mmprep_frontend.texts import Texts
 
 _log = logging.getLogger("mmprep.native")
 _requests = logging.getLogger("mmprep.requests")
@@ -72,6 +74,7 @@ class NativeDoor:
         refusal: Callable[[], str | None],
     ) -> None:
         self._service = service
+        self._texts = Texts(service)
         self._room = room
         self._max_frame = max_body_size
         self._refusal = refusal
@@ -230,21 +233,21 @@ class NativeDoor:
             lease_ms=chat.offered.lease_ms if chat.offered is not None else 0,
             segment=mapping.name if mapping is not None else "",
             epoch=bytes.fromhex(mapping.epoch) if mapping is not None else bytes(16),
-            max_tokens=max_tokens(chat.request, room),
+            max_tokens=max_tokens(chat.request, room, model.sampling),
             prompt_text=chat.prompt.text if chat.request.return_prompt_text else None,
         )
         return head.pack()
 
     async def _completions(self, peer: bytes, call: int, held: Held, body: memoryview, _: list[memoryview]) -> None:
-        self._json(peer, call, held, await self._service.completions(body, new_request_id("cmpl")))
+        self._json(peer, call, held, await self._texts.completions(body, new_request_id("cmpl")))
 
     async def _tokenize(
         self, peer: bytes, call: int, held: Held, body: memoryview, attachments: list[memoryview]
     ) -> None:
-        self._json(peer, call, held, await self._service.tokenize(body, attachments))
+        self._json(peer, call, held, await self._texts.tokenize(body, attachments))
 
     async def _detokenize(self, peer: bytes, call: int, held: Held, body: memoryview, _: list[memoryview]) -> None:
-        self._json(peer, call, held, await self._service.detokenize(body))
+        self._json(peer, call, held, await self._texts.detokenize(body))
 
     def _json(self, peer: bytes, call: int, held: Held, encoded: bytes) -> None:
         held.hold_answer(len(encoded))

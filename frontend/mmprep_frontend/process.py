@@ -109,6 +109,7 @@ class Frontend:
             limits=settings.limit_mm_per_prompt,
             request_timeout=settings.request_timeout,
             trusts_kwargs=settings.trust_request_mm_kwargs,
+            trusts_templates=settings.trust_request_chat_template,
         )
 
     def _open_cache(self, policy: UrlPolicy) -> MediaCache | None:

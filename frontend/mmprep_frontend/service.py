@@ -13,9 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
-
-import msgspec
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from mmprep.card import Io
 from mmprep.digest import Hasher
@@ -28,32 +26,30 @@ from mmprep_frontend.dispatch import Offered, WriterLink
 from mmprep_frontend.media.intake import SMALL, TINY, Intake, Medium, Source, at_hand, first_error, size
 from mmprep_frontend.media.keys import scope
 from mmprep_frontend.model import ServedModel
-from mmprep_frontend.render.answer import check_length, generate_request, json_list
+from mmprep_frontend.render.answer import check_length
 from mmprep_frontend.render.conversation import Conversation, MediaPart
 from mmprep_frontend.render.expansion import Expanded, expand
-from mmprep_frontend.render.requests import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-    parse,
-)
+from mmprep_frontend.render.messages import read_messages
+from mmprep_frontend.render.places import Asked
+from mmprep_frontend.render.requests import ChatRequest, TokenizeRequest, parse
+from mmprep_frontend.render.responses import read_responses
+from mmprep_frontend.render.sampling import check_wanted
 from mmprep_frontend.render.tokens import EncodedPrompt
+from mmprep_frontend.render.truncation import truncate, truncate_offsets
 from mmprep_frontend.wanted import key_of, recalled_within, wanted
 
 T = TypeVar("T")
 #: A request's JSON as a door holds it.
 Body: TypeAlias = bytes | memoryview
+#: The API of a conversation: OpenAI's chat completions, Anthropic's messages, OpenAI's responses.
+Form: TypeAlias = Literal["chat", "messages", "responses"]
 
 #: Requests above this size are parsed off the loop.
 _LARGE_BODY = 256 * 1024
-#: Ids up to which an answer is encoded on the loop, and how many the rest of one answer is worth.
+#: Ids up to which an answer is encoded on the loop.
 _FEW_IDS = 16_384
-_ANSWER = 100
 #: Bytes of tensors up to which an answer is encoded on the loop.
 _FEW_BYTES = 64 * 1024
-#: Characters and ids that one completion request has tokenized or checked before others get their turn.
-_TURN = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +87,7 @@ class Terms:
 
 
 @dataclass(frozen=True, slots=True)
-class _Walked:
+class Walked:
     """A request's conversation, the bytes of its JSON beside its media, and the name space of its keys."""
 
     conversation: Conversation
@@ -106,6 +102,7 @@ class RenderedChat:
     request: ChatRequest
     prompt: EncodedPrompt
     expanded: Expanded
+    offsets: Sequence[tuple[int, int]] | None = None
     items: list[RenderedItem] = field(default_factory=list)
     offered: Offered | None = None
 
@@ -162,6 +159,8 @@ class Service:
         Seconds, for requests without ``deadline_ms``.
     trusts_kwargs:
         Whether requests may say how media are read.
+    trusts_templates:
+        Whether they may bring or choose their chat template.
     """
 
     def __init__(
@@ -177,6 +176,7 @@ class Service:
         limits: dict[str, int],
         request_timeout: float,
         trusts_kwargs: bool,
+        trusts_templates: bool,
     ) -> None:
         self.writer = writer
         self.metrics = metrics
@@ -189,7 +189,8 @@ class Service:
         self._tensor_dtype = tensor_dtype
         self._limits = limits
         self._request_timeout = request_timeout
-        self._trusts_kwargs = trusts_kwargs
+        self.trusts_kwargs = trusts_kwargs
+        self.trusts_templates = trusts_templates
 
     async def on_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         """Return what ``work`` returns on a thread; awaits its end also when cancelled.
@@ -218,9 +219,14 @@ class Service:
     # --- chat -----------------------------------------------------------------------------------------------------
 
     async def chat(
-        self, body: Body, attachments: Sequence[memoryview] = (), *, principal: str = ANONYMOUS
+        self,
+        body: Body,
+        attachments: Sequence[memoryview] = (),
+        form: Form = "chat",
+        *,
+        principal: str = ANONYMOUS,
     ) -> RenderedChat:
-        """Render one chat request.
+        """Render one conversation.
 
         Parameters
         ----------
@@ -230,38 +236,63 @@ class Service:
             What ``attachment:<n>`` URLs name; only through the native door.
         principal:
             Whose cache is used.
+        form:
+            The API that the body is a request of.
 
         Raises
         ------
         MmprepError
             With the place in the request as ``param``.
         """
-        model, arrived = self.served(), _now()
-        request = await self._parse(body, lambda: parse(body, "chat", trusted=self._trusts_kwargs))
-        model.check_name(request.model)
-        deadline = self._deadline(arrived, request.deadline_ms)
-        with _naming("messages"):
-            walked = self._walk(model, request, body, principal)
+        model, arrived = self.served(), now()
+        asked = await self.parse_body(body, lambda: self._read(model, body, form))
+        request = asked.request
+        with asked.places.renaming(), naming("messages"):
+            model.check_name(request.model)
+            model.truncation(request)
+            check_wanted(request, model.max_model_len)
+            deadline = self.deadline(arrived, request.deadline_ms)
+            await self.prepare(model, request, deadline)
+            walked = self.walk(model, request, body, principal)
             return await self._render(model, request, walked, attachments, deadline)
 
-    def _walk(self, model: ServedModel, request: ChatRequest | TokenizeRequest, body: Body, principal: str) -> _Walked:
+    def _read(self, model: ServedModel, body: Body, form: Form) -> Asked:
+        trusted, templates = self.trusts_kwargs, self.trusts_templates
+        if form == "messages":
+            return read_messages(body, model.template.habits, trusted=trusted, templates=templates)
+        if form == "responses":
+            return read_responses(body, trusted=trusted, templates=templates)
+        return Asked(parse(body, "chat", trusted=trusted, templates=templates))
+
+    async def prepare(self, model: ServedModel, request: ChatRequest | TokenizeRequest, deadline: float) -> None:
+        """Compile the request's own chat template, where it brings one; raises InvalidRequest."""
+        if not model.template.is_ready(request):
+            await self.on_render_thread(deadline, model.template.prepare, request)
+
+    def walk(self, model: ServedModel, request: ChatRequest | TokenizeRequest, body: Body, principal: str) -> Walked:
+        """Take the media out of a request's messages and judge what is left; raises InvalidRequest.
+
+        The media are of the principal's name space.
+        """
         conversation = model.walk(request, self._limits)
-        nbytes = len(body) - sum(len(part.url) for part in conversation.media)
+        nbytes = max(0, len(body) - sum(len(part.url) for part in conversation.media))
         model.bounds.check_json(nbytes)
-        return _Walked(conversation, nbytes, scope(principal, request.cache_salt))
+        return Walked(conversation, nbytes, scope(principal, request.cache_salt))
 
     async def _render(
         self,
         model: ServedModel,
         request: ChatRequest,
-        walked: _Walked,
+        walked: Walked,
         attachments: Sequence[memoryview],
         deadline: float,
     ) -> RenderedChat:
         prompt, media = await self._prompt_and_media(model, request, walked, attachments, deadline)
+        how = model.truncation(request)
         if not media:
-            check_length(len(prompt.token_ids), model.max_model_len)
-            return RenderedChat(request, prompt, expand(prompt.token_ids, prompt.placeholders, {}))
+            expanded = truncate(expand(prompt.token_ids, prompt.placeholders, {}), how)
+            check_length(len(expanded.token_ids), model.max_model_len)
+            return RenderedChat(request, prompt, expanded, truncate_offsets(prompt.offsets, how))
         terms = Terms(
             need="plan" if request.payload == "none" else "tensors",
             lease=LeaseTo(request.backend_id or "", request.lease_kind or "copy") if request.payload == "shm" else None,
@@ -273,18 +304,18 @@ class Service:
         )
         offered, items = await self._items(model, walked.conversation.media, media, terms)
         try:
-            expanded = self._expand(prompt, items)
+            expanded = truncate(self._expand(prompt, items), how)
             check_length(len(expanded.token_ids), model.max_model_len)
         except BaseException:
             offered.give_back()
             raise
-        return RenderedChat(request, prompt, expanded, items, offered)
+        return RenderedChat(request, prompt, expanded, items=items, offered=offered)
 
     async def _prompt_and_media(
         self,
         model: ServedModel,
         request: ChatRequest | TokenizeRequest,
-        walked: _Walked,
+        walked: Walked,
         attachments: Sequence[memoryview],
         deadline: float,
     ) -> tuple[EncodedPrompt, list[Medium | None]]:
@@ -299,7 +330,7 @@ class Service:
             return prompt, self._intake.read_now(sources)
         if complete and nbytes <= SMALL:
             encode = model.encode_chat_and_read
-            encoded, media = await self._on_render_thread(
+            encoded, media = await self.on_render_thread(
                 deadline, encode, conversation, request, self._intake, sources, prompt
             )
             model.prompts.put(key, encoded)
@@ -312,7 +343,7 @@ class Service:
         self,
         model: ServedModel,
         request: ChatRequest | TokenizeRequest,
-        walked: _Walked,
+        walked: Walked,
         sources: list[Source],
         *,
         known: EncodedPrompt | None,
@@ -323,7 +354,7 @@ class Service:
             async with _within(deadline), asyncio.TaskGroup() as group:
                 reading = group.create_task(self._intake.read(sources, conversation.media, deadline, walked.scope))
                 if known is None:
-                    encode = self._on_render_thread(deadline, model.encode_chat, conversation, request)
+                    encode = self.on_render_thread(deadline, model.encode_chat, conversation, request)
                     encoding = group.create_task(encode)
         except BaseExceptionGroup as failures:
             raise first_error(failures) from None
@@ -375,98 +406,19 @@ class Service:
         with self.timed("expand"):
             return expand(prompt.token_ids, prompt.placeholders, plans)
 
-    # --- the rest -------------------------------------------------------------------------------------------------
-
-    async def completions(self, body: Body, request_id: str) -> bytes:
-        """Render a completion request; JSON of a list of GenerateRequests, one a prompt."""
-        model, arrived = self.served(), _now()
-        model.bounds.check_json(len(body))
-        request = await self._parse(body, lambda: parse(body, "completion", trusted=self._trusts_kwargs))
-        model.check_name(request.model)
-        numbered = request.is_batch
-        with _naming("prompt"):
-            encoded = await self._encode_prompts(model, request, self._deadline(arrived, request.deadline_ms))
-
-            def answers() -> bytes:
-                told = (
-                    generate_request(
-                        request,
-                        request_id=f"{request_id}-{index}" if numbered else request_id,
-                        model=model.name,
-                        token_ids=token_ids,
-                        max_model_len=model.max_model_len,
-                        prompt_text=text,
-                    )
-                    for index, (token_ids, text) in enumerate(encoded)
-                )
-                return b"".join((b"[", b",".join(map(msgspec.json.encode, told)), b"]"))
-
-            return await self.encode(sum(_ANSWER + len(token_ids) for token_ids, _ in encoded), answers)
-
-    async def _encode_prompts(
-        self, model: ServedModel, request: CompletionRequest, deadline: float
-    ) -> list[tuple[list[int], str | None]]:
-        """Return ids and text of every prompt, some at a time, so that others get their turn on the render thread."""
-        prompts = request.prompts()
-        params = [f"prompt[{index}]" for index in range(len(prompts))] if request.is_batch else ["prompt"]
-        for prompt, param in zip(prompts, params, strict=True):
-            if isinstance(prompt, str):
-                model.bounds.check_prompt(len(prompt), param)
-        encoded: list[tuple[list[int], str | None]] = []
-        for turn in _turns([len(prompt) for prompt in prompts]):
-            encoded += await self._on_render_thread(
-                deadline, _encode, model, prompts[turn], params[turn], request.add_special_tokens
-            )
-        return encoded
-
-    async def tokenize(
-        self, body: Body, attachments: Sequence[memoryview] = (), *, principal: str = ANONYMOUS
-    ) -> bytes:
-        """Tokenize a text or a chat, to JSON; media are expanded, and only their plans are computed."""
-        model, arrived = self.served(), _now()
-        request = await self._parse(body, lambda: parse(body, "tokenize", trusted=self._trusts_kwargs))
-        model.check_name(request.model)
-        deadline = self._deadline(arrived, request.deadline_ms)
-        if request.prompt is not None:
-            model.bounds.check_counted(len(request.prompt), "prompt")
-            text, special = request.prompt, request.adds_special_tokens
-            token_ids = await self._on_render_thread(
-                deadline, lambda: model.encode_text(text, add_special_tokens=special)
-            )
-        else:
-            with _naming("messages"):
-                token_ids = await self._tokenize_chat(
-                    model, request, self._walk(model, request, body, principal), attachments, deadline
-                )
-        strings = None
-        if request.return_token_strs:
-            strings = await self._on_render_thread(deadline, model.tokenizer.token_strs, token_ids)
-
-        def answer() -> bytes:
-            return msgspec.json.encode(
-                {
-                    "count": len(token_ids),
-                    "max_model_len": model.max_model_len,
-                    "tokens": json_list(token_ids),
-                    "token_strs": None if strings is None else json_list(strings),
-                }
-            )
-
-        return await self.encode(len(token_ids), answer)
-
-    async def _tokenize_chat(
+    async def chat_tokens(
         self,
         model: ServedModel,
         request: TokenizeRequest,
-        walked: _Walked,
+        walked: Walked,
         attachments: Sequence[memoryview],
         deadline: float,
     ) -> list[int]:
+        """Return the ids of a chat, media expanded; only their plans are computed."""
         prompt, media = await self._prompt_and_media(model, request, walked, attachments, deadline)
+        how = model.truncation(request)
         if not media:
-            return (
-                expand(prompt.token_ids, prompt.placeholders, {}).token_ids if prompt.placeholders else prompt.token_ids
-            )
+            return truncate(expand(prompt.token_ids, prompt.placeholders, {}), how).token_ids
         terms = Terms(
             need="plan",
             lease=None,
@@ -478,36 +430,23 @@ class Service:
         )
         offered, items = await self._items(model, walked.conversation.media, media, terms)
         with offered:
-            return self._expand(prompt, items).token_ids
-
-    async def detokenize(self, body: Body) -> bytes:
-        """Return the text of token ids, as JSON."""
-        model, arrived = self.served(), _now()
-        model.bounds.check_json(len(body))
-        request: DetokenizeRequest = await self._parse(body, lambda: parse(body, "detokenize"))
-        model.check_name(request.model)
-        deadline = self._deadline(arrived, request.deadline_ms)
-
-        def decode() -> str:
-            model.tokenizer.check_ids(request.tokens, "tokens")
-            return model.tokenizer.decode(request.tokens)
-
-        text = await self._on_render_thread(deadline, decode)
-        return await self.encode(len(request.tokens), lambda: msgspec.json.encode({"prompt": text}))
+            return truncate(self._expand(prompt, items), how).token_ids
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
-    def _deadline(self, arrived: float, deadline_ms: int | None) -> float:
+    def deadline(self, arrived: float, deadline_ms: int | None) -> float:
+        """Return when a request's time is over, by the loop's clock."""
         seconds = self._request_timeout if deadline_ms is None else min(deadline_ms / 1000, self._request_timeout)
         return arrived + seconds
 
-    async def _parse(self, body: Body, work: Callable[[], T]) -> T:
+    async def parse_body(self, body: Body, work: Callable[[], T]) -> T:
+        """Return what ``work`` makes of ``body``; off the loop where it is large."""
         if len(body) <= _LARGE_BODY:
             return work()
-        async with _within(_now() + self._request_timeout):
+        async with _within(now() + self._request_timeout):
             return await asyncio.get_running_loop().run_in_executor(self.threads, work)
 
-    async def _on_render_thread(self, deadline: float, work: Callable[..., T], *arguments: Any) -> T:
+    async def on_render_thread(self, deadline: float, work: Callable[..., T], *arguments: Any) -> T:
         """Return what ``work`` returns. Where the deadline comes first, work that has not begun is dropped."""
         try:
             async with _within(deadline):
@@ -529,7 +468,7 @@ class Service:
 
 
 @contextmanager
-def _naming(param: str) -> Iterator[None]:
+def naming(param: str) -> Iterator[None]:
     """Let an invalid request that names no place name ``param``."""
     try:
         yield
@@ -537,7 +476,8 @@ def _naming(param: str) -> Iterator[None]:
         raise error.at(param) from None
 
 
-def _now() -> float:
+def now() -> float:
+    """Return the running loop's time, in seconds."""
     return asyncio.get_running_loop().time()
 
 
@@ -549,28 +489,3 @@ async def _within(deadline: float) -> AsyncIterator[None]:
             yield
     except TimeoutError:
         raise DeadlineExceeded("the request's time was over before it was rendered and tokenized") from None
-
-
-def _turns(lengths: Sequence[int]) -> Iterator[slice]:
-    """Cut a list of prompts of these lengths into slices, each of one prompt or of at most ``_TURN`` in sum."""
-    start = size = 0
-    for index, length in enumerate(lengths):
-        if index > start and size + length > _TURN:
-            yield slice(start, index)
-            start, size = index, 0
-        size += length
-    yield slice(start, len(lengths))
-
-
-def _encode(
-    model: ServedModel, prompts: Sequence[str | list[int]], params: Sequence[str], add_special_tokens: bool
-) -> list[tuple[list[int], str | None]]:
-    """Return ids and text of each prompt; on the render thread."""
-    encoded: list[tuple[list[int], str | None]] = []
-    for prompt, param in zip(prompts, params, strict=True):
-        if isinstance(prompt, str):
-            encoded.append((model.encode_text(prompt, add_special_tokens=add_special_tokens), prompt))
-        else:
-            model.tokenizer.check_ids(prompt, param)
-            encoded.append((prompt, None))
-    return encoded

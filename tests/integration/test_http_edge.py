@@ -34,7 +34,9 @@ except ImportError:
 
 CHAT = "/v1/chat/completions/render"
 COMPLETIONS = "/v1/completions/render"
-NEED_MODEL = [CHAT, COMPLETIONS, "/tokenize", "/detokenize"]
+MESSAGES = "/v1/messages/render"
+RESPONSES = "/v1/responses/render"
+NEED_MODEL = [CHAT, COMPLETIONS, MESSAGES, RESPONSES, "/tokenize", "/detokenize"]
 POSTS = [*NEED_MODEL, "/leases/renew", "/leases/release"]
 GETS = ["/v1/models", "/health", "/ready", "/metrics", "/version"]
 
@@ -73,6 +75,14 @@ class Echo:
     async def render_chat(self, body: bytes, caller: Caller) -> bytes:
         caller.held.hold_answer(self.encoding)
         return await self._answer("chat", body, request_id=caller.request_id)
+
+    async def render_messages(self, body: bytes, caller: Caller) -> bytes:
+        caller.held.hold_answer(self.encoding)
+        return await self._answer("messages", body, request_id=caller.request_id)
+
+    async def render_responses(self, body: bytes, caller: Caller) -> bytes:
+        caller.held.hold_answer(self.encoding)
+        return await self._answer("responses", body, request_id=caller.request_id)
 
     async def render_completions(self, body: bytes, caller: Caller) -> bytes:
         caller.held.hold_answer(self.encoding)
@@ -167,7 +177,16 @@ def test_each_route_hands_its_body_on_and_answers_in_json(run: Run) -> None:
                 status, headers, body = await edge.ask("POST", path, data=b"x" * 1000)
                 assert (status, headers["Content-Type"], body["size"]) == (200, "application/json", 1000)
                 routes.append(body["route"])
-            assert routes == ["chat", "completions", "tokenize", "detokenize", "renew", "release"]
+            assert routes == [
+                "chat",
+                "completions",
+                "messages",
+                "responses",
+                "tokenize",
+                "detokenize",
+                "renew",
+                "release",
+            ]
             assert (await edge.ask("GET", "/v1/models"))[2] == {"object": "list", "data": []}
             assert (await edge.ask("GET", "/version"))[2] == {"version": "1.2.3"}
             assert (await edge.ask("GET", "/health"))[0] == (await edge.ask("GET", "/ready"))[0] == 200
@@ -178,7 +197,9 @@ def test_each_route_hands_its_body_on_and_answers_in_json(run: Run) -> None:
     run(main())
 
 
-@pytest.mark.parametrize(("path", "prefix"), [(CHAT, "chatcmpl-"), (COMPLETIONS, "cmpl-")])
+@pytest.mark.parametrize(
+    ("path", "prefix"), [(CHAT, "chatcmpl-"), (COMPLETIONS, "cmpl-"), (MESSAGES, "chatcmpl-"), (RESPONSES, "resp_")]
+)
 def test_the_clients_request_id_goes_in_behind_a_prefix_and_comes_back(run: Run, path: str, prefix: str) -> None:
     async def main() -> None:
         async with serving() as edge:

@@ -38,6 +38,7 @@ WRONG = {
     "api-key-file": ["/nonexistent/keys", "/proc/self/maps"],
     "admin-key-file": ["/nonexistent/keys"],
     "share-cache-across-keys": ["maybe", ""],
+    "trust-request-chat-template": ["maybe", ""],
     "allow-private-networks": ["maybe", "2", ""],
     "allowed-local-media-path": ["/nonexistent", "/proc/self/maps"],
     "media-cache-max-size": ["1023KiB", "65TiB", "much", ""],
@@ -112,7 +113,12 @@ def test_every_option_has_wrong_values_or_none(option):
 @pytest.mark.parametrize(("option", "value"), [(name, value) for name, values in WRONG.items() for value in values])
 def test_a_wrong_value_is_an_error_that_names_the_option_wherever_it_stands(option, value, file):
     places = [{"environment": {variable(option): value}}, {"arguments": ["--config", file(f"{option} = '{value}'")]}]
-    if option not in {"allow-private-networks", "trust-request-mm-kwargs", "share-cache-across-keys"}:
+    if option not in {
+        "allow-private-networks",
+        "trust-request-mm-kwargs",
+        "trust-request-chat-template",
+        "share-cache-across-keys",
+    }:
         places.append({"arguments": [f"--{option}={value}"]})
     for place in places:
         with pytest.raises(StartupError, match=f"--{option}"):

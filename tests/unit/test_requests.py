@@ -111,12 +111,8 @@ def test_what_breaks_the_schema_is_refused_at_its_place(body, param):
         ("chat_template", "{{ messages }}"),
         ("mm_processor_kwargs", {"max_pixels": 1}),
         ("media_io_kwargs", {"video": {"num_frames": 4}}),
-        ("truncate_prompt_tokens", 10),
         ("truncate_prompt_tokens", 0),
-        ("truncation_side", "left"),
         ("queue", "engine-0"),
-        ("return_token_offsets", True),
-        ("use_beam_search", True),
     ],
 )
 def test_what_would_change_the_result_unnoticed_is_refused_by_name(name, value):

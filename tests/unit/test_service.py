@@ -14,6 +14,7 @@ from mmprep_frontend.model import load_model
 from mmprep_frontend.render.answer import json_list
 from mmprep_frontend.render.tokens import load_tokenizer
 from mmprep_frontend.service import Service
+from mmprep_frontend.texts import Texts
 
 FEW, MANY = 100, 20_000
 
@@ -51,6 +52,7 @@ def service(model):
         limits={},
         request_timeout=60.0,
         trusts_kwargs=False,
+        trusts_templates=False,
     )
     made.model = model
     yield made
@@ -77,21 +79,21 @@ def test_a_long_list_is_encoded_as_in_one_piece(length):
 def test_answers_of_many_ids_are_encoded_off_the_loop(service, model, length, on_a_thread):
     ids = [n % 256 for n in range(length)]
     text = model.tokenizer.decode(ids)
-    assert ask(service.detokenize(body(tokens=ids))) == {"prompt": text}
+    assert ask(Texts(service).detokenize(body(tokens=ids))) == {"prompt": text}
     assert (service.threads.given > 0) == on_a_thread
     given = service.threads.given
-    counted = ask(service.tokenize(body(prompt=text, return_token_strs=True)))
+    counted = ask(Texts(service).tokenize(body(prompt=text, return_token_strs=True)))
     assert counted["count"] == len(counted["tokens"]) == len(counted["token_strs"])
     assert model.tokenizer.decode(counted["tokens"]) == text
     assert (service.threads.given > given) == on_a_thread
     given = service.threads.given
-    (answer,) = ask(service.completions(body(prompt=[ids]), "cmpl-1"))
+    (answer,) = ask(Texts(service).completions(body(prompt=[ids]), "cmpl-1"))
     assert (answer["token_ids"], answer["request_id"]) == (ids, "cmpl-1-0")
     assert (service.threads.given > given) == on_a_thread
 
 
 def test_ids_are_checked_on_the_render_thread(service, model):
     with pytest.raises(InvalidRequest) as refused:
-        ask(service.detokenize(body(tokens=[1] * MANY + [model.tokenizer.vocab_size])))
+        ask(Texts(service).detokenize(body(tokens=[1] * MANY + [model.tokenizer.vocab_size])))
     assert refused.value.param == f"tokens[{MANY}]"
     assert service._render_thread.given == 1

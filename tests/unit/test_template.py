@@ -25,7 +25,7 @@ def sentinels(model):
 def rendered(source, sentinels, model, messages=None, **fields):
     """Render; placeholders of the template are shown as «image»."""
     messages = [{"role": "user", "content": "hello"}] if messages is None else messages
-    request = parse(json.dumps({"messages": messages, **fields}).encode(), "chat")
+    request = parse(json.dumps({"messages": messages, **fields}).encode(), "chat", templates=True)
     sources = source if isinstance(source, dict) else {"default": source}
     template = ChatTemplate(sources, {"eos_token": "<|im_end|>", "image_token": IMAGE}, sentinels)
     conversation = walk(request.messages, model, template.format_for(request), sentinels)
@@ -178,3 +178,96 @@ def test_a_broken_template_file_stops_the_start(broken, tmp_path):
     (tmp_path / "chat_template.json").write_text(broken)
     with pytest.raises(StartupError):
         load_sources(tmp_path)
+
+
+def test_a_request_may_bring_its_own_template_whose_placeholders_are_real(sentinels, model):
+    messages = [{"role": "user", "content": [PICTURE, {"type": "text", "text": IMAGE}]}]
+    own = "{% for part in messages[0].content %}{{ part.text or '<|image_pad|>' }}{% endfor %}"
+    assert rendered(CHAT_TEMPLATE, sentinels, model, messages, chat_template=own) == f"«image»{IMAGE}"
+    assert rendered(CHAT_TEMPLATE, sentinels, model, chat_template="{{ messages[0].content }}!") == "hello!"
+
+
+def test_a_request_may_name_one_of_the_models_templates(sentinels, model):
+    sources = {"default": "plain", "tool_use": "tools", "rag": "documents"}
+    assert rendered(sources, sentinels, model, chat_template="rag") == "documents"
+    assert rendered(sources, sentinels, model, chat_template="default", tools=[{"type": "function"}]) == "plain"
+    assert rendered(sources, sentinels, model, chat_template="neither") == "neither"
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ("{% if %}", "line 1"),
+        ("\n{{ x", "line 2"),
+        ("x" * 70_000, "70000 characters; at most 65536"),
+        ("{% for a in b %}" * 60 + "{% endfor %}" * 60, "cannot be compiled"),
+        ("{{ " + "(" * 5000 + ")" * 5000 + " }}", "cannot be compiled"),
+    ],
+)
+def test_a_template_of_a_request_that_cannot_be_compiled_is_refused_by_name(own, words, sentinels, model):
+    error = refusal(CHAT_TEMPLATE, sentinels, model, chat_template=own)
+    assert error.param == "chat_template"
+    assert words in error.message
+
+
+def test_templates_of_requests_are_kept_and_not_without_end(sentinels, model):
+    template = ChatTemplate({"default": "plain"}, {}, sentinels)
+
+    def asks_for(source):
+        body = {"messages": [{"role": "user", "content": "x"}], "chat_template": source}
+        return parse(json.dumps(body).encode(), "chat", templates=True)
+
+    first = asks_for("first")
+    assert not template.is_ready(first)
+    template.prepare(first)
+    assert template.is_ready(first)
+    for number in range(40):
+        template.prepare(asks_for(f"number {number}"))
+    assert not template.is_ready(first)
+    assert template.is_ready(asks_for("number 39"))
+    assert template.render(walk(first.messages, model, template.format_for(first), sentinels), first) == "first"
+
+
+def test_an_endless_template_is_stopped_and_the_refusal_says_so(sentinels, model):
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    assert "was stopped" in refusal(endless, sentinels, model).message
+    assert "was stopped" in refusal(CHAT_TEMPLATE, sentinels, model, chat_template=endless).message
+
+
+ROLES = "{% for m in messages %}{{ m.role }}={{ m.content }};{% endfor %}"
+
+
+def developer(content):
+    return {"role": "developer", "content": content}
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([developer("a"), {"role": "user", "content": "q"}], "system=a;user=q;"),
+        (
+            [{"role": "system", "content": "a"}, {"role": "user", "content": "q"}, developer("b")],
+            "system=a\n\nb;user=q;",
+        ),
+        (
+            [developer(""), {"role": "user", "content": "q"}, developer([{"type": "text", "text": "b"}])],
+            "system=b;user=q;",
+        ),
+        ([{"role": "user", "content": "q"}, {"role": "system", "content": "a"}], "user=q;system=a;"),
+    ],
+)
+def test_a_template_that_knows_no_developers_gets_their_words_from_the_system(messages, expected, sentinels, model):
+    assert rendered(ROLES, sentinels, model, messages) == expected
+
+
+def test_a_template_that_knows_developers_gets_them(sentinels, model):
+    source = ROLES + "{{ 'developer' if false }}"
+    assert rendered(source, sentinels, model, [developer("a")]) == "developer=a;"
+
+
+def test_an_effort_turns_thinking_on_or_off_unless_the_request_says_it_itself(sentinels, model):
+    source = "{{ enable_thinking }} {{ reasoning_effort }}"
+    assert rendered(source, sentinels, model, reasoning_effort="high") == "True high"
+    assert rendered(source, sentinels, model, reasoning_effort="none") == "False none"
+    kwargs = {"enable_thinking": False, "reasoning_effort": "max"}
+    assert rendered(source, sentinels, model, reasoning_effort="low", chat_template_kwargs=kwargs) == "False low"

@@ -209,3 +209,24 @@ def test_a_card_of_another_vocabulary_stops_the_start(directory):
     card_of_another = ModelCard("x", b"", (Placeholder("image", IMAGE, 3, IMAGE),), {}, {})
     with pytest.raises(StartupError, match="of id 3"):
         Tokenizer(load_tokenizer(directory), card_of_another, Sentinels(card_of_another))
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("text", ["Größe und … “x”\n\n  y ", "a<|im_end|>b", "plain"])
+def test_offsets_are_those_of_the_reference(text, special, tmp_path):
+    directory = build(tmp_path, surrounded=True)
+    renderer = Renderer(directory)
+    reference = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    expected = reference(text, add_special_tokens=special, return_offsets_mapping=True, truncation=False)
+    encoded = renderer.tokenizer.encode_text(text, add_special_tokens=special, offsets_from=0)
+    assert (encoded.token_ids, encoded.offsets) == (expected.input_ids, expected.offset_mapping)
+    assert renderer.text(text, add_special_tokens=special).offsets is None
+    shifted = renderer.tokenizer.encode_text(text, add_special_tokens=False, offsets_from=5).offsets
+    plain = renderer.tokenizer.encode_text(text, add_special_tokens=False, offsets_from=0).offsets
+    assert shifted == [(start + 5, end + 5) for start, end in plain]
+
+
+def test_offsets_point_into_the_text_also_where_a_placeholder_was_typed(renderer):
+    encoded = renderer.tokenizer.encode_prompt(f"see {IMAGE} and {IMAGE}", add_special_tokens=False, offsets_from=0)
+    assert len(encoded.offsets) == len(encoded.token_ids)
+    assert "".join(encoded.text[start:end] for start, end in encoded.offsets) == f"see {IMAGE} and {IMAGE}"

@@ -99,6 +99,8 @@ def make_app(
     app[RUNNING] = Running()
     for path, handler in (
         ("/v1/chat/completions/render", edge.answering(service.render_chat, prefix="chatcmpl-")),
+        ("/v1/messages/render", edge.answering(service.render_messages, prefix="chatcmpl-")),
+        ("/v1/responses/render", edge.answering(service.render_responses, prefix="resp_")),
         ("/v1/completions/render", edge.answering(service.render_completions, prefix="cmpl-")),
         ("/tokenize", edge.answering(service.tokenize)),
         ("/detokenize", edge.answering(service.detokenize)),

@@ -21,8 +21,10 @@ def encode_chat_answer(chat: RenderedChat, model: ServedModel, request_id: str) 
         model=model.name,
         token_ids=chat.expanded.token_ids,
         max_model_len=model.max_model_len,
+        defaults=model.sampling,
         features=_features(chat),
         prompt_text=chat.prompt.text,
+        token_offsets=chat.offsets,
     )
     return msgspec.json.encode(answer)
 

@@ -18,7 +18,8 @@ from mmprep.wire.messages import Name
 from mmprep_frontend.caller import Caller
 from mmprep_frontend.http.chat_answer import encode_chat_answer
 from mmprep_frontend.http.exposition import METRICS, HistogramData, Numbers, Series, expose
-from mmprep_frontend.service import Service
+from mmprep_frontend.service import Form, Service
+from mmprep_frontend.texts import Texts
 
 _log = logging.getLogger("mmprep.requests")
 T = TypeVar("T")
@@ -59,6 +60,7 @@ class HttpDoor:
         status: Callable[[], Awaitable[bytes]],
     ) -> None:
         self._service = service
+        self._texts = Texts(service)
         self._not_ready = not_ready
         self._refusal = refusal
         self._collect = collect
@@ -66,16 +68,22 @@ class HttpDoor:
         self._started = int(time.time())
 
     async def render_chat(self, body: bytes, caller: Caller) -> bytes:
-        return await self._counted("/v1/chat/completions/render", self._render_chat(body, caller))
+        return await self._counted("/v1/chat/completions/render", self._render_chat(body, caller, "chat"))
+
+    async def render_messages(self, body: bytes, caller: Caller) -> bytes:
+        return await self._counted("/v1/messages/render", self._render_chat(body, caller, "messages"))
+
+    async def render_responses(self, body: bytes, caller: Caller) -> bytes:
+        return await self._counted("/v1/responses/render", self._render_chat(body, caller, "responses"))
 
     async def render_completions(self, body: bytes, caller: Caller) -> bytes:
-        return await self._counted("/v1/completions/render", self._service.completions(body, caller.request_id))
+        return await self._counted("/v1/completions/render", self._texts.completions(body, caller.request_id))
 
     async def tokenize(self, body: bytes, caller: Caller) -> bytes:
-        return await self._counted("/tokenize", self._service.tokenize(body, principal=caller.principal))
+        return await self._counted("/tokenize", self._texts.tokenize(body, principal=caller.principal))
 
     async def detokenize(self, body: bytes, caller: Caller) -> bytes:  # noqa: ARG002, the seam
-        return await self._counted("/detokenize", self._service.detokenize(body))
+        return await self._counted("/detokenize", self._texts.detokenize(body))
 
     async def renew_leases(self, body: bytes, caller: Caller) -> bytes:  # noqa: ARG002, the seam
         request = _lease_request(body)
@@ -115,8 +123,8 @@ class HttpDoor:
     def refusal(self) -> str | None:
         return self._refusal()
 
-    async def _render_chat(self, body: bytes, caller: Caller) -> bytes:
-        chat, held = await self._service.chat(body, principal=caller.principal), caller.held
+    async def _render_chat(self, body: bytes, caller: Caller, form: Form) -> bytes:
+        chat, held = await self._service.chat(body, form=form, principal=caller.principal), caller.held
         try:
             model = self._service.served()
             inline = chat.inline_bytes()

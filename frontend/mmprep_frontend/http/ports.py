@@ -18,6 +18,12 @@ class Service(Protocol):
     async def render_chat(self, body: bytes, caller: Caller) -> bytes:
         """Answer a chat completion request with its GenerateRequest."""
 
+    async def render_messages(self, body: bytes, caller: Caller) -> bytes:
+        """Answer a request of Anthropic's Messages API with its GenerateRequest."""
+
+    async def render_responses(self, body: bytes, caller: Caller) -> bytes:
+        """Answer a request of OpenAI's Responses API with its GenerateRequest."""
+
     async def render_completions(self, body: bytes, caller: Caller) -> bytes:
         """Answer a completion request with a list of GenerateRequests."""
 

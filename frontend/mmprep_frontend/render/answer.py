@@ -1,8 +1,7 @@
 """Builds the answer: one GenerateRequest, as plain data, and the encoded tensors in it.
 
 Field names, meanings and defaults are those of vLLM's ``GenerateRequest`` (its token-in, token-out endpoint), so that
-an answer can be posted there as it is. Sampling parameters hold what the request set and ``max_tokens``; all else is
-left to the engine's defaults.
+an answer can be posted there as it is.
 
 One item's tensors are base64 of MessagePack ``{field: {"data": [dtype, shape, Ext(3, raw)], "field": [kind,
 arguments]}}``: the form in which vLLM's serializer takes a multimodal item.
@@ -20,38 +19,13 @@ import pybase64
 from mmprep.errors import InvalidRequest
 from mmprep.items import FieldSpec, ItemMeta
 from mmprep_frontend.render.expansion import Range
-from mmprep_frontend.render.requests import ChatRequest, CompletionRequest
+from mmprep_frontend.render.requests import ChatRequest, CompletionRequest, template_kwargs
+from mmprep_frontend.render.sampling import NO_DEFAULTS, Defaults, sampling_params
 
 #: Ids that are encoded in one call.
 _PIECE = 16_384
 #: MessagePack extension code of raw tensor bytes.
 _RAW = 3
-#: What OpenAI's completion API generates where a request sets no length; its chat API has no such limit.
-_COMPLETION_TOKENS = 16
-
-_SAMPLING = (
-    "n",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "stop",
-    "stop_token_ids",
-    "bad_words",
-    "ignore_eos",
-    "min_tokens",
-    "prompt_logprobs",
-    "skip_special_tokens",
-    "spaces_between_special_tokens",
-    "include_stop_str_in_output",
-    "logit_bias",
-    "allowed_token_ids",
-    "structured_outputs",
-)
 
 
 def new_request_id(prefix: str) -> str:
@@ -86,8 +60,10 @@ def generate_request(
     model: str,
     token_ids: list[int],
     max_model_len: int,
+    defaults: Defaults = NO_DEFAULTS,
     features: dict[str, Any] | None = None,
     prompt_text: str | None = None,
+    token_offsets: Sequence[tuple[int, int]] | None = None,
 ) -> dict[str, Any]:
     """Return the answer to one prompt.
 
@@ -98,8 +74,10 @@ def generate_request(
     model: the served model's name, used where the request names none.
     token_ids: the expanded prompt.
     max_model_len: tokens that the model takes.
+    defaults: of the model's sampling.
     features: from :func:`features`, ``None`` without media.
     prompt_text: the prompt as text, ``None`` where it was given as ids; only in the answer where it was asked for.
+    token_offsets: first and last character but one of each token in the prompt's text, where they were asked for.
 
     Raises
     ------
@@ -110,16 +88,16 @@ def generate_request(
     answer: dict[str, Any] = {
         "request_id": request_id,
         "token_ids": json_list(token_ids) if len(token_ids) > _PIECE else token_ids,
-        "token_offsets": None,
+        "token_offsets": token_offsets,
         "features": features,
         "content_parts": None,
-        "sampling_params": sampling_params(request, max_model_len - len(token_ids)),
+        "sampling_params": sampling_params(request, max_model_len - len(token_ids), defaults),
         "model": request.model or model,
-        "reasoning_ended": None,
+        "reasoning_ended": True if isinstance(request, ChatRequest) and not request.include_reasoning else None,
         "reasoning_parser_kwargs": None,
         "return_token_ids": request.return_token_ids,
         "output_mode": "tokens",
-        "parse_context": None,
+        "parse_context": parse_context(request) if isinstance(request, ChatRequest) else None,
         "stream": bool(request.stream),
         "stream_options": request.stream_options if request.stream else None,
         "cache_salt": request.cache_salt,
@@ -132,58 +110,27 @@ def generate_request(
     return answer
 
 
-def sampling_params(request: ChatRequest | CompletionRequest, room: int) -> dict[str, Any]:
-    """Return the engine's sampling parameters: what the request set, and ``max_tokens``.
-
-    Parameters
-    ----------
-    request: what was asked.
-    room: tokens that the model still takes behind the prompt.
-
-    Raises
-    ------
-    InvalidRequest
-        The response format is none that is known, or is given in two ways.
-    """
-    given = ((name, getattr(request, name)) for name in _SAMPLING)
-    params = {name: value for name, value in given if value is not None}
-    if request.response_format is not None:
-        _constrain(params, request.response_format)
-    if request.vllm_xargs is not None:
-        params["extra_args"] = request.vllm_xargs
-    params["max_tokens"] = max_tokens(request, room)
-    if isinstance(request, ChatRequest):
-        if request.logprobs:
-            params["logprobs"] = request.top_logprobs or 0
-    elif request.logprobs is not None:
-        params["logprobs"] = request.logprobs
-    return params
-
-
-def max_tokens(request: ChatRequest | CompletionRequest, room: int) -> int:
-    """Return how many tokens may be generated where the model still takes ``room``."""
-    if isinstance(request, ChatRequest):
-        return request.max_completion_tokens or request.max_tokens or room
-    return request.max_tokens or min(_COMPLETION_TOKENS, room)
-
-
-def _constrain(params: dict[str, Any], response_format: dict[str, Any]) -> None:
-    """Add what OpenAI's ``response_format`` means to ``params``."""
-    kind = response_format.get("type")
-    if kind == "text":
-        return
-    if "structured_outputs" in params:
-        raise InvalidRequest("Send 'response_format' or 'structured_outputs', not both.", param="response_format")
-    if kind == "json_object":
-        params["structured_outputs"] = {"json_object": True}
-        return
-    named = response_format.get("json_schema")
-    if kind != "json_schema" or not isinstance(named, dict) or not isinstance(named.get("schema"), dict):
-        raise InvalidRequest(
-            "'response_format' must be of type 'text', 'json_object', or 'json_schema' with a schema.",
-            param="response_format",
-        )
-    params["structured_outputs"] = {"json": named["schema"]}
+def parse_context(request: ChatRequest) -> dict[str, Any] | None:
+    """Return what an engine needs to know of a chat to parse what its model says, ``None`` where it is not to."""
+    if not request.is_parsed:
+        return None
+    choice = request.tool_choice
+    if choice is None:
+        choice = "auto" if request.tools else "none"
+    calls = (len(message.tool_calls or ()) for message in request.messages if message.role == "assistant")
+    return {
+        "tools": request.tools,
+        "tool_choice": choice,
+        "parallel_tool_calls": request.parallel_tool_calls is not False,
+        "include_reasoning": request.include_reasoning,
+        "chat_template_kwargs": {
+            **template_kwargs(request),
+            **({} if request.documents is None else {"documents": request.documents}),
+            "add_generation_prompt": request.add_generation_prompt,
+            "continue_final_message": request.continue_final_message,
+        },
+        "history_tool_call_cnt": sum(calls),
+    }
 
 
 def features(

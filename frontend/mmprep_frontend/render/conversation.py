@@ -10,7 +10,8 @@ parts     loops over it, and nothing else                              a list of
 both      loops over it, and tests whether it is a string              as it was sent
 ========  ==========================================================  ==========================================
 
-In format *string* the parts of a message are joined by line breaks, in the order in which they were sent.
+In format *string* the parts of a message are joined by line breaks, in the order in which they were sent. What a tool
+answered is one text in every format, unless there is more to it than texts.
 """
 
 from __future__ import annotations
@@ -24,18 +25,24 @@ from jinja2 import nodes
 
 from mmprep.card import ModelCard, Placeholder
 from mmprep.errors import InvalidRequest
+from mmprep_frontend.render.attribution import is_attribution, without_attribution
 from mmprep_frontend.render.requests import (
     AudioUrlPart,
+    Content,
     ImageEmbedsPart,
     ImageUrlPart,
     InputAudioPart,
     InputImagePart,
+    InputTextPart,
     MediumPart,
     Message,
+    OutputTextPart,
     Part,
     RefusalPart,
     TextPart,
+    ThinkingPart,
     ToolCall,
+    ToolReferencePart,
     Url,
     VideoUrlPart,
 )
@@ -109,7 +116,12 @@ class _Walker:
     def message(self, message: Message, param: str) -> dict[str, Any]:
         if message.content is None and message.role != "assistant":
             raise InvalidRequest(f"A message of role '{message.role}' needs a content.", param=f"{param}.content")
-        converted: dict[str, Any] = {"role": message.role, "content": self._content(message.content, param)}
+        content = self._content(message.content, param)
+        if message.role == "tool":
+            content = _one_text(content)
+        elif message.role == "system":
+            content = _without_attribution(content)
+        converted: dict[str, Any] = {"role": message.role, "content": content}
         if message.name is not None:
             converted["name"] = message.name
         if message.tool_call_id is not None:
@@ -125,7 +137,7 @@ class _Walker:
             converted |= {"reasoning_content": reasoning, "thinking": reasoning, "reasoning": reasoning}
         return converted
 
-    def _content(self, content: str | list[Part] | None, param: str) -> str | list[dict[str, Any]]:
+    def _content(self, content: Content | None, param: str) -> str | list[dict[str, Any]]:
         # An absent content becomes an empty one: templates that join it to a string would fail on a null.
         if content is None:
             content = ""
@@ -135,18 +147,22 @@ class _Walker:
             return [{"type": "text", "text": content}] if content else []
         parts = [self._part(part, f"{param}.content[{index}]") for index, part in enumerate(content)]
         if self._format == "string":
-            return "\n".join(
-                self._sentinels.part_text(part) if isinstance(part, Placeholder) else part for part in parts
-            )
-        return [
-            {"type": part.modality} if isinstance(part, Placeholder) else {"type": "text", "text": part}
-            for part in parts
-        ]
+            return "\n".join(map(self._as_text, parts))
+        return list(map(_as_part, parts))
 
-    def _part(self, part: Part, param: str) -> str | Placeholder:
+    def _as_text(self, part: str | Placeholder | ToolReferencePart) -> str:
+        if isinstance(part, ToolReferencePart):
+            return part.name
+        return self._sentinels.part_text(part) if isinstance(part, Placeholder) else part
+
+    def _part(self, part: Part | str, param: str) -> str | Placeholder | ToolReferencePart:
         """Return the part's text, or the placeholder of its medium, which is noted in ``media``."""
-        if isinstance(part, TextPart):
+        if isinstance(part, str | ToolReferencePart):
+            return part
+        if isinstance(part, TextPart | InputTextPart | OutputTextPart):
             return part.text
+        if isinstance(part, ThinkingPart):
+            return part.thinking
         if isinstance(part, RefusalPart):
             return part.refusal
         if isinstance(part, ImageEmbedsPart):
@@ -157,6 +173,29 @@ class _Walker:
             raise InvalidRequest(f"This model takes no media of modality '{medium.modality}'.", param=f"{param}.type")
         self.media.append(medium)
         return placeholder
+
+
+def _as_part(part: str | Placeholder | ToolReferencePart) -> dict[str, Any]:
+    if isinstance(part, ToolReferencePart):
+        return {"type": "tool_reference", "name": part.name}
+    return {"type": part.modality} if isinstance(part, Placeholder) else {"type": "text", "text": part}
+
+
+def _one_text(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """Return texts as one, which is what templates take as a tool's answer; anything else as it is."""
+    if isinstance(content, str) or any(part["type"] != "text" for part in content):
+        return content
+    return "\n".join(part["text"] for part in content)
+
+
+def _without_attribution(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    if isinstance(content, str):
+        return without_attribution(content)
+    marked = [part for part in content if part["type"] == "text" and is_attribution(part["text"])]
+    if not marked:
+        return content
+    parts = ({**part, "text": without_attribution(part["text"])} if part in marked else part for part in content)
+    return [part for part in parts if part["type"] != "text" or part["text"]]
 
 
 def _medium(part: MediumPart, param: str) -> MediaPart:

@@ -29,7 +29,7 @@ class PromptCache:
     Parameters
     ----------
     max_bytes:
-        Of memory, by :meth:`size`; 0 for a template whose text also depends on the time.
+        Of memory, by :meth:`size`; 0: nothing is kept.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -73,6 +73,10 @@ class PromptCache:
             request.reasoning_effort,
             request.add_generation_prompt,
             request.continue_final_message,
+            request.chat_template,
+            # Only a text that is too long is cut before it is tokenized.
+            request.truncate_prompt_tokens is not None,
+            request.truncation_side,
             special,
             scope,
         )

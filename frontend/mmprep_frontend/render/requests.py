@@ -14,8 +14,7 @@ The fields and their defaults are those of OpenAI's API and of vLLM's extension 
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any, Literal, TypeAlias, overload
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, overload
 
 import msgspec
 from msgspec import Meta, Struct
@@ -24,25 +23,59 @@ from mmprep.card import Io
 from mmprep.errors import InvalidRequest
 from mmprep.wire.messages import Name
 from mmprep_frontend.render.bounds import MAX_PROMPTS
+from mmprep_frontend.render.explain import decode
+from mmprep_frontend.render.sampling import check_sampling
+from mmprep_frontend.render.tool_choice import NamedTool, ToolChoice, check_tool_choice, forced_schema
 
+Side: TypeAlias = Literal["left", "right"]
+Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Payload: TypeAlias = Literal["tensors", "shm", "none"]
 Kind: TypeAlias = Literal["chat", "completion", "tokenize", "detokenize"]
 
-_Positive = Annotated[int, Meta(ge=1)]
-_Natural = Annotated[int, Meta(ge=0)]
-_Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-_Share = Annotated[float, Meta(ge=0, le=1)]
-_Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Positive: TypeAlias = Annotated[int, Meta(ge=1)]
+Natural: TypeAlias = Annotated[int, Meta(ge=0)]
+Int64: TypeAlias = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
+Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
 #: Clients of engines take hashes, and also whole URLs.
 _Uuid = Annotated[str, Meta(min_length=1, max_length=1024)]
+Temperature: TypeAlias = Annotated[float, Meta(ge=0, le=2)]
+TopP: TypeAlias = Annotated[float, Meta(gt=0, le=1)]
+TopK: TypeAlias = Annotated[int, Meta(ge=-1)]
 _Salt = Annotated[str, Meta(min_length=1, max_length=1024)]
 _Dtype = Literal["auto", "uint8", "float32", "bfloat16", "float16"]
+#: What OpenAI's completion API generates where a request sets no length; its chat API has no such limit.
+COMPLETION_TOKENS = 16
 
 
 class TextPart(Struct, tag="text", tag_field="type"):
     """Text of a message."""
 
     text: str
+
+
+class InputTextPart(Struct, tag="input_text", tag_field="type"):
+    """Text, as OpenAI's responses API names what is asked."""
+
+    text: str
+
+
+class OutputTextPart(Struct, tag="output_text", tag_field="type"):
+    """Text, as OpenAI's responses API names what was answered."""
+
+    text: str
+
+
+class ThinkingPart(Struct, tag="thinking", tag_field="type"):
+    """What the assistant thought, as text among texts."""
+
+    thinking: str
+
+
+class ToolReferencePart(Struct, tag="tool_reference", tag_field="type"):
+    """The name of a tool that a search found; templates expand it."""
+
+    name: str
 
 
 class RefusalPart(Struct, tag="refusal", tag_field="type"):
@@ -106,7 +139,8 @@ class ImageEmbedsPart(Struct, tag="image_embeds", tag_field="type"):
 
 
 MediumPart: TypeAlias = ImageUrlPart | InputImagePart | VideoUrlPart | AudioUrlPart | InputAudioPart
-Part: TypeAlias = TextPart | RefusalPart | MediumPart | ImageEmbedsPart
+WordsPart: TypeAlias = TextPart | InputTextPart | OutputTextPart | ThinkingPart | RefusalPart
+Part: TypeAlias = WordsPart | ToolReferencePart | MediumPart | ImageEmbedsPart
 
 
 class FunctionCall(Struct):
@@ -124,11 +158,14 @@ class ToolCall(Struct, kw_only=True):
     function: FunctionCall
 
 
+Content: TypeAlias = str | list[Part | str]
+
+
 class Message(Struct, kw_only=True):
     """One message of a conversation. The three names of the reasoning are those that clients use for one thing."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: Content | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -141,11 +178,15 @@ class _Request(Struct, kw_only=True):
     """What every request has, and what every request is refused for."""
 
     model: str | None = None
-    chat_template: Any = None
+    chat_template: str | None = None
     mm_processor_kwargs: Any = None
     media_io_kwargs: dict[Literal["image", "video", "audio"], Io] | None = None
-    truncate_prompt_tokens: Any = None
-    truncation_side: Any = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
+    truncation_side: Side | None = None
+    priority: Int64 | None = None
+    cache_salt: _Salt | None = None
+    deadline_ms: Positive | None = None
+    mm_dtype: _Dtype | None = None
 
     @property
     def io(self) -> dict[str, Io]:
@@ -153,50 +194,18 @@ class _Request(Struct, kw_only=True):
         return {str(modality): io for modality, io in (self.media_io_kwargs or {}).items()}
 
 
-class _Generating(_Request, kw_only=True):
-    """What a request says of the generation that is to follow: sampling, streaming, delivery."""
+class Delivered(_Request, kw_only=True):
+    """What a request says of its answer: how the tensors travel, to whom, and what else is in it."""
 
-    temperature: Annotated[float, Meta(ge=0)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=-1)] | None = None
-    min_p: _Share | None = None
-    presence_penalty: _Penalty | None = None
-    frequency_penalty: _Penalty | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
-    n: _Positive | None = None
-    seed: _Int64 | None = None
-    max_tokens: _Positive | None = None
-    min_tokens: _Natural | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[_Natural] | None = None
-    bad_words: list[str] | None = None
-    logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[_Natural] | None = None
-    prompt_logprobs: Annotated[int, Meta(ge=-1)] | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
-    vllm_xargs: dict[str, Any] | None = None
     stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
-    priority: _Int64 | None = None
-    cache_salt: _Salt | None = None
     kv_transfer_params: dict[str, Any] | None = None
     ec_transfer_params: dict[str, Any] | None = None
     mm_payload: Payload | None = None
     return_mm_kwargs: bool | None = None
     backend_id: Name | None = None
     lease_kind: Literal["copy", "view"] | None = None
-    deadline_ms: _Positive | None = None
-    mm_dtype: _Dtype | None = None
     return_prompt_text: bool | None = None
-    return_token_ids: bool | None = None
     return_token_offsets: bool | None = None
-    echo: bool | None = None
-    use_beam_search: bool | None = None
     queue: Any = None
 
     @property
@@ -207,23 +216,86 @@ class _Generating(_Request, kw_only=True):
         return "none" if self.return_mm_kwargs is False else "tensors"
 
 
+class _Generating(Delivered, kw_only=True):
+    """What a request says of the generation that is to follow."""
+
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: Share | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
+    n: Positive | None = None
+    seed: Int64 | None = None
+    max_tokens: Positive | None = None
+    min_tokens: Natural | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[Natural] | None = None
+    bad_words: list[str] | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[Natural] | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=-1)] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    vllm_xargs: dict[str, Any] | None = None
+    logprob_token_ids: list[Natural] | None = None
+    thinking_token_budget: Annotated[int, Meta(ge=-1)] | None = None
+    repetition_detection: dict[str, Any] | None = None
+    stream_interval: Positive | None = None
+    watermarking: bool | None = None
+    routed_experts_prompt_start: Natural | None = None
+    stream_options: dict[str, Any] | None = None
+    return_token_ids: bool | None = None
+    echo: bool | None = None
+    use_beam_search: bool | None = None
+
+
 class ChatRequest(_Generating, kw_only=True):
     """A chat completion request."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool = True
     documents: list[dict[str, Any]] | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: Effort | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
-    max_completion_tokens: _Positive | None = None
+    max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=-1)] | None = None
     functions: Any = None
     function_call: Any = None
+
+    #: Whether what the model will say is to be parsed as an answer of the chat API.
+    is_parsed: ClassVar[bool] = True
+
+    @property
+    def length_field(self) -> str:
+        """The field that says how many tokens may be generated."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """How many tokens may be generated, ``None`` where the request says nothing."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """How many log probabilities a token are asked for, ``None``: none at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def forced(self) -> dict[str, Any] | None:
+        """Return the JSON schema of the tool calls that must be generated, ``None`` where none must."""
+        return forced_schema(self.tools, self.tool_choice, parallel=self.parallel_tool_calls is not False)
 
 
 class CompletionRequest(_Generating, kw_only=True):
@@ -231,9 +303,24 @@ class CompletionRequest(_Generating, kw_only=True):
 
     prompt: str | list[str | int | list[int]]
     add_special_tokens: bool = True
-    logprobs: _Natural | None = None
+    logprobs: Natural | None = None
     suffix: Any = None
     prompt_embeds: Any = None
+
+    length_field: ClassVar[str] = "max_tokens"
+
+    @property
+    def wanted_tokens(self) -> int:
+        """How many tokens may be generated; the API has a default."""
+        return COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """How many log probabilities a token are asked for, ``None``: none at all."""
+        return self.logprobs
+
+    def forced(self) -> None:
+        """Tell that no tool must be called: there are none here."""
 
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts one by one, each a text or token ids.
@@ -273,15 +360,11 @@ class TokenizeRequest(_Request, kw_only=True):
     return_token_strs: bool | None = None
     tools: list[dict[str, Any]] | None = None
     documents: list[dict[str, Any]] | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: Effort | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool | None = None
-    priority: _Int64 | None = None
-    cache_salt: _Salt | None = None
-    deadline_ms: _Positive | None = None
-    mm_dtype: _Dtype | None = None
 
     @property
     def adds_special_tokens(self) -> bool:
@@ -294,10 +377,26 @@ class DetokenizeRequest(Struct, kw_only=True):
 
     model: str | None = None
     tokens: list[int]
-    deadline_ms: _Positive | None = None
+    deadline_ms: Positive | None = None
 
 
 Request: TypeAlias = ChatRequest | CompletionRequest | TokenizeRequest | DetokenizeRequest
+
+
+def wants_offsets(request: Request) -> bool:
+    """Whether the answer is to tell where each token's text is."""
+    return isinstance(request, Delivered) and bool(request.return_token_offsets)
+
+
+def template_kwargs(request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
+    """Return the variables of the chat template that a request chooses freely, and those that its effort means."""
+    variables = dict(request.chat_template_kwargs or {})
+    if request.reasoning_effort is not None:
+        # Asking for an effort turns thinking on, or off, in templates that leave it to a switch.
+        variables.setdefault("enable_thinking", request.reasoning_effort != "none")
+        variables["reasoning_effort"] = request.reasoning_effort
+    return variables
+
 
 _DECODERS: dict[Kind, msgspec.json.Decoder[Any]] = {
     "chat": msgspec.json.Decoder(ChatRequest),
@@ -308,14 +407,22 @@ _DECODERS: dict[Kind, msgspec.json.Decoder[Any]] = {
 
 
 @overload
-def parse(body: bytes | memoryview, kind: Literal["chat"], *, trusted: bool = ...) -> ChatRequest: ...
+def parse(
+    body: bytes | memoryview, kind: Literal["chat"], *, trusted: bool = ..., templates: bool = ...
+) -> ChatRequest: ...
 @overload
-def parse(body: bytes | memoryview, kind: Literal["completion"], *, trusted: bool = ...) -> CompletionRequest: ...
+def parse(
+    body: bytes | memoryview, kind: Literal["completion"], *, trusted: bool = ..., templates: bool = ...
+) -> CompletionRequest: ...
 @overload
-def parse(body: bytes | memoryview, kind: Literal["tokenize"], *, trusted: bool = ...) -> TokenizeRequest: ...
+def parse(
+    body: bytes | memoryview, kind: Literal["tokenize"], *, trusted: bool = ..., templates: bool = ...
+) -> TokenizeRequest: ...
 @overload
-def parse(body: bytes | memoryview, kind: Literal["detokenize"], *, trusted: bool = ...) -> DetokenizeRequest: ...
-def parse(body: bytes | memoryview, kind: Kind, *, trusted: bool = False) -> Request:
+def parse(
+    body: bytes | memoryview, kind: Literal["detokenize"], *, trusted: bool = ..., templates: bool = ...
+) -> DetokenizeRequest: ...
+def parse(body: bytes | memoryview, kind: Kind, *, trusted: bool = False, templates: bool = False) -> Request:
     """Return the request in ``body``.
 
     Parameters
@@ -323,37 +430,19 @@ def parse(body: bytes | memoryview, kind: Kind, *, trusted: bool = False) -> Req
     body: the JSON text, UTF-8.
     kind: which schema it must follow.
     trusted: whether the request may say how media are read, ``--trust-request-mm-kwargs``.
+    templates: whether it may bring or choose its chat template, ``--trust-request-chat-template``.
 
     Raises
     ------
     InvalidRequest
         It is no JSON, breaks the schema, or asks for what this service does not do.
     """
-    try:
-        request: Request = _DECODERS[kind].decode(body)
-    except msgspec.ValidationError as error:
-        raise _explain(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
-    except RecursionError:
-        raise InvalidRequest("The body is nested too deeply.") from None
-    _check(request, trusted=trusted)
+    request: Request = decode(_DECODERS[kind], body)
+    check(request, trusted=trusted, templates=templates)
     return request
 
 
-_REFUSED = ("chat_template", "mm_processor_kwargs")
-_NOT_YET = (
-    "truncate_prompt_tokens",
-    "truncation_side",
-    "return_token_offsets",
-    "echo",
-    "use_beam_search",
-    "queue",
-    "functions",
-    "function_call",
-    "suffix",
-    "prompt_embeds",
-)
+_NOT_YET = ("queue", "functions", "function_call", "suffix", "prompt_embeds")
 
 
 #: Fields whose content the schema leaves open.
@@ -373,36 +462,63 @@ _OPEN = (
 _DEEPEST = 128
 
 
-def _check(request: Request, *, trusted: bool) -> None:
-    """Refuse what the schema allows and this service does not honour, or what contradicts itself."""
+def check(request: Request, *, trusted: bool, templates: bool) -> None:
+    """Refuse what the schema allows and this service does not honour, or what contradicts itself.
+
+    Raises
+    ------
+    InvalidRequest
+        ``param`` names the field.
+    """
     _check_depth(request)
-    _check_trust(request, trusted=trusted)
     for name in _NOT_YET:
         value = getattr(request, name, None)
         if value is not None and value is not False:
             raise InvalidRequest(f"'{name}' is not supported yet; leave it out.", param=name)
-    if isinstance(request, _Generating):
+    if isinstance(request, _Request):
+        _check_trust(request, trusted=trusted, templates=templates)
+        if request.truncate_prompt_tokens == 0:
+            raise InvalidRequest("'truncate_prompt_tokens' of 0 leaves no prompt.", param="truncate_prompt_tokens")
+    if isinstance(request, ChatRequest | CompletionRequest):
         _check_delivery(request)
+        check_generation(request)
+    if isinstance(request, ChatRequest | TokenizeRequest):
+        _check_conversation(request)
+
+
+def check_generation(request: ChatRequest | CompletionRequest) -> None:
+    """Refuse a generation that no engine makes, or that contradicts itself; raises InvalidRequest."""
+    if request.use_beam_search:
+        raise InvalidRequest("Beam search is not supported in rendering; leave it out.", param="use_beam_search")
+    check_sampling(request)
     if isinstance(request, CompletionRequest):
         request.prompts()
-    elif isinstance(request, ChatRequest):
-        _check_tool_choice(request)
-        _check_conversation(request)
-    elif isinstance(request, TokenizeRequest):
-        if (request.prompt is None) == (request.messages is None):
-            raise InvalidRequest("Send either 'prompt' or 'messages'.", param="prompt")
-        _check_conversation(request)
+        return
+    check_tool_choice(request.tools, request.tool_choice)
+    if isinstance(request.tool_choice, NamedTool) and request.structured_outputs is not None:
+        raise InvalidRequest(
+            "A named 'tool_choice' decides what is generated; send no 'structured_outputs' with it.",
+            param="structured_outputs",
+        )
 
 
-def _check_trust(request: Request, *, trusted: bool) -> None:
-    for name in _REFUSED:
-        if getattr(request, name, None) is not None:
-            raise InvalidRequest(f"'{name}' is not accepted from requests by this service; leave it out.", param=name)
-    if isinstance(request, _Request) and request.media_io_kwargs and not trusted:
+def _check_trust(request: _Request, *, trusted: bool, templates: bool) -> None:
+    if request.mm_processor_kwargs is not None:
+        raise InvalidRequest(
+            "'mm_processor_kwargs' is not accepted from requests by this service; leave it out.",
+            param="mm_processor_kwargs",
+        )
+    if request.media_io_kwargs and not trusted:
         raise InvalidRequest(
             "'media_io_kwargs' is only accepted by a service that trusts its clients with it "
             "(--trust-request-mm-kwargs); leave it out.",
             param="media_io_kwargs",
+        )
+    if request.chat_template is not None and not templates:
+        raise InvalidRequest(
+            "'chat_template' is only accepted by a service that trusts its clients with it "
+            "(--trust-request-chat-template); leave it out.",
+            param="chat_template",
         )
 
 
@@ -428,6 +544,8 @@ def _is_too_deep(value: Any) -> bool:
 
 
 def _check_conversation(request: ChatRequest | TokenizeRequest) -> None:
+    if isinstance(request, TokenizeRequest) and (request.prompt is None) == (request.messages is None):
+        raise InvalidRequest("Send either 'prompt' or 'messages'.", param="prompt")
     if request.messages is not None and not request.messages:
         raise InvalidRequest("'messages' must hold at least one message.", param="messages")
     if request.continue_final_message and request.add_generation_prompt:
@@ -436,7 +554,7 @@ def _check_conversation(request: ChatRequest | TokenizeRequest) -> None:
         )
 
 
-def _check_delivery(request: _Generating) -> None:
+def _check_delivery(request: Delivered) -> None:
     if request.return_mm_kwargs is False and request.mm_payload not in (None, "none"):
         raise InvalidRequest(
             f"'return_mm_kwargs': false contradicts 'mm_payload': '{request.mm_payload}'.", param="return_mm_kwargs"
@@ -446,44 +564,3 @@ def _check_delivery(request: _Generating) -> None:
             "'mm_payload': 'shm' needs the 'backend_id' of a registered backend, which leases the addresses.",
             param="backend_id",
         )
-
-
-def _check_tool_choice(request: ChatRequest) -> None:
-    """Allow the choices that constrain nothing; the others need a grammar, which is not made yet."""
-    if request.tool_choice not in (None, "none", "auto"):
-        raise InvalidRequest("'tool_choice' other than 'none' and 'auto' is not supported yet.", param="tool_choice")
-
-
-_PLACE = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
-_MISSING = re.compile(r"^Object missing required field `(?P<name>[^`]+)`$")
-_WORDS = {
-    "str": "a string",
-    "int": "an integer",
-    "float": "a number",
-    "bool": "true or false",
-    "array": "a list",
-    "object": "an object",
-    "null": "null",
-}
-
-
-def _explain(message: str) -> InvalidRequest:
-    """Return the error for msgspec's ``message``: its path as ``param``, its type names in JSON's words."""
-    place = _PLACE.search(message)
-    path = "" if place is None else place["path"].partition("[...]")[0]
-    text = message if place is None else message[: place.start()]
-    if missing := _MISSING.match(text):
-        path = f"{path}.{missing['name']}".lstrip(".")
-        text = "it is required"
-    elif text.startswith(("Invalid enum value", "Invalid value")):
-        text = (
-            f"{text[text.index(chr(39)) :] if chr(39) in text else 'the value'} is not one of the values allowed here"
-        )
-    else:
-        text = re.sub(r"`([a-z |]+)`", lambda names: _in_words(names[1]), text)
-        text = text[0].lower() + text[1:]
-    return InvalidRequest(f"{path or 'The body'}: {text}.", param=path or None)
-
-
-def _in_words(names: str) -> str:
-    return " or ".join(_WORDS.get(name, name) for name in names.split(" | "))

@@ -1,30 +1,27 @@
-"""A model's chat template: found in the model directory, compiled once, rendered in a sandbox.
+"""A model's chat templates: found in the model directory, compiled once, rendered in a bounded sandbox.
 
-The environment behaves as that of transformers' ``apply_chat_template``, so that prompts are equal: blocks trimmed,
-``break`` and ``continue``, ``tojson`` without HTML escapes, ``raise_exception``, ``strftime_now`` and the
-``{% generation %}`` tag. What differs is the source: placeholders are hidden in it, see :mod:`.sentinels`.
-
-Templates of requests are not accepted: the only one that runs is the model's, which the operator chose.
+What runs is not quite the template's source: placeholders are hidden in it, see :mod:`.sentinels`. Where the operator
+trusts requests with it, they may bring a template of their own, or name one of the model's. A request's own are kept for
+a while, since clients send the same one again and again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from datetime import datetime
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 import msgspec
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mmprep.errors import InvalidRequest, StartupError
+from mmprep_frontend.render.bounded_jinja import BoundedEnvironment, OverBudgetError, RaisedByTemplateError
 from mmprep_frontend.render.conversation import ContentFormat, Conversation, detect_format
-from mmprep_frontend.render.requests import ChatRequest, TokenizeRequest
+from mmprep_frontend.render.developers import developers_as_system
+from mmprep_frontend.render.requests import ChatRequest, Effort, TokenizeRequest, template_kwargs
 from mmprep_frontend.render.sentinels import Sentinels
 
 #: Variables of a template that requests set by fields of their own, not by ``chat_template_kwargs``.
@@ -32,11 +29,36 @@ _RESERVED = frozenset(
     ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
 )
 _LONGEST_REFUSAL = 1000
+#: Conversations that are tried at the start; templates get nothing else, as where vLLM tries the same.
+_LATE_SYSTEM = tuple({"role": role, "content": "t"} for role in ("system", "user", "system", "user"))
+_ONE_TURN = ({"role": "user", "content": "Hi"},)
+_EFFORTS: tuple[Effort, ...] = ("low", "medium", "high", "xhigh", "max")
+#: Characters of a request's own template, and how many of them are kept.
+_LONGEST_SOURCE = 64 * 1024
+_MOST_KEPT = 32
 
 
 class _Compiled(NamedTuple):
+    """One template. ``knows_developers``: it makes something of a message's role ``developer``."""
+
+    environment: BoundedEnvironment
     template: jinja2.Template
     content_format: ContentFormat
+    depends_on_time: bool
+    knows_developers: bool
+
+
+class Habits(NamedTuple):
+    """What a model's templates make of what other APIs allow.
+
+    Attributes
+    ----------
+    late_system: they take messages of the system behind others.
+    quiet_effort: the effort that means no thinking: ``none``, unless it is as good as one that means some.
+    """
+
+    late_system: bool
+    quiet_effort: Effort
 
 
 class ChatTemplate:
@@ -59,16 +81,30 @@ class ChatTemplate:
     """
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str], sentinels: Sentinels) -> None:
-        environment = _environment()
         self._sentinels = sentinels
         self._special_tokens = {name: sentinels.hide(text) for name, text in special_tokens.items()}
-        self._depends_on_time = any("strftime_now" in source for source in sources.values())
-        self._compiled = {name: _compile(environment, sentinels.hide(source)) for name, source in sources.items()}
+        self._compiled = {name: self._compile_own(source) for name, source in sources.items()}
+        self._habits = self._probe()
+        self._of_requests: OrderedDict[str, _Compiled] = OrderedDict()
+        self._lock = threading.Lock()
 
     @property
-    def depends_on_time(self) -> bool:
-        """Whether a template asks for the time, so that the same conversation may give another prompt later."""
-        return self._depends_on_time
+    def habits(self) -> Habits:
+        """What the templates make of conversations of other APIs."""
+        return self._habits
+
+    def depends_on_time(self, request: ChatRequest | TokenizeRequest) -> bool:
+        """Whether the template asks for the time, so that the same conversation may give another prompt later."""
+        return self._select(request).depends_on_time
+
+    def is_ready(self, request: ChatRequest | TokenizeRequest) -> bool:
+        """Whether the template is compiled; if not, :meth:`prepare` is work for the render thread."""
+        source = request.chat_template
+        return source is None or source in self._compiled or source in self._of_requests
+
+    def prepare(self, request: ChatRequest | TokenizeRequest) -> None:
+        """Compile the request's own template; raises InvalidRequest where it cannot be."""
+        self._select(request)
 
     def format_for(self, request: ChatRequest | TokenizeRequest) -> ContentFormat:
         """Return what the template for ``request`` takes as a message's content."""
@@ -88,13 +124,19 @@ class ChatTemplate:
             The model has no template, the template refuses the conversation or fails on it, or the request sets a
             variable that is not its to set.
         """
-        template = self._select(request).template
+        chosen = self._select(request)
         variables = self._variables(conversation, request)
+        if not chosen.knows_developers:
+            variables["messages"] = developers_as_system(conversation.messages)
         if request.continue_final_message:
-            variables["messages"] = self._open_ended(conversation.messages)
+            variables["messages"] = self._open_ended(variables["messages"])
         try:
-            text = template.render(variables)
-        except _RaisedByTemplateError as error:
+            text = chosen.environment.rendered(chosen.template, variables)
+        except OverBudgetError as error:
+            raise InvalidRequest(
+                f"The chat template was stopped: {error}. Shorten the conversation.", param="messages"
+            ) from None
+        except RaisedByTemplateError as error:
             message = self._sentinels.show(str(error))[:_LONGEST_REFUSAL]
             raise InvalidRequest(f"The chat template refuses the conversation: {message}", param="messages") from None
         except Exception:  # noqa: BLE001 - a template can fail in any way, and only because of what it was given
@@ -105,24 +147,78 @@ class ChatTemplate:
         return self._cut(text) if request.continue_final_message else text
 
     def _select(self, request: ChatRequest | TokenizeRequest) -> _Compiled:
+        if request.chat_template is not None:
+            return self._compiled.get(request.chat_template) or self._of_request(request.chat_template)
         if request.tools is not None and "tool_use" in self._compiled:
             return self._compiled["tool_use"]
         if "default" not in self._compiled:
             raise InvalidRequest("This model has no chat template; send a text to /v1/completions/render instead.")
         return self._compiled["default"]
 
+    def _of_request(self, source: str) -> _Compiled:
+        """Return a request's own template, compiled now or before; from the loop and the render thread."""
+        with self._lock:
+            if (known := self._of_requests.get(source)) is not None:
+                self._of_requests.move_to_end(source)
+                return known
+        if len(source) > _LONGEST_SOURCE:
+            raise InvalidRequest(
+                f"'chat_template' has {len(source)} characters; at most {_LONGEST_SOURCE} are allowed.",
+                param="chat_template",
+            )
+        try:
+            compiled = self._compile(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise InvalidRequest(
+                f"'chat_template' cannot be compiled: line {error.lineno}: {error.message}.", param="chat_template"
+            ) from None
+        except Exception:  # noqa: BLE001 - Python's compiler has limits of its own, and any template may meet them
+            raise InvalidRequest("'chat_template' cannot be compiled.", param="chat_template") from None
+        with self._lock:
+            self._of_requests[source] = compiled
+            while len(self._of_requests) > _MOST_KEPT:
+                self._of_requests.popitem(last=False)
+        return compiled
+
+    def _compile_own(self, source: str) -> _Compiled:
+        try:
+            return self._compile(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise StartupError(f"The model's chat template cannot be compiled: line {error.lineno}.") from None
+
+    def _compile(self, source: str) -> _Compiled:
+        hidden = self._sentinels.hide(source)
+        # One each: it counts what its template spends, and templates are compiled on more than one thread.
+        environment = BoundedEnvironment()
+        return _Compiled(
+            environment,
+            environment.compiled(hidden),
+            detect_format(environment.parse(hidden)),
+            "strftime_now" in source,
+            "'developer'" in source or '"developer"' in source,
+        )
+
+    def _probe(self) -> Habits:
+        """Find out by trying, on conversations of one word a message."""
+        tried = [self._compiled[name] for name in ("default", "tool_use") if name in self._compiled]
+        late_system = bool(tried) and all(_renders(compiled, _LATE_SYSTEM) is not None for compiled in tried)
+        default, special = self._compiled.get("default"), self._special_tokens
+        quiet = None if default is None else _renders(default, _ONE_TURN, **special, **_effort("none"))
+        loud = (
+            ()
+            if default is None
+            else (_renders(default, _ONE_TURN, **special, **_effort(effort)) for effort in _EFFORTS)
+        )
+        return Habits(late_system, "low" if quiet is None or quiet in loud else "none")
+
     def _variables(self, conversation: Conversation, request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
-        extra = request.chat_template_kwargs or {}
+        extra = template_kwargs(request)
         if reserved := _RESERVED.intersection(extra):
             name = min(reserved)
             raise InvalidRequest(
                 f"'chat_template_kwargs' cannot set '{name}'; use the request's own field.",
                 param=f"chat_template_kwargs.{name}",
             )
-        if request.reasoning_effort is not None:
-            # Asking for an effort turns thinking on, or off, in templates that leave it to a switch.
-            thinking = request.reasoning_effort != "none"
-            extra = {"enable_thinking": thinking, "reasoning_effort": request.reasoning_effort, **extra}
         self._refuse_sentinels(conversation, request, extra)
         return {
             **self._special_tokens,
@@ -173,6 +269,19 @@ class ChatTemplate:
         return kept if text.startswith(" ", end + len(tail)) else kept.rstrip()
 
 
+def _effort(effort: Effort) -> dict[str, Any]:
+    return {"reasoning_effort": effort, "enable_thinking": effort != "none", "add_generation_prompt": True}
+
+
+def _renders(compiled: _Compiled, messages: Sequence[dict[str, str]], **variables: Any) -> str | None:
+    """Return the prompt of a conversation of texts, ``None`` where the template refuses it."""
+    shaped: list[dict[str, Any]] = [dict(message) for message in messages]
+    try:
+        return compiled.environment.rendered(compiled.template, {"messages": shaped, **variables})
+    except Exception:  # noqa: BLE001 - a template can fail in any way
+        return None
+
+
 def load_sources(directory: Path) -> dict[str, str]:
     """Return the chat templates of a model directory in Hugging Face layout, by name; empty where it has none.
 
@@ -205,56 +314,3 @@ def _named(entry: Any) -> dict[str, str]:
     if isinstance(entry, str):
         return {"default": entry}
     return {str(one["name"]): str(one["template"]) for one in entry}
-
-
-class _RaisedByTemplateError(jinja2.TemplateError):
-    """The template called ``raise_exception``."""
-
-
-def _raise_exception(message: object) -> None:
-    raise _RaisedByTemplateError(str(message))
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)  # noqa: DTZ005 - templates mean the local time, as the reference does
-
-
-class _GenerationTag(Extension):
-    """``{% generation %}…{% endgeneration %}``, which marks the assistant's words for training, renders its body."""
-
-    tags = {"generation"}  # noqa: RUF012 - declared so by the base class
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
-
-    def _body(self, caller: Any) -> Any:
-        return caller()
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _compile(environment: ImmutableSandboxedEnvironment, source: str) -> _Compiled:
-    try:
-        return _Compiled(environment.from_string(source), detect_format(environment.parse(source)))
-    except jinja2.TemplateSyntaxError as error:
-        raise StartupError(f"The model's chat template cannot be compiled: line {error.lineno}.") from None

@@ -16,7 +16,7 @@ import ctypes
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 
 from mmprep.card import ModelCard
 from mmprep.errors import InvalidRequest, StartupError
+from mmprep_frontend.render.requests import Side
 from mmprep_frontend.render.sentinels import Sentinels
 
 #: Ids that are looked at in one call.
@@ -40,11 +41,21 @@ class Placed:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as ids, before the placeholders are expanded, and its text as the model's users know it."""
+    """A prompt as ids, before the placeholders are expanded.
+
+    Attributes
+    ----------
+    token_ids: of the prompt.
+    placeholders: where media belong.
+    text: as the model's users know it; ``None`` where the prompt came as ids.
+    offsets: first character and first one behind it, of each id in the text, where they were asked for; (0, 0) for a
+        special token that the tokenizer added.
+    """
 
     token_ids: list[int]
     placeholders: list[Placed]
-    text: str
+    text: str | None
+    offsets: list[tuple[int, int]] | None = None
 
 
 class Tokenizer:
@@ -78,6 +89,8 @@ class Tokenizer:
         )
         #: Characters of the longest token: of a byte-level one, its bytes, of which a character has one or more.
         self.longest_token = max(map(len, self._backend.get_vocab(with_added_tokens=True)))
+        #: From which side the tokenizer's configuration cuts too long texts.
+        self.truncation_side: Side = "left" if loaded.truncation_side == "left" else "right"
         self._sentinels = sentinels
         self._modalities = {placeholder.token_id: placeholder.modality for placeholder in card.placeholders}
         self._typed = re.compile("|".join(f"(?={re.escape(p.token)})" for p in card.placeholders) or "(?!)")
@@ -86,7 +99,12 @@ class Tokenizer:
         _return_freed_memory()
 
     def encode_prompt(
-        self, rendered: str, *, add_special_tokens: bool, check: Callable[[int], None] = lambda _: None
+        self,
+        rendered: str,
+        *,
+        add_special_tokens: bool,
+        check: Callable[[int], None] = lambda _: None,
+        offsets_from: int | None = None,
     ) -> EncodedPrompt:
         """Return the ids of a prompt and the places of its placeholders.
 
@@ -95,6 +113,7 @@ class Tokenizer:
         rendered: the prompt's text, sentinels where media belong.
         add_special_tokens: put the tokenizer's own special tokens around it.
         check: called with the characters of the prompt before it is tokenized; raises where they are too many.
+        offsets_from: the offset of the text's first character; ``None``: no offsets are wanted, which is faster.
 
         Raises
         ------
@@ -103,25 +122,30 @@ class Tokenizer:
         """
         pieces = [self._sentinels.show(piece) for piece in self._cut_typed(rendered)]
         check(sum(map(len, pieces)))
-        encodings = self._backend.encode_batch_fast(pieces, add_special_tokens=False)
-        token_ids = encodings[0].ids if len(encodings) == 1 else list(chain.from_iterable(e.ids for e in encodings))
-        if add_special_tokens:
-            token_ids = [*self._before, *token_ids, *self._after]
+        token_ids, offsets = self._encode(pieces, add_special_tokens=add_special_tokens, offsets_from=offsets_from)
         if not token_ids:
             raise InvalidRequest("The prompt is empty.")
         placeholders = self._find(token_ids)
         if [placed.modality for placed in placeholders] != [p.modality for p in self._sentinels.order(rendered)]:
             raise InvalidRequest("The text holds characters that the tokenizer takes for a placeholder of a medium.")
-        return EncodedPrompt(token_ids, placeholders, "".join(pieces))
+        return EncodedPrompt(token_ids, placeholders, "".join(pieces), offsets)
 
-    def encode_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Return the ids of a plain text, which may spell special tokens; raises InvalidRequest where there are none."""
-        token_ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        if add_special_tokens:
-            token_ids = [*self._before, *token_ids, *self._after]
+    def encode_text(self, text: str, *, add_special_tokens: bool, offsets_from: int | None = None) -> EncodedPrompt:
+        """Return a plain text as ids; it may spell special tokens, and has no placeholders.
+
+        Parameters
+        ----------
+        add_special_tokens, offsets_from: as :meth:`encode_prompt` has them.
+
+        Raises
+        ------
+        InvalidRequest
+            There are no ids.
+        """
+        token_ids, offsets = self._encode([text], add_special_tokens=add_special_tokens, offsets_from=offsets_from)
         if not token_ids:
             raise InvalidRequest("The prompt is empty.", param="prompt")
-        return token_ids
+        return EncodedPrompt(token_ids, [], text, offsets)
 
     def check_ids(self, token_ids: Sequence[int], param: str) -> None:
         """Refuse ids that the model does not have, and an empty list.
@@ -151,6 +175,27 @@ class Tokenizer:
     def token_strs(self, token_ids: Sequence[int]) -> list[str]:
         """Return the vocabulary's own spelling of each id; empty for one that the vocabulary leaves out."""
         return [self._backend.id_to_token(token_id) or "" for token_id in token_ids]
+
+    def _encode(
+        self, pieces: list[str], *, add_special_tokens: bool, offsets_from: int | None
+    ) -> tuple[list[int], list[tuple[int, int]] | None]:
+        # The fast call keeps no account of characters.
+        encode = self._backend.encode_batch_fast if offsets_from is None else self._backend.encode_batch
+        encodings = encode(pieces, add_special_tokens=False)
+        token_ids = encodings[0].ids if len(encodings) == 1 else list(chain.from_iterable(e.ids for e in encodings))
+        offsets: list[tuple[int, int]] | None = None
+        if offsets_from is not None:
+            starts = accumulate(map(len, pieces), initial=offsets_from)
+            offsets = [
+                (start + first, start + last)
+                for start, encoding in zip(starts, encodings, strict=False)
+                for first, last in encoding.offsets
+            ]
+        if add_special_tokens:
+            token_ids = [*self._before, *token_ids, *self._after]
+            if offsets is not None:
+                offsets = [*((0, 0) for _ in self._before), *offsets, *((0, 0) for _ in self._after)]
+        return token_ids, offsets
 
     def _cut_typed(self, rendered: str) -> list[str]:
         """Return ``rendered`` in pieces, none of which holds a placeholder's text."""

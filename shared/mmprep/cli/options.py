@@ -221,6 +221,13 @@ OPTIONS = (
     Option("api-key-file", _keys, "", "file with the keys of clients, one a line; default: everybody may ask"),
     Option("admin-key-file", _keys, "", "file with the operator's keys"),
     Option("share-cache-across-keys", _switch, "false", "let clients with different keys share the cache", flag=True),
+    Option(
+        "trust-request-chat-template",
+        _switch,
+        "false",
+        "let requests bring their own chat template, or name one of the model's",
+        flag=True,
+    ),
     Option("chat-template", _optional, "", "file with a chat template in place of the model's"),
     Option("log-format", _choice("text", "json"), "text", "one line of text or one JSON object an event"),
     Option("log-level", _choice(*_LEVELS), "warning", "debug, info, warning or error"),

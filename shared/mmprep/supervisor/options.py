@@ -53,6 +53,7 @@ class ServeOptions(msgspec.Struct, frozen=True):
     api_key_file: tuple[ApiKey, ...]
     admin_key_file: tuple[ApiKey, ...]
     share_cache_across_keys: bool
+    trust_request_chat_template: bool
     log_level: str
     log_format: str
 
@@ -134,4 +135,5 @@ class ServeOptions(msgspec.Struct, frozen=True):
             admin_keys=self.admin_key_file,
             share_cache_across_keys=self.share_cache_across_keys,
             logs=self.logs,
+            trust_request_chat_template=self.trust_request_chat_template,
         )
