@@ -82,7 +82,7 @@ def test_an_address_is_of_its_form(service):
         ("/v1/completions/render", {"prompt": ["a", "b"]}, list[forms.GenerateRequest]),
         ("/tokenize", {"prompt": "a", "return_token_strs": True}, forms.Tokens),
         ("/tokenize", {"messages": user(photo("cat.png"))}, forms.Tokens),
-        ("/detokenize", {"tokens": [1, 2, 3]}, forms.Text),
+        ("/detokenize", {"tokens": [1, 2, 3]}, forms.DetokenizedText),
         ("/tokenize", {}, forms.Error),
         ("/nowhere", {}, forms.Error),
     ],

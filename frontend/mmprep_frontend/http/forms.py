@@ -83,7 +83,7 @@ class Tokens(Struct, frozen=True, forbid_unknown_fields=True):
     token_strs: list[str] | None
 
 
-class Text(Struct, frozen=True, forbid_unknown_fields=True):
+class DetokenizedText(Struct, frozen=True, forbid_unknown_fields=True):
     """Token ids as text."""
 
     prompt: str

@@ -6,6 +6,7 @@ The page needs no script and nothing from elsewhere.
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
@@ -13,7 +14,9 @@ import msgspec
 
 from mmprep_frontend.http import forms
 from mmprep_frontend.http.door import LeaseRequest
+from mmprep_frontend.render.messages_api import MessagesRequest
 from mmprep_frontend.render.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from mmprep_frontend.render.responses_api import ResponsesRequest
 
 
 class Operation(NamedTuple):
@@ -43,10 +46,16 @@ _LEASES: Final = (400, 401, 404, 405, 408, 413, 429, 500, 503)
 OPERATIONS: Final = (
     Operation("post", "/v1/chat/completions/render", "Render a chat", ChatRequest, forms.GenerateRequest, _MEDIA),
     Operation(
+        "post", "/v1/messages/render", "Render a Messages request", MessagesRequest, forms.GenerateRequest, _MEDIA
+    ),
+    Operation(
+        "post", "/v1/responses/render", "Render a Responses request", ResponsesRequest, forms.GenerateRequest, _MEDIA
+    ),
+    Operation(
         "post", "/v1/completions/render", "Render prompts", CompletionRequest, list[forms.GenerateRequest], _TEXT
     ),
     Operation("post", "/tokenize", "A text or a chat to token ids", TokenizeRequest, forms.Tokens, _MEDIA),
-    Operation("post", "/detokenize", "Token ids to text", DetokenizeRequest, forms.Text, _TEXT),
+    Operation("post", "/detokenize", "Token ids to text", DetokenizeRequest, forms.DetokenizedText, _TEXT),
     Operation("post", "/leases/renew", "Prolong leases", LeaseRequest, forms.Renewed, _LEASES),
     Operation("post", "/leases/release", "End leases", LeaseRequest, forms.Released, _LEASES),
     Operation("get", "/v1/models", "What is served", None, forms.ServedModels, (401,)),
@@ -61,6 +70,7 @@ OPERATIONS: Final = (
 )
 
 _KINDS: Final = {"/metrics": "text/plain", "/docs": "text/html", "/dashboard": "text/html"}
+_ROLE: Final = re.compile(r":[a-z]+:`~?([^`]+)`")
 _REF: Final = "#/components/schemas/{name}"
 _MEANINGS: Final = {
     400: "the request is wrong",
@@ -89,6 +99,8 @@ def describe(version: str, operations: Sequence[Operation] = OPERATIONS) -> dict
     """
     types = [kind for operation in operations for kind in (operation.request, operation.answer) if kind is not None]
     schemas, components = msgspec.json.schema_components([*types, forms.Error], ref_template=_REF)
+    for component in components.values():
+        component["description"] = _plain(component.get("description", ""))
     by_type = dict(zip(map(str, [*types, forms.Error]), schemas, strict=True))
     paths: dict[str, Any] = {}
     for operation in operations:
@@ -102,6 +114,12 @@ def describe(version: str, operations: Sequence[Operation] = OPERATIONS) -> dict
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
+
+
+def _plain(docstring: str) -> str:
+    """Return the first paragraph of a docstring, without markup for those who read the code."""
+    paragraph = " ".join(docstring.partition("\n\n")[0].split())
+    return _ROLE.sub(lambda role: role[1].rpartition(".")[2], paragraph).replace("``", "")
 
 
 def _operation(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
