@@ -358,11 +358,11 @@ class Service:
     def _offer_item(
         self, model: ServedModel, scoped: bytes, part: MediaPart, medium: Medium, terms: Terms
     ) -> OfferItem:
-        dtypes = model.card.dtypes[part.modality]
-        dtype = dtypes[0] if terms.dtype == "auto" else terms.dtype
-        if dtype not in dtypes:
+        dtype = model.card.dtype(part.modality, terms.dtype)
+        if dtype is None:
+            dtypes = ", ".join(model.card.dtypes[part.modality])
             raise InvalidRequest(
-                f"This model's tensors of modality '{part.modality}' come as {', '.join(dtypes)}, not as {dtype}.",
+                f"This model's tensors of modality '{part.modality}' come as {dtypes}, not as {terms.dtype}.",
                 param="mm_dtype",
             )
         io = pack_io(terms.io.get(part.modality, {}))
