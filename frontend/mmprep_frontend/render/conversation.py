@@ -6,11 +6,13 @@ Templates differ in what a message's ``content`` may be. Which one a template ta
 format    the template                                                 content that it gets
 ========  ==========================================================  ==========================================
 string    never loops over a message's content                         a string; media as the card's ``part_text``
-parts     loops over it, and nothing else                              a list of parts; media as ``{"type": "image"}``
+parts     loops over it, and nothing else                              a list of parts; media as
+                                                                       ``{"type": "image", "image": ""}``
 both      loops over it, and tests whether it is a string              as it was sent
 ========  ==========================================================  ==========================================
 
-In format *string* the parts of a message are joined by line breaks, in the order in which they were sent.
+In format *string* the parts of a message are joined by line breaks, in the order in which they were sent. A medium has a
+key of its modality beside its type: some templates look for the one (Qwen2-Audio's), most for the other.
 """
 
 from __future__ import annotations
@@ -137,7 +139,9 @@ class _Walker:
                 self._sentinels.part_text(part) if isinstance(part, Placeholder) else part for part in parts
             )
         return [
-            {"type": part.modality} if isinstance(part, Placeholder) else {"type": "text", "text": part}
+            {"type": part.modality, part.modality: ""}
+            if isinstance(part, Placeholder)
+            else {"type": "text", "text": part}
             for part in parts
         ]
 
