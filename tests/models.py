@@ -29,6 +29,45 @@ LLAVA_TEMPLATE = """\
 {{- 'ASSISTANT:' if add_generation_prompt -}}
 """
 
+#: Qwen2-Audio's published template, in its latest form: it looks for a part's key, not for its type.
+QWEN2_AUDIO_TEMPLATE = (
+    "{% set audio_count = namespace(value=0) %}{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
+    "{% else %}{% for content in message['content'] %}"
+    "{% if 'audio' in content or 'audio_url' in content or message['type'] == 'audio' %}"
+    "{% set audio_count.value = audio_count.value + 1 %}"
+    "Audio {{ audio_count.value }}: <|audio_bos|><|AUDIO|><|audio_eos|>\n"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+QWEN2_AUDIO_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|AUDIO|>",
+    "<|audio_bos|>",
+    "<|audio_eos|>",
+)
+
+QWEN2_AUDIO_PREPROCESSOR = {
+    "chunk_length": 30,
+    "feature_extractor_type": "WhisperFeatureExtractor",
+    "feature_size": 128,
+    "hop_length": 160,
+    "n_fft": 400,
+    "n_samples": 480000,
+    "nb_max_frames": 3000,
+    "padding_side": "right",
+    "padding_value": 0.0,
+    "processor_class": "Qwen2AudioProcessor",
+    "return_attention_mask": True,
+    "sampling_rate": 16000,
+}
+
 QWEN25_VISION = {
     "model_type": "qwen2_5_vl",
     "depth": 32,
@@ -112,6 +151,73 @@ def write_qwen2_vl(path, *, qwen25=False, config=None, **overrides):
         }
     _write(path, "config.json", model | (config or {}))
     _write(path, "preprocessor_config.json", processor | overrides)
+    return path
+
+
+def write_qwen2_audio(path, *, config=None, template=QWEN2_AUDIO_TEMPLATE, **overrides):
+    """Write a Qwen2-Audio directory with the embedded model's vocabulary and the family's own special tokens.
+
+    Parameters
+    ----------
+    path:
+        The directory; made if it is not there.
+    config:
+        Values that replace those of ``config.json``.
+    template:
+        The chat template; published in ``chat_template.json``.
+    overrides:
+        Values that replace those of ``preprocessor_config.json``.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer = json.loads((embedded.path() / "tokenizer.json").read_text())
+    first = tokenizer["added_tokens"][0]
+    added = [{**first, "id": first["id"] + index, "content": token} for index, token in enumerate(QWEN2_AUDIO_TOKENS)]
+    ids = {token["content"]: token["id"] for token in added}
+    tokens = json.loads((embedded.path() / "tokenizer_config.json").read_text()) | {
+        "additional_special_tokens": list(QWEN2_AUDIO_TOKENS[1:]),
+        "added_tokens_decoder": {
+            str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in added
+        },
+        "model_max_length": 8192,
+        "processor_class": "Qwen2AudioProcessor",
+    }
+    model = {
+        "architectures": ["Qwen2AudioForConditionalGeneration"],
+        "model_type": "qwen2_audio",
+        "transformers_version": "5.23.0",
+        "audio_config": {
+            "model_type": "qwen2_audio_encoder",
+            "num_mel_bins": 128,
+            "encoder_layers": 32,
+            "encoder_attention_heads": 20,
+            "encoder_ffn_dim": 5120,
+            "d_model": 1280,
+            "activation_function": "gelu",
+            "scale_embedding": False,
+            "max_source_positions": 1500,
+        },
+        "audio_token_index": ids["<|AUDIO|>"],
+        "ignore_index": -100,
+        "text_config": {
+            "model_type": "qwen2",
+            "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"],
+            "intermediate_size": 11008,
+            "max_position_embeddings": 8192,
+            "rope_theta": 10000,
+            "rms_norm_eps": 1e-05,
+            "sliding_window": 32768,
+            "use_mrope": False,
+            "vocab_size": 6272,
+        },
+        "vocab_size": 6272,
+    }
+    _write(path, "config.json", model | (config or {}))
+    _write(path, "preprocessor_config.json", QWEN2_AUDIO_PREPROCESSOR | overrides)
+    _write(path, "tokenizer.json", tokenizer | {"added_tokens": added})
+    _write(path, "tokenizer_config.json", tokens)
+    _write(path, "chat_template.json", {"chat_template": template})
     return path
 
 

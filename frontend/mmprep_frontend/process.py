@@ -264,12 +264,9 @@ def _load_tokenizer(directory: Path) -> Any:
 
 def _check_dtype(name: str, card: ModelCard) -> None:
     """Refuse a ``--tensor-dtype`` with which every request would be refused; raises StartupError."""
-    for modality, dtypes in card.dtypes.items():
-        if name != "auto" and name not in dtypes:
-            raise StartupError(
-                f"--tensor-dtype {name}: this model's tensors of modality '{modality}' come as {', '.join(dtypes)}; "
-                "give one of these, or auto"
-            )
+    if all(card.dtype(modality, name) is None for modality in card.dtypes):
+        known = ", ".join(dict.fromkeys(dtype for dtypes in card.dtypes.values() for dtype in dtypes))
+        raise StartupError(f"--tensor-dtype {name}: this model's tensors come as {known}; give one of these, or auto")
 
 
 async def _run(settings: FrontendSettings) -> None:

@@ -55,13 +55,11 @@ def wanted(
     InvalidRequest
         The model's tensors do not come as ``dtype``.
     """
-    dtypes = card.dtypes[part.modality]
-    if dtype == "auto":
-        dtype = dtypes[0]
-    elif dtype not in dtypes:
+    resolved = card.dtype(part.modality, dtype)
+    if resolved is None:
+        dtypes = ", ".join(card.dtypes[part.modality])
         raise InvalidRequest(
-            f"This model's tensors of modality '{part.modality}' come as {', '.join(dtypes)}, not as {dtype}.",
-            param="mm_dtype",
+            f"This model's tensors of modality '{part.modality}' come as {dtypes}, not as {dtype}.", param="mm_dtype"
         )
     options = pack_io(io.get(part.modality, {}))
     processed = variant(
@@ -69,7 +67,7 @@ def wanted(
         hash_name=hash_name,
         modality=part.modality,
         fingerprint=card.fingerprint,
-        dtype=dtype,
+        dtype=resolved,
         options=options,
     )
     name = None if part.uuid is None else alias(scope=scope, modality=part.modality, uuid=part.uuid)
@@ -82,7 +80,7 @@ def wanted(
         modality=part.modality,
         medium=medium.data,
         digest=medium.digest,
-        options=msgspec.msgpack.encode(ItemOptions(dtype, options)),
+        options=msgspec.msgpack.encode(ItemOptions(resolved, options)),
         cost=max(least, len(medium.data) * a_byte),
         alias=None if name is None else Alias(name, medium.digest),
     )

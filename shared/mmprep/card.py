@@ -84,3 +84,15 @@ class ModelCard(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     def placeholder(self, modality: str) -> Placeholder | None:
         """Return the placeholder of ``modality``, or ``None`` where the model takes none of it."""
         return next((p for p in self.placeholders if p.modality == modality), None)
+
+    def dtype(self, modality: str, wanted: str) -> str | None:
+        """Return the dtype in which a modality's main tensor comes where a request or the service wants ``wanted``.
+
+        That is ``wanted`` itself, or, since uint8 is a matter of pixels, the modality's own default where only another
+        modality comes in it. ``None``: none of the model's does.
+        """
+        dtypes = self.dtypes[modality]
+        if wanted in dtypes:
+            return wanted
+        known = wanted == "auto" or any(wanted in others for others in self.dtypes.values())
+        return dtypes[0] if known else None

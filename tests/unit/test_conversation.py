@@ -36,7 +36,7 @@ def test_media_are_taken_out_in_order_with_their_places(model):
         MediaPart("image", "http://x/", "messages[1].content[0].image_url"),
         MediaPart("image", PICTURE["image_url"]["url"], "messages[1].content[1].image_url"),
     ]
-    assert conversation.messages[0]["content"] == [{"type": "text", "text": "a"}, {"type": "image"}]
+    assert conversation.messages[0]["content"] == [{"type": "text", "text": "a"}, {"type": "image", "image": ""}]
     assert conversation.sentinels == 0
 
 

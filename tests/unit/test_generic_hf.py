@@ -1,4 +1,4 @@
-"""The generic family gives what the model's own processor gives, for LLaVA-1.5."""
+"""The generic family gives what the model's own processor gives, for LLaVA-1.5 and for Qwen2-Audio."""
 
 import io
 import time
@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 from model_fixtures import limits, write_llava, write_qwen2_vl
 from PIL import Image, ImageOps
+from tests.models import write_qwen2_audio
+from tests.recordings import encoded as recorded
+from tests.recordings import sound
 from transformers import AutoProcessor
 
-from mmprep.card import ItemOptions
-from mmprep.errors import DecodeError, InvalidRequest, StartupError
+from mmprep.card import ItemOptions, pack_io
+from mmprep.errors import DecodeError, InvalidRequest, StartupError, TooLarge, UnsupportedMedia
 from mmprep.items import Plan, Run, storage_dtype, unpack_meta
+from mmprep_worker.lanes.warmup import warm_up
 from mmprep_worker.models.registry import load_family
 
 RANDOM = np.random.default_rng(5)
@@ -131,7 +135,67 @@ def test_a_broken_processor_is_refused_at_the_start(tmp_path):
 def test_decoding_is_counted_apart_from_processing(family, monkeypatch):
     seen = []
     process = family._process
-    monkeypatch.setattr(family, "_process", lambda picture: (seen.append(time.monotonic_ns()), process(picture))[1])
+    monkeypatch.setattr(family, "_process", lambda *given: (seen.append(time.monotonic_ns()), process(*given))[1])
     started = time.monotonic_ns()
     prepared = family.open("image", encoded(drawn(600, 400)), ItemOptions("float32"))
     assert 0 < prepared.decode_ns <= seen[0] - started
+
+
+# --- recordings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hearing(tmp_path_factory):
+    """A configuration that the kernel for Qwen2-Audio does not honour."""
+    return write_qwen2_audio(tmp_path_factory.mktemp("qwen2_audio"), padding_value=0.25)
+
+
+@pytest.fixture(scope="module")
+def hearer(hearing):
+    return load_family(hearing, limits(audio_seconds=60.0))
+
+
+def heard(family, data, dtype="float32"):
+    prepared = family.open("audio", data, ItemOptions(dtype))
+    tensors = {spec.name: np.full(spec.shape, 7, storage_dtype(spec.dtype)) for spec in prepared.meta.fields}
+    prepared.fill(tensors)
+    return prepared.meta, tensors
+
+
+@pytest.mark.parametrize("seconds", [0.05, 2.0, 31.0])
+def test_recordings_give_what_the_models_own_processor_gives(hearer, hearing, seconds):
+    samples = sound(16_000, seconds)
+    data = recorded("wav-float", samples, 16_000)
+    meta, tensors = heard(hearer, data)
+    own = AutoProcessor.from_pretrained(hearing)
+    expected = own(text="<|AUDIO|>", audio=[samples[:, 0]], sampling_rate=16_000, return_tensors="np")
+    assert tensors.keys() == {"input_features", "feature_attention_mask"}
+    assert tensors["input_features"].tobytes() == expected["input_features"][0].tobytes()
+    assert np.array_equal(tensors["feature_attention_mask"], expected["feature_attention_mask"][0])
+    assert meta.plan.token_ids() == expected["input_ids"][0].tolist()
+    assert hearer.plan("audio", data, ItemOptions("float32")) == meta.plan
+
+
+def test_recordings_are_what_such_a_model_takes(hearer):
+    assert hearer.card.family == "hf:qwen2_audio"
+    assert [(p.modality, p.token) for p in hearer.card.placeholders] == [("audio", "<|AUDIO|>")]
+    assert hearer.card.dtypes == {"audio": ("float32", "bfloat16", "float16")}
+    warm_up(hearer)
+
+
+def test_a_recording_of_which_the_processor_makes_nothing_is_refused(hearer):
+    for count in (0, 100):
+        with pytest.raises(InvalidRequest, match=f"makes nothing of a recording of {count} samples"):
+            hearer.plan("audio", recorded("wav-16", sound(16_000, 1.0)[:count], 16_000), ItemOptions("float32"))
+
+
+def test_errors_of_recordings_are_those_of_the_seam(hearer):
+    for modality, data, options, error, words in (
+        ("image", b"x", ItemOptions("float32"), InvalidRequest, "takes recordings here, not image"),
+        ("audio", b"<html>", ItemOptions("float32"), UnsupportedMedia, "WAV"),
+        ("audio", recorded("wav-16", sound(16_000, 61.0), 16_000), ItemOptions("float32"), TooLarge, "60 seconds"),
+        ("audio", b"x", ItemOptions("uint8"), InvalidRequest, "float32, bfloat16"),
+        ("audio", b"x", ItemOptions("float32", pack_io({"fps": 2})), InvalidRequest, "'fps'"),
+    ):
+        with pytest.raises(error, match=words):
+            hearer.open(modality, data, options)

@@ -5,7 +5,7 @@ import socket
 import numpy as np
 import pytest
 from PIL import Image
-from tests.models import write_llava15, write_qwen2_vl
+from tests.models import write_llava15, write_qwen2_audio, write_qwen2_vl
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
@@ -110,3 +110,30 @@ def test_llava_bare_tokenizer_file_gives_the_ids_of_transformers(llava, text):
     assert bare.encode(text).ids == ids
     assert ids[0] == 1
     assert bare.decode(ids[1:], skip_special_tokens=False).replace(" ", "") == text.replace(" ", "")
+
+
+@pytest.mark.usefixtures("no_network")
+def test_transformers_loads_qwen2_audio_offline_and_without_a_warning(tmp_path, warnings_logged):
+    path = write_qwen2_audio(tmp_path)
+    config = AutoConfig.from_pretrained(path)
+    processor = AutoProcessor.from_pretrained(path)
+    assert (config.model_type, type(processor).__name__) == ("qwen2_audio", "Qwen2AudioProcessor")
+    assert processor.audio_token_id == config.audio_token_id == 6147
+    assert (processor.feature_extractor.sampling_rate, processor.feature_extractor.nb_max_frames) == (16000, 3000)
+    assert [record.getMessage() for record in warnings_logged if record.levelno >= logging.WARNING] == []
+
+
+def test_qwen2_audio_numbers_the_recordings_of_a_conversation(tmp_path):
+    processor = AutoProcessor.from_pretrained(write_qwen2_audio(tmp_path))
+    messages = [
+        {"role": "user", "content": [{"type": "audio", "audio": ""}, {"type": "text", "text": "What is this?"}]},
+        {"role": "assistant", "content": "A bell."},
+        {"role": "user", "content": [{"type": "text", "text": "And this? "}, {"type": "audio", "audio": ""}]},
+    ]
+    assert processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nAudio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\nWhat is this?<|im_end|>\n"
+        "<|im_start|>assistant\nA bell.<|im_end|>\n"
+        "<|im_start|>user\nAnd this? Audio 2: <|audio_bos|><|AUDIO|><|audio_eos|>\n<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )

@@ -6,12 +6,14 @@ Templates differ in what a message's ``content`` may be. Which one a template ta
 format    the template                                                 content that it gets
 ========  ==========================================================  ==========================================
 string    never loops over a message's content                         a string; media as the card's ``part_text``
-parts     loops over it, and nothing else                              a list of parts; media as ``{"type": "image"}``
+parts     loops over it, and nothing else                              a list of parts; media as
+                                                                       ``{"type": "image", "image": ""}``
 both      loops over it, and tests whether it is a string              as it was sent
 ========  ==========================================================  ==========================================
 
 In format *string* the parts of a message are joined by line breaks, in the order in which they were sent. What a tool
-answered is one text in every format, unless there is more to it than texts.
+answered is one text in every format, unless there is more to it than texts. A medium has a key of its modality beside its
+type: some templates look for the one (Qwen2-Audio's), most for the other.
 """
 
 from __future__ import annotations
@@ -178,7 +180,9 @@ class _Walker:
 def _as_part(part: str | Placeholder | ToolReferencePart) -> dict[str, Any]:
     if isinstance(part, ToolReferencePart):
         return {"type": "tool_reference", "name": part.name}
-    return {"type": part.modality} if isinstance(part, Placeholder) else {"type": "text", "text": part}
+    if isinstance(part, Placeholder):
+        return {"type": part.modality, part.modality: ""}
+    return {"type": "text", "text": part}
 
 
 def _one_text(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:

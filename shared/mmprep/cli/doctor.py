@@ -333,10 +333,10 @@ def _check_processor(directory: Path) -> Finding:
             continue
         if isinstance(config, str):
             return Finding("fail", "processor", f"{name} {config}", "copy it from the published model again")
-        nested = config.get("image_processor")
+        parts = (config, config.get("image_processor"), config.get("feature_extractor"))
         kinds = [
             part.get("image_processor_type") or part.get("feature_extractor_type")
-            for part in (config, nested)
+            for part in parts
             if isinstance(part, dict)
         ]
         kind = next((kind for kind in kinds if kind), config.get("processor_class"))

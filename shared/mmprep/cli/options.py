@@ -177,7 +177,7 @@ OPTIONS = (
         "media a request, by modality; one that is not named keeps its default",
     ),
     Option("max-model-len", _optional_whole, "", "tokens of prompt and answer; default: the model's"),
-    Option("tensor-dtype", _choice(*_DTYPES), "auto", "dtype of pixels where a request names none"),
+    Option("tensor-dtype", _choice(*_DTYPES), "auto", "dtype of tensors where a request names none"),
     Option("hash", _choice(*_HASHES), "blake3", "hash of the media's bytes"),
     Option("lease-seconds", _duration("100ms", "1d"), "30s", "how long a lease holds without renewal"),
     Option("queue-limit", _whole(1, 1_000_000), "1024", "media that may wait or be in work"),

@@ -21,6 +21,8 @@ _FIRST_DELAY = 0.0
 _LONGEST_DELAY = 5.0
 #: What a lane gets to be warm. Compiling kernels takes seconds of CPU time, beside many others on a busy machine.
 _START_SECONDS = 180.0
+#: There is a lane for each core: numpy's linear algebra is not to start a thread for each in every lane.
+_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
 class _Child:
@@ -122,7 +124,10 @@ class LanePool:
     def _start(self, number: int, due: float) -> _Child:
         token = os.urandom(32)
         process = subprocess.Popen(
-            [sys.executable, "-m", "mmprep_worker.lanes"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+            [sys.executable, "-m", "mmprep_worker.lanes"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env={**_ENVIRONMENT, **os.environ},
         )
         assert process.stdin is not None
         try:

@@ -23,13 +23,21 @@ def _sample(width: int, height: int, kind: str) -> bytes:
     return buffer.getvalue()
 
 
+def _media(modality: str) -> list[bytes]:
+    """Return small media of a modality, encoded."""
+    if modality == "image":
+        return [_sample(320, 240, "JPEG"), _sample(61, 97, "PNG"), _sample(97, 61, "WEBP")]
+    if modality == "audio":
+        from mmprep_worker.audio.samples import recordings  # noqa: PLC0415, only models that take sound need its codecs
+
+        return recordings()
+    return []
+
+
 def warm_up(family: Family) -> None:
-    """Process one small picture in every way that requests can ask for; raises what the family raises."""
+    """Process small media in every way that requests can ask for; raises what the family raises."""
     for placeholder in family.card.placeholders:
-        if placeholder.modality != "image":
-            continue
-        for kind, width, height in (("JPEG", 320, 240), ("PNG", 61, 97), ("WEBP", 97, 61)):
-            medium = _sample(width, height, kind)
+        for medium in _media(placeholder.modality):
             for dtype in family.card.dtypes[placeholder.modality]:
                 options = ItemOptions(dtype)
                 family.plan(placeholder.modality, medium, options)

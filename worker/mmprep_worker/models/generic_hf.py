@@ -1,11 +1,9 @@
-"""Any other model with pictures: its own Hugging Face processor, run on one picture at a time.
+"""Any other model with pictures or recordings: its own Hugging Face processor, run on one medium at a time.
 
 The fields are whatever the processor returns beside the text; the expansion is what its text path makes of the
 placeholder alone. This needs transformers in the lane and decodes while opening, since only the processor knows the
-shapes; families that matter deserve a kernel of their own.
-
-Pictures are given to the processor in their stored mode where it converts to RGB itself (some put transparency on
-white), else as RGB.
+shapes; families that matter deserve a kernel of their own. What the processor is given is a matter of
+:mod:`.generic_media`.
 """
 
 from __future__ import annotations
@@ -19,20 +17,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from mmprep.card import ItemOptions, ModelCard, Placeholder
+from mmprep.card import ItemOptions, ModelCard, Placeholder, unpack_io
 from mmprep.errors import DecodeError, InvalidRequest, StartupError
 from mmprep.items import FieldSpec, ItemMeta, Plan, Run, lay_out
-from mmprep_worker.images.decode import Picture, open_picture
 from mmprep_worker.images.tables import cast
 from mmprep_worker.models.family import MediaLimits, Prepared
+from mmprep_worker.models.generic_media import PROBES, Pictures, Taken, taken_by
 
 #: ``auto`` is the first.
 DTYPES = ("float32", "bfloat16", "float16")
 _TEXT = frozenset({"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"})
-#: Pictures that the start tries: what the plan says of their headers must be what processing them gives.
-_PROBES = ((64, 48), (333, 777), (640, 480))
+_NAMES = {"image": "pictures", "audio": "recordings"}
 
 
 def load_generic(
@@ -54,7 +50,7 @@ def load_generic(
     Raises
     ------
     StartupError
-        The processor is missing or broken, takes no pictures, or needs torch.
+        The processor is missing or broken, takes neither pictures nor recordings, or needs torch.
     """
     from transformers import AutoProcessor  # noqa: PLC0415, slow to import and large
 
@@ -85,7 +81,7 @@ class GenericFamily:
     Parameters
     ----------
     processor:
-        As ``AutoProcessor`` gives it, with a tokenizer and an image processor.
+        As ``AutoProcessor`` gives it, with a tokenizer and an image processor, a feature extractor, or both.
     model_type:
         Of ``config.json``.
     """
@@ -94,109 +90,110 @@ class GenericFamily:
         self, processor: Any, model_type: str, *, fingerprint: Callable[..., bytes], limits: MediaLimits
     ) -> None:
         self.processor = processor
-        token = getattr(processor, "image_token", None)
-        if not isinstance(token, str) or getattr(processor, "image_processor", None) is None:
+        taken = taken_by(processor, limits)
+        if not taken:
             raise StartupError(
-                f"MODEL: the processor of model type {model_type!r} names no image token or has no image processor; "
-                "models without pictures have nothing to preprocess"
+                f"MODEL: the processor of model type {model_type!r} names no image or audio token, or has nothing that "
+                "works on such media; models without pictures and recordings have nothing to preprocess"
             )
-        self._token = token
-        token_id = int(processor.tokenizer.convert_tokens_to_ids(token))
-        self._converts = getattr(processor.image_processor, "do_convert_rgb", None) is True
-        self._token_id = token_id
-        self._limits = limits
-        self._counts = self._counts_from_headers()
+        self._taken = {one.modality: one for one in taken}
+        self._ids = {one.modality: int(processor.tokenizer.convert_tokens_to_ids(one.token)) for one in taken}
+        self._counts = self._try_probes()
         self.card = ModelCard(
             family=f"hf:{model_type}",
             fingerprint=fingerprint(
                 processor=type(processor).__name__,
-                image_processor=type(processor.image_processor).__name__,
-                config=processor.image_processor.to_dict(),
+                parts={one.modality: one.deciding for one in taken},
                 options=processor.to_dict(),
-                token=[token, token_id],
+                tokens=[[one.token, self._ids[one.modality]] for one in taken],
             ),
-            placeholders=(Placeholder("image", token, token_id, token),),
-            dtypes={"image": DTYPES},
+            placeholders=tuple(
+                Placeholder(one.modality, one.token, self._ids[one.modality], one.token) for one in taken
+            ),
+            dtypes=dict.fromkeys(self._taken, DTYPES),
             normalization={},
         )
 
     def plan(self, modality: str, medium: bytes | memoryview, options: ItemOptions) -> Plan:
-        """Return one picture's plan: from its header where the processor can count, else by processing it."""
-        picture = self._open(modality, medium, options)
-        if self._counts:
-            return Plan((Run(self._token_id, self._count(picture.width, picture.height)),))
-        return self._process(self._image(picture))[0]
+        """Return one medium's plan: from its header where the processor can count, else by processing it."""
+        taken = self._one(modality, options)
+        if self._counts and isinstance(taken, Pictures):
+            picture = taken.opened(medium)
+            return Plan((Run(self._ids[modality], self._count(picture.width, picture.height)),))
+        return self._process(taken, *taken.inputs(medium))[0]
 
     def open(self, modality: str, medium: bytes | memoryview, options: ItemOptions) -> Prepared:
-        """Decode and process one picture.
+        """Decode and process one medium.
 
         Raises
         ------
         mmprep.errors.InvalidRequest
-            A modality or dtype that is not on the card.
+            A modality or dtype that is not on the card, or a medium of which the processor makes nothing.
         mmprep.errors.MediaError
-            The picture is broken, too large, or refused by the processor.
+            The medium is broken, too large, or refused by the processor.
         """
+        taken = self._one(modality, options)
         started = time.monotonic_ns()
-        image = self._image(self._open(modality, medium, options))
+        inputs, words = taken.inputs(medium)
         decode_ns = time.monotonic_ns() - started
-        plan, arrays = self._process(image)
+        plan, arrays = self._process(taken, inputs, words)
         named = {name: (_storage(array, options.dtype), array) for name, array in arrays.items()}
         specs = lay_out((name, dtype, array.shape, "batched", False) for name, (dtype, array) in named.items())
-        return PreparedArrays(ItemMeta("image", plan, specs, {}), arrays, decode_ns)
+        return PreparedArrays(ItemMeta(modality, plan, specs, {}), arrays, decode_ns)
 
-    def _open(self, modality: str, medium: bytes | memoryview, options: ItemOptions) -> Picture:
-        if modality != "image":
-            raise InvalidRequest(f"this model takes pictures here, not {modality}")
+    def _one(self, modality: str, options: ItemOptions) -> Taken:
+        if modality not in self._taken:
+            raise InvalidRequest(f"this model takes {_NAMES[min(self._taken)]} here, not {modality}")
         if options.dtype not in DTYPES:
             raise InvalidRequest(f"mm_dtype {options.dtype!r} is not one of {', '.join(DTYPES)}", param="mm_dtype")
-        return open_picture(medium, max_pixels=self._limits.image_pixels)
+        for name in unpack_io(options.io):
+            raise InvalidRequest(
+                f"{_NAMES[modality]} can't be read with {name[:64]!r}; leave it out", param="media_io_kwargs"
+            )
+        return self._taken[modality]
 
-    def _image(self, picture: Picture) -> Image.Image:
-        return picture.pil() if self._converts else Image.fromarray(picture.rgb())
-
-    def _process(self, image: Image.Image) -> tuple[Plan, dict[str, NDArray[Any]]]:
-        """Return the plan of one picture, and the processor's arrays without their batch dimension."""
+    def _process(self, taken: Taken, inputs: dict[str, Any], words: str) -> tuple[Plan, dict[str, NDArray[Any]]]:
+        """Return the plan of one medium, and the processor's arrays without their batch dimension."""
         try:
-            with warnings.catch_warnings(action="ignore"):  # Pillow's and the processor's remarks on single pictures
-                returned = self.processor(
-                    images=[image], text=self._token, add_special_tokens=False, return_tensors="np"
-                )
+            with warnings.catch_warnings(action="ignore"):  # Pillow's and the processor's remarks on single media
+                returned = self.processor(text=taken.token, add_special_tokens=False, return_tensors="np", **inputs)
         except (ValueError, ZeroDivisionError, IndexError) as error:
             raise DecodeError(
-                f"the model's processor refuses a picture of {image.width} by {image.height} pixels "
-                f"({type(error).__name__}); send one of another size or shape"
+                f"the model's processor refuses {words} ({type(error).__name__}); send one of another size or shape"
             ) from None
         ids = np.asarray(returned["input_ids"])[0]
-        embed = self._marks(ids) == 1
+        embed = self._marks(taken, ids) == taken.mark
+        if not embed.any():
+            raise InvalidRequest(f"the model's processor makes nothing of {words}; send a longer or larger one")
         arrays = {name: _first(name, value) for name, value in returned.items() if name not in _TEXT}
         return _run_lengths(ids.tolist(), embed.tolist()), arrays
 
-    def _marks(self, ids: NDArray[Any]) -> NDArray[Any]:
-        """Return the modality of each position, 1 for pictures, as the processor itself marks them where it does."""
+    def _marks(self, taken: Taken, ids: NDArray[Any]) -> NDArray[Any]:
+        """Return the modality of each position, as the processor itself marks them where it does."""
         if hasattr(self.processor, "create_mm_token_type_ids"):
             return np.asarray(self.processor.create_mm_token_type_ids([ids.tolist()])[0])
-        return np.asarray(ids == self._token_id, np.int64)
+        return np.where(ids == self._ids[taken.modality], taken.mark, 0)
 
     def _count(self, width: int, height: int) -> int:
         counted = self.processor._get_num_multimodal_tokens(image_sizes=[[height, width]])  # noqa: SLF001, transformers' seam for engines
         return int(counted["num_image_tokens"][0])
 
-    def _counts_from_headers(self) -> bool:
-        """Whether the processor can count tokens by size alone, as processing the probes confirms.
+    def _try_probes(self) -> bool:
+        """Whether the processor can count a picture's tokens by its size alone, as processing the probes confirms.
 
         Processing them also shows, before the first request, whether the processor needs what is not installed.
         """
         able = hasattr(self.processor, "_get_num_multimodal_tokens")
-        for width, height in _PROBES:
-            plan, _ = self._process(Image.new("RGB", (width, height), (120, 90, 60)))
-            if able:
-                able = plan == Plan((Run(self._token_id, self._count(width, height)),))
+        for taken in self._taken.values():
+            plans = [self._process(taken, inputs, "a probe")[0] for inputs in taken.probes()]
+            if able and taken.modality == "image":
+                counted = (self._count(width, height) for width, height in PROBES)
+                able = plans == [Plan((Run(self._ids["image"], count),)) for count in counted]
         return able
 
 
 class PreparedArrays:
-    """One picture, processed already: filling is a copy."""
+    """One medium, processed already: filling is a copy."""
 
     def __init__(self, meta: ItemMeta, arrays: Mapping[str, NDArray[Any]], decode_ns: int) -> None:
         self.meta = meta
@@ -214,7 +211,7 @@ def _first(name: str, value: Any) -> NDArray[Any]:
     array: NDArray[Any] = np.asarray(value)
     if array.ndim == 0 or array.shape[0] != 1 or array.dtype.kind not in "fiub":
         raise StartupError(
-            f"MODEL: the processor's output {name!r} is not one numeric array a picture; this model needs a family of "
+            f"MODEL: the processor's output {name!r} is not one numeric array a medium; this model needs a family of "
             "its own"
         )
     item: NDArray[Any] = array[0]

@@ -67,8 +67,12 @@ def load_family(model_dir: Path, limits: MediaLimits) -> Family:
     if not model_dir.is_dir():
         raise StartupError(f"MODEL: {model_dir.name!r} is no directory; give a local one in Hugging Face layout")
     config = _read(model_dir, "config.json")
+    if config.get("model_type") == "qwen2_audio":
+        family = _qwen2_audio(model_dir, config, limits)
+        if family is not None:
+            return family
     if config.get("model_type") in qwen2_vl.MODEL_TYPES:
-        processor = _image_processor(model_dir)
+        processor = _section(model_dir, "image_processor")
         settings = qwen2_vl.read_settings(processor)
         if settings is not None:
             placeholder = _qwen2_vl_placeholder(model_dir, config)
@@ -94,10 +98,13 @@ def _read(model_dir: Path, name: str) -> dict[str, Any]:
     return plain
 
 
-def _image_processor(model_dir: Path) -> dict[str, Any]:
-    """Return the image processor's configuration; a section of ``processor_config.json`` wins, as in transformers."""
+def _section(model_dir: Path, part: str) -> dict[str, Any]:
+    """Return the configuration of a part of the processor, as ``image_processor``.
+
+    A section of ``processor_config.json`` wins over ``preprocessor_config.json``, as in transformers.
+    """
     if (model_dir / "processor_config.json").exists():
-        section = _read(model_dir, "processor_config.json").get("image_processor")
+        section = _read(model_dir, "processor_config.json").get(part)
         if isinstance(section, dict):
             return section
     return _read(model_dir, "preprocessor_config.json")
@@ -117,6 +124,40 @@ def _added_tokens(model_dir: Path) -> dict[int, str]:
         return {int(number): token["content"] for number, token in plain.items()}
     except (AttributeError, KeyError, TypeError, ValueError):
         raise StartupError("MODEL: tokenizer_config.json: added_tokens_decoder is not as expected") from None
+
+
+def _qwen2_audio(model_dir: Path, config: Mapping[str, Any], limits: MediaLimits) -> Family | None:
+    """Return the family of a Qwen2-Audio directory, ``None`` where its kernel can't honour the configuration."""
+    from mmprep_worker.audio.logmel import KERNEL_VERSION as LOGMEL_VERSION  # noqa: PLC0415, only models that take sound need its codecs
+    from mmprep_worker.audio.recording import decoders  # noqa: PLC0415, as above
+    from mmprep_worker.models import qwen2_audio  # noqa: PLC0415, as above
+
+    extractor = _section(model_dir, "feature_extractor")
+    settings = qwen2_audio.read_settings(extractor)
+    if settings is None:
+        return None
+    placeholder = _qwen2_audio_placeholder(model_dir, config)
+    digest = fingerprint(
+        processor="Qwen2AudioProcessor",
+        config=extractor,
+        placeholder=msgspec.to_builtins(placeholder),
+        decoders={**decoders(), "logmel": LOGMEL_VERSION},
+    )
+    return qwen2_audio.Qwen2AudioFamily(settings, placeholder, fingerprint=digest, limits=limits)
+
+
+def _qwen2_audio_placeholder(model_dir: Path, config: Mapping[str, Any]) -> Placeholder:
+    """Return the audio placeholder: the id of ``config.json``, or of the token's usual name, with the tokenizer's text."""
+    texts = _added_tokens(model_dir)
+    ids = {text: number for number, text in texts.items()}
+    number = config.get("audio_token_id", config.get("audio_token_index", ids.get("<|AUDIO|>")))
+    if not isinstance(number, int) or number not in texts:
+        raise StartupError(
+            f"MODEL: the tokenizer has no added token for config.json's audio_token_index ({number}), usually <|AUDIO|>; "
+            "the tokenizer's files and config.json must be of the same model"
+        )
+    token = texts[number]
+    return Placeholder("audio", token, number, f"<|audio_bos|>{token}<|audio_eos|>")
 
 
 def _qwen2_vl_placeholder(model_dir: Path, config: Mapping[str, Any]) -> Placeholder:

@@ -1,0 +1,1 @@
+"""Recordings: opening, decoding, one channel at a model's rate, and features."""
