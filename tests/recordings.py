@@ -70,18 +70,30 @@ def without_length(flac, length=0):
     return flac[:18] + ((head << 36) | length).to_bytes(8, "big") + flac[26:]
 
 
-def with_granule(ogg, granule):
-    """Return an Ogg whose last page says that so many samples end with it; its checksum is right (RFC 3533)."""
-    last = ogg.rindex(b"OggS")
-    page = bytearray(ogg[last:])
-    page[6:14], page[22:26] = granule.to_bytes(8, "little"), bytes(4)
+def ogg_checksum(page):
+    """Return an Ogg page with its checksum put right (RFC 3533)."""
     crc = 0
+    page = page[:22] + bytes(4) + page[26:]
     for byte in page:
-        crc ^= byte << 24
-        for _ in range(8):
-            crc = (crc << 1) ^ (0x104C11DB7 if crc & 0x80000000 else 0)
-    page[22:26] = crc.to_bytes(4, "little")
-    return ogg[:last] + bytes(page)
+        crc = (crc << 8) & 0xFFFFFFFF ^ _CRC[crc >> 24 ^ byte]
+    return page[:22] + crc.to_bytes(4, "little") + page[26:]
+
+
+def _crc_of(byte):
+    crc = byte << 24
+    for _ in range(8):
+        crc = (crc << 1) ^ (0x104C11DB7 if crc & 0x80000000 else 0)
+    return crc
+
+
+_CRC = [_crc_of(byte) for byte in range(256)]
+
+
+def with_granule(ogg, granule):
+    """Return an Ogg whose last page says that so many samples end with it."""
+    last = ogg.rindex(b"OggS")
+    page = ogg[last:]
+    return ogg[:last] + ogg_checksum(page[:6] + granule.to_bytes(8, "little") + page[14:])
 
 
 class Format(NamedTuple):

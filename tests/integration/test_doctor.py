@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.integration.service import Service, mmprep
+from tests.models import write_qwen2_audio
 
 from mmprep.cli import doctor
 from mmprep.process_lock import ProcessLock
@@ -46,6 +47,17 @@ def check_in_child(call, *prefix):
     code = f"import json; from mmprep.cli.doctor import *; print(json.dumps([f._asdict() for f in {call}]))"
     result = subprocess.run([*prefix, sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return by_subject(doctor.Finding(**finding) for finding in json.loads(result.stdout))
+
+
+def test_the_processor_of_a_model_that_hears_is_named(tmp_path):
+    directory = write_qwen2_audio(tmp_path)
+    found = by_subject(doctor.check_model(str(directory)))
+    assert found["processor"].detail == "preprocessor_config.json (WhisperFeatureExtractor)"
+    assert {finding.status for finding in found.values()} == {"ok"}
+    section = '{"feature_extractor": {"feature_extractor_type": "Gemma3nAudioFeatureExtractor"}}'
+    (directory / "processor_config.json").write_text(section)
+    found = by_subject(doctor.check_model(str(directory)))
+    assert found["processor"].detail == "processor_config.json (Gemma3nAudioFeatureExtractor)"
 
 
 def test_a_machine_and_a_model_that_are_fit_are_told_so_and_nothing_is_made(runtime_dir, model):

@@ -11,6 +11,7 @@ from tests.recordings import (
     FORMATS,
     LOSSLESS,
     encoded,
+    ogg_checksum,
     sound,
     with_ffmpeg,
     with_granule,
@@ -312,10 +313,67 @@ def test_a_recording_that_changes_its_rate_midway_is_refused():
         decoded(joined)
 
 
-def test_thousands_of_chunks_are_refused():
-    wav = encoded("wav-16", sound(16_000, 0.1), 16_000)
-    with pytest.raises(DecodeError, match="thousands of chunks"):
-        open_recording(wav[:36] + b"junk\x00\x00\x00\x00" * 100_000 + wav[36:], max_seconds=HOUR)
+# --- work that the bytes are not worth -------------------------------------------------------------------------------
+
+
+def behind(data, at, what):
+    return data[:at] + what + data[at:]
+
+
+def patched(data, at, *numbers):
+    """Return ``data`` with big-endian numbers of 32 bits written at a place."""
+    new = struct.pack(f">{len(numbers)}I", *numbers)
+    return data[:at] + new + data[at + len(new) :]
+
+
+def box(kind, body=b""):
+    return struct.pack(">I4s", 8 + len(body), kind) + body
+
+
+M4A = encoded("m4a-aac", sound(16_000, 0.5), 16_000)
+FRAGMENTS = encoded("m4a-fragments", sound(16_000, 0.5), 16_000)
+OGG = encoded("ogg-vorbis", sound(16_000, 0.5), 16_000)
+FLAC = encoded("flac-16", sound(16_000, 0.5), 16_000)
+COSTLY = {
+    "chunks before the samples of a WAV": (behind(WAV, 36, b"junk\0\0\0\0" * 5_000), "far too many chunks"),
+    "blocks of metadata of a FLAC": (behind(FLAC, 42, b"\x01\0\0\0" * 5_000), "far too many blocks"),
+    "fifty million samples in an MP4": (patched(M4A, M4A.index(b"stsz") + 8, 1, 50_000_000), "more samples than"),
+    "four billion samples in an MP4": (patched(M4A, M4A.index(b"stsz") + 8, 0, 2**32 - 1), "more samples than"),
+    "fifty million samples in a fragment": (
+        patched(FRAGMENTS, FRAGMENTS.index(b"trun") + 8, 50_000_000),
+        "more samples",
+    ),
+    "boxes in an MP4": (M4A + box(b"free") * 100_000, "far too many boxes"),
+    "boxes in boxes of an MP4": (M4A + box(b"moov", box(b"udta", box(b"name") * 100_000)), "far too many boxes"),
+    "boxes that nobody knows": (M4A + box(b"moov", box(b"abcd", bytes(1 << 21))), "far too many boxes"),
+    "a compressed header": (M4A + box(b"moov", box(b"cmov", box(b"dcom", b"zlib"))), "compressed"),
+    "pages of an Ogg": (
+        OGG + ogg_checksum(OGG[:5] + b"\0" + OGG[6:26] + b"\0" + OGG[27:27]) * 500_001,
+        "too many pages",
+    ),
+    "beginnings of pages behind an Ogg": (OGG + b"OggS" * 50_000, "no page of the Ogg begins at byte"),
+    "beginnings of pages within a page": (
+        OGG + (ogg_checksum(OGG[:5] + b"\0" + OGG[6:26] + b"\xff" + b"\xff" * 255 + b"OggS" * 16_256 + b"O")),
+        "beginnings of pages within",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", COSTLY)
+def test_what_would_cost_far_more_than_its_bytes_is_refused_before_a_library_sees_it(what, monkeypatch):
+    def seen(*_, **__):
+        raise AssertionError("a library sees it")
+
+    monkeypatch.setattr("soundfile.SoundFile", seen)
+    monkeypatch.setattr("av.open", seen)
+    data, words = COSTLY[what]
+    with pytest.raises(DecodeError, match=words):
+        open_recording(data, max_seconds=HOUR)
+
+
+def test_what_stands_behind_the_last_page_of_an_ogg_is_left_out():
+    assert np.array_equal(decoded(OGG + b"TAG" + bytes(125)), decoded(OGG))
+    assert np.array_equal(decoded(OGG + OGG[:20_000][:26]), decoded(OGG))
 
 
 @pytest.mark.parametrize("name", sorted(set(FORMATS) - {"wav-double", "aiff-little", "mp3-id3"}))

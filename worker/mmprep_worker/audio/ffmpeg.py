@@ -27,6 +27,7 @@ from mmprep_worker.audio.bounds import check_seconds, check_sound, reason
 from mmprep_worker.audio.kinds import Kind
 from mmprep_worker.audio.memory import MemoryFile
 from mmprep_worker.audio.sndfile import BLOCK
+from mmprep_worker.audio.structure import check_boxes
 
 _DEMUXERS = {Kind.MP3: "mp3", Kind.MP4: "mp4", Kind.WEBM: "matroska", Kind.FLAC: "flac"}
 #: FFmpeg's own decoders, by its names.
@@ -133,6 +134,8 @@ def open_ffmpeg(kind: Kind, data: memoryview, max_seconds: float) -> FfmpegRecor
     TooLarge
         Too many channels, or too long.
     """
+    if kind is Kind.MP4:
+        check_boxes(data)
     recording = FfmpegRecording(kind, _opened(kind, data), max_seconds)
     check_sound(recording.rate, recording.channels)
     if recording.announced is not None:

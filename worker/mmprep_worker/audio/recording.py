@@ -1,7 +1,8 @@
 """Opening recordings: by content, and never more than the limits.
 
 :func:`open_recording` reads headers only and allocates nothing that a header asks for; what it gives decodes in blocks.
-:mod:`.kinds` says what is read, :mod:`.sndfile` and :mod:`.ffmpeg` by which library, :mod:`.bounds` how much of it.
+:mod:`.kinds` says what is read, :mod:`.sndfile` and :mod:`.ffmpeg` by which library, :mod:`.bounds` how much of it, and
+:mod:`.structure` what neither library gets to see.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 
 from mmprep.errors import UnsupportedMedia
 from mmprep_worker.audio.ffmpeg import open_ffmpeg
-from mmprep_worker.audio.kinds import READ, Kind, flac_length, sniff
+from mmprep_worker.audio.kinds import READ, Kind, sniff
 from mmprep_worker.audio.sndfile import open_sndfile
+from mmprep_worker.audio.structure import flac_length
 
 
 class Recording(Protocol):

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from mmprep.errors import DecodeError, MmprepError, UnsupportedMedia
 from mmprep_worker.audio.bounds import check_seconds, check_sound, reason
-from mmprep_worker.audio.kinds import READ, Kind, check_chunks
+from mmprep_worker.audio.kinds import READ, Kind
 from mmprep_worker.audio.memory import MemoryFile
+from mmprep_worker.audio.structure import check_chunks, ogg_end
 
 #: Samples of each channel that are decoded at a time.
 BLOCK = 1 << 16
@@ -85,6 +86,8 @@ def open_sndfile(kind: Kind, data: memoryview, max_seconds: float) -> SndfileRec
         problem = check_chunks(kind, data)
         if problem is not None:
             raise UnsupportedMedia(f"the {kind} cannot be used: {problem}")
+    if kind is Kind.OGG:
+        data = data[: ogg_end(data)]
     try:
         sound = soundfile.SoundFile(MemoryFile(data))
         coding = sound.subtype
