@@ -29,6 +29,7 @@ class WriterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inline_size: int
     max_media_size: int
     max_image_pixels: int
+    image_background: tuple[int, int, int] | None
     queue_limit: int
     queue_bytes: int
     lease_seconds: float

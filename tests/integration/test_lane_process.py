@@ -34,6 +34,7 @@ def orders(runtime_dir, segment, token=bytes(32)):
         segment=segment,
         model=str(embedded.path()),
         max_image_pixels=1 << 24,
+        image_background=None,
         max_media_size=1 << 24,
         data_limit=4 << 30,
         nice=0,

@@ -29,6 +29,8 @@ _FALSE = {"0", "false", "no", "off"}
 #: What cannot be a host name is refused here; the frontends' URL policy judges the rest.
 _DOMAIN = re.compile(r"(\*\.)?[^\s/:*@?#%\\]+|\[[0-9A-Fa-f:.]+\]")
 
+_COLOUR = re.compile(r"#[0-9A-Fa-f]{6}")
+
 
 class Option(NamedTuple):
     """One option: its name without dashes, how its text is read, its default as text, and its help.
@@ -119,6 +121,16 @@ def _switch(text: str, option: str) -> bool:
     raise StartupError(f"{option}: {text!r} is neither true nor false")
 
 
+def _colour(text: str, option: str) -> tuple[int, int, int] | None:
+    """Return red, green and blue; ``None`` for ``none``."""
+    if text.lower() == "none":
+        return None
+    if not _COLOUR.fullmatch(text):
+        raise StartupError(f"{option}: {text!r} is no colour; give it as #rrggbb in hex digits, or none")
+    red, green, blue = bytes.fromhex(text[1:])
+    return red, green, blue
+
+
 def _limits(text: str, option: str) -> dict[str, int]:
     """Return the limits by modality; one that is not named keeps its default."""
     limits = dict(_LIMITS)
@@ -180,6 +192,9 @@ OPTIONS = (
     Option("max-media-size", _size("1KiB", "64GiB"), "256MiB", "largest medium, encoded"),
     Option("max-body-size", _size("1KiB", "64GiB"), "384MiB", "largest request body"),
     Option("max-image-pixels", _whole(1, 1 << 31), "178956970", "most pixels of one picture"),
+    Option(
+        "image-background", _colour, "#ffffff", "colour that transparency of pictures is put on; none: it is dropped"
+    ),
     Option("allowed-media-domains", _domains, "", "only fetch media from these: a.example,*.b.example"),
     Option("allow-private-networks", _switch, "false", "fetch media from private addresses too", flag=True),
     Option(

@@ -28,6 +28,7 @@ class ServeOptions(msgspec.Struct, frozen=True):
     max_media_size: int
     max_body_size: int
     max_image_pixels: int
+    image_background: tuple[int, int, int] | None
     max_model_len: int | None
     limit_mm_per_prompt: dict[str, int]
     tensor_dtype: str
@@ -62,6 +63,7 @@ class ServeOptions(msgspec.Struct, frozen=True):
             inline_size=self.inline_size,
             max_media_size=self.max_media_size,
             max_image_pixels=self.max_image_pixels,
+            image_background=self.image_background,
             queue_limit=self.queue_limit,
             queue_bytes=max(self.max_media_size, 1 << 30),
             lease_seconds=self.lease_seconds,

@@ -75,7 +75,11 @@ class Lane:
         """Warm up, announce, then work until the writer is gone."""
         token = bytes.fromhex(self._config.token)
         try:
-            family = load_family(Path(self._config.model), max_image_pixels=self._config.max_image_pixels)
+            family = load_family(
+                Path(self._config.model),
+                max_image_pixels=self._config.max_image_pixels,
+                background=self._config.image_background,
+            )
             warm_up(family)
         except MmprepError as error:
             self._broken(token, error)

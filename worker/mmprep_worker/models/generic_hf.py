@@ -4,8 +4,8 @@ The fields are whatever the processor returns beside the text; the expansion is 
 placeholder alone. This needs transformers in the lane and decodes while opening, since only the processor knows the
 shapes; families that matter deserve a kernel of their own.
 
-Pictures are given to the processor in their stored mode where it converts to RGB itself (some put transparency on
-white), else as RGB.
+Pictures are given to the processor as RGB, with transparency on the background colour: on white, transformers'
+processors would do the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from PIL import Image
 from mmprep.card import ModelCard, Placeholder
 from mmprep.errors import DecodeError, InvalidRequest, StartupError
 from mmprep.items import FieldSpec, ItemMeta, Plan, Run, lay_out
-from mmprep_worker.images.decode import Picture, open_picture
+from mmprep_worker.images.decode import Background, Picture, open_picture
 from mmprep_worker.images.tables import cast
 from mmprep_worker.models.family import ItemOptions, Prepared
 
@@ -36,7 +36,12 @@ _PROBES = ((64, 48), (333, 777), (640, 480))
 
 
 def load_generic(
-    model_dir: Path, config: Mapping[str, Any], *, fingerprint: Callable[..., bytes], max_image_pixels: int
+    model_dir: Path,
+    config: Mapping[str, Any],
+    *,
+    fingerprint: Callable[..., bytes],
+    max_image_pixels: int,
+    background: Background,
 ) -> GenericFamily:
     """Return the family of a model that has no kernel of its own.
 
@@ -48,8 +53,8 @@ def load_generic(
         Its ``config.json``.
     fingerprint:
         :func:`mmprep_worker.models.registry.fingerprint`.
-    max_image_pixels:
-        The most pixels that a picture may have.
+    max_image_pixels, background:
+        As for :func:`mmprep_worker.models.registry.load_family`.
 
     Raises
     ------
@@ -62,7 +67,9 @@ def load_generic(
     try:
         load: Any = AutoProcessor.from_pretrained
         processor = load(model_dir, local_files_only=True)
-        family = GenericFamily(processor, str(kind), fingerprint=fingerprint, max_image_pixels=max_image_pixels)
+        family = GenericFamily(
+            processor, str(kind), fingerprint=fingerprint, max_image_pixels=max_image_pixels, background=background
+        )
     except ImportError as error:
         missing = next((name for name in ("torchvision", "torch") if name in str(error).lower()), "a missing package")
         raise StartupError(
@@ -91,7 +98,13 @@ class GenericFamily:
     """
 
     def __init__(
-        self, processor: Any, model_type: str, *, fingerprint: Callable[..., bytes], max_image_pixels: int
+        self,
+        processor: Any,
+        model_type: str,
+        *,
+        fingerprint: Callable[..., bytes],
+        max_image_pixels: int,
+        background: Background,
     ) -> None:
         self.processor = processor
         token = getattr(processor, "image_token", None)
@@ -102,9 +115,9 @@ class GenericFamily:
             )
         self._token = token
         token_id = int(processor.tokenizer.convert_tokens_to_ids(token))
-        self._converts = getattr(processor.image_processor, "do_convert_rgb", None) is True
         self._token_id = token_id
         self._max_image_pixels = max_image_pixels
+        self._background = background
         self._counts = self._counts_from_headers()
         self.card = ModelCard(
             family=f"hf:{model_type}",
@@ -153,7 +166,7 @@ class GenericFamily:
         return open_picture(medium, max_pixels=self._max_image_pixels)
 
     def _image(self, picture: Picture) -> Image.Image:
-        return picture.pil() if self._converts else Image.fromarray(picture.rgb())
+        return Image.fromarray(picture.rgb(self._background))
 
     def _process(self, image: Image.Image) -> tuple[Plan, dict[str, NDArray[Any]]]:
         """Return the plan of one picture, and the processor's arrays without their batch dimension."""

@@ -153,6 +153,7 @@ class WriterShell:
             segment=self._segment.name,
             model=settings.model,
             max_image_pixels=settings.max_image_pixels,
+            image_background=settings.image_background,
             max_media_size=settings.max_media_size,
             data_limit=settings.lane_memory,
             nice=5,
