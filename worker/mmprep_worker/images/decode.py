@@ -14,10 +14,12 @@ Not for several threads at once: Pillow's warnings and its limit of pixels are s
 from __future__ import annotations
 
 import io
+import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Final, TypeAlias
 
@@ -42,6 +44,7 @@ WHITE: Final = (255, 255, 255)
 
 #: Pillow's names of the libraries whose versions may change pixels.
 _LIBRARIES = ("libjpeg_turbo", "jpg", "webp", "avif", "libtiff", "littlecms2")
+_STANDARD_ERROR = 2
 #: Rows that are converted at a time: bounds the memory beside Pillow's own buffer and the result.
 _STRIP = 64
 #: How libraries below Pillow say that they found no memory; -9 is Pillow's own number for it.
@@ -118,7 +121,8 @@ class Picture:
         """Return the decoded image, as stored; the reference to it is given up."""
         image, self._image = self._image, None
         assert image is not None, "a picture is decoded once"
-        image.load()
+        with _silent() if image.format == "TIFF" else nullcontext():
+            image.load()
         return image
 
     def _jpeg(self) -> NDArray[np.uint8] | None:
@@ -200,6 +204,26 @@ def _limited(max_pixels: int) -> Iterator[None]:
             if _NO_MEMORY.search(str(error)):
                 raise MemoryError from None
             raise DecodeError(f"the picture is broken or truncated: {_reason(error)}") from None
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Let nothing be written to standard error: libtiff writes a line for each row that it finds broken.
+
+    That is the service's log. A picture of 200 kB filled it with 7 MB.
+    """
+    if sys.__stderr__ is None or sys.__stderr__.fileno() != _STANDARD_ERROR:  # it is closed, or something else by now
+        yield
+        return
+    kept = os.dup(_STANDARD_ERROR)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, _STANDARD_ERROR)
+        yield
+    finally:
+        os.dup2(kept, _STANDARD_ERROR)
+        os.close(nowhere)
+        os.close(kept)
 
 
 def _reason(error: BaseException) -> str:
