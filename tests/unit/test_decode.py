@@ -5,6 +5,7 @@ import os
 import resource
 import struct
 import warnings
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -222,6 +223,21 @@ def test_a_jpeg_with_html_in_its_comment_is_a_jpeg():
 def test_what_is_no_picture_of_ours_is_unsupported(name):
     with pytest.raises(UnsupportedMedia, match="send one of JPEG, PNG"):
         open_picture(FOREIGN[name], max_pixels=LIMIT)
+
+
+def test_a_png_with_broken_pixels_is_refused_whatever_stands_behind_them():
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    whole = png(pixels, 2, after=chunk(b"eXIf", exif(6)[6:]))
+    at = whole.index(b"IDAT")
+    length = int.from_bytes(whole[at - 4 : at], "big")
+    for broken in (whole[: at + 4] + bytes(length) + whole[at + 4 + length :], whole.replace(b"IDAT", b"IDAt")):
+        with pytest.raises(DecodeError):
+            decoded(broken)
+    rows = b"".join(b"\0" + bytes(120) for _ in range(20)) + b"\7" + bytes(120) * 20  # no filter has this number
+    data = png(pixels, 2, after=chunk(b"eXIf", exif(6)[6:]))
+    packed = data[: at - 4] + chunk(b"IDAT", zlib.compress(rows)) + data[at + 8 + length :]
+    with pytest.raises(DecodeError):
+        decoded(packed)
 
 
 def test_heic_is_named():

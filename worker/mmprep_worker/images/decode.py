@@ -236,10 +236,11 @@ def _orientation(image: Image.Image, data: bytes | memoryview) -> int:
     """Return the EXIF orientation still to be applied, 1 where there is none or it is broken."""
     if image.format == "TIFF":  # its plug-in applies the orientation, and announces the size after it
         return 1
+    if image.format == "PNG" and _has_late_exif(data):
+        image.load()  # which reads on behind the pixels; what it says of these must not be taken for a broken tag
     try:
-        # The PNG plug-in's own method would decode the picture to look for chunks after the pixels.
-        plain = image.format == "PNG" and not _has_late_exif(data)
-        exif = Image.Image.getexif(image) if plain else image.getexif()
+        # The PNG plug-in's own method would decode every picture.
+        exif = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()
         value = exif.get(ExifTags.Base.Orientation, 1)
     except (MemoryError, Image.DecompressionBombError):
         raise
