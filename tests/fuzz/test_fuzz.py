@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
+
 import msgpack
 import pytest
+from tests.fuzz import fuzzing, pictures
 from tests.fuzz.__main__ import main
 from tests.fuzz.fuzzing import MEMORY, Finding, execute, fuzz, time_limit
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.targets import MEDIA_MEMORY, TARGETS, Media
 
 from mmprep import layout
+from mmprep.errors import FetchError, TooLarge
 from mmprep.wire import codec
+from mmprep_worker.images import decode
 from mmprep_worker.ring import recovery
 
-#: How often each target is executed, and how many different outcomes that has at least.
-NORMAL = {"wire": (20_000, 200), "directory": (1000, 25), "address": (20_000, 20)}
+#: How often each target is executed, and how many different outcomes that has at least. Formats of pictures have targets
+#: of their own for long runs; here they are in ``pictures``.
+NORMAL = {"wire": (20_000, 200), "directory": (1000, 25), "address": (20_000, 20), "pictures": (3000, 60)}
 SECONDS_AT_LENGTH = 120.0
 
 
@@ -21,6 +29,9 @@ SECONDS_AT_LENGTH = 120.0
 def limited():
     with time_limit():
         yield
+
+
+_decode_jpeg = decode.simplejpeg.decode_jpeg
 
 
 class Echo:
@@ -41,8 +52,44 @@ class Echo:
             bytearray(MEMORY)
         return "accepted"
 
+    def close(self):
+        """Nothing was opened."""
 
-@pytest.mark.parametrize("name", TARGETS)
+
+def misbehave(data):
+    """Do what the input says, in the process of a decoder."""
+    match data:
+        case b"crash":
+            ctypes.string_at(0)
+        case b"leave":
+            os._exit(3)
+        case b"hang":
+            signal.pause()
+        case b"eat":
+            bytearray(MEDIA_MEMORY)
+        case b"raise":
+            raise ZeroDivisionError("nothing")
+        case b"stray":
+            raise FetchError("a decoder fetches nothing")
+        case b"refuse":
+            raise TooLarge("7 bytes")
+    return "accepted"
+
+
+def decode_loosely(data):
+    """Decode with a fault: what is missing or broken in a JPEG is made up."""
+    decode.simplejpeg.decode_jpeg = lambda data, space, **_: _decode_jpeg(data, space, strict=False)
+    return pictures.decode(data)
+
+
+@pytest.fixture
+def misbehaving():
+    target = Media("misbehaving", "tests.fuzz.test_fuzz:misbehave", lambda: [b"fine"], lambda _rng, data, _others: data)
+    yield target
+    target.close()
+
+
+@pytest.mark.parametrize("name", NORMAL)
 def test_no_bytes_get_more_out_of_it_than_its_errors(name):
     executions, outcomes = NORMAL[name]
     done = fuzz(TARGETS[name], seed=1, executions=executions)
@@ -58,7 +105,7 @@ def test_no_bytes_get_more_out_of_it_than_its_errors_for_minutes(name):
     print(f"{name}: {fuzz(TARGETS[name], seed=2, seconds=SECONDS_AT_LENGTH)}")  # noqa: T201 -- shown with -rP
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", NORMAL)
 def test_a_seed_makes_the_same_inputs_again(name):
     executions = len(TARGETS[name].corpus()) + 60
     first, again, other = (fuzz(TARGETS[name], seed=seed, executions=executions) for seed in (3, 3, 4))
@@ -77,6 +124,46 @@ def test_a_finding_is_a_line_that_can_be_replayed():
 def test_an_execution_that_takes_too_much_memory_is_a_finding():
     with pytest.raises(Finding, match="bytes"):
         execute(Echo(), b"much")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"crash", "died: SIGSEGV"),
+        (b"leave", "died: status 3"),
+        (b"raise", "ZeroDivisionError: nothing"),
+        (b"stray", "another kind: FetchError"),
+    ],
+)
+def test_a_decoder_that_crashes_or_raises_something_else_is_a_finding_and_the_next_input_is_run(
+    misbehaving, data, said
+):
+    assert execute(misbehaving, b"fine") == "accepted"
+    with pytest.raises(Finding, match=said):
+        execute(misbehaving, data)
+    assert execute(misbehaving, b"fine") == "accepted"
+
+
+def test_a_decoder_that_never_ends_is_a_finding_and_its_process_is_killed(misbehaving, monkeypatch):
+    assert execute(misbehaving, b"fine") == "accepted"
+    child = misbehaving._child._process
+    monkeypatch.setattr(fuzzing, "STUCK", 0.2)
+    with pytest.raises(Finding, match="seconds"):
+        execute(misbehaving, b"hang")
+    assert child.returncode == -signal.SIGKILL
+    monkeypatch.undo()
+    assert execute(misbehaving, b"fine") == "accepted"
+
+
+def test_a_decoder_has_no_more_memory_than_it_is_given_and_its_errors_are_outcomes(misbehaving):
+    assert execute(misbehaving, b"eat") == "MemoryError"
+    assert execute(misbehaving, b"refuse") == "TooLarge: # bytes"
+
+
+def test_a_fault_planted_in_a_decoders_process_is_found():
+    target = Media("planted", "tests.fuzz.test_fuzz:decode_loosely", pictures.corpus, pictures.mutate)
+    with pytest.raises(Finding, match="Pillow"):
+        fuzz(target, seed=1, executions=NORMAL["pictures"][0])
 
 
 @pytest.mark.parametrize(
