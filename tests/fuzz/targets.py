@@ -6,12 +6,13 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from random import Random
 from typing import Any, NamedTuple, get_args
 
 import msgpack
 import msgspec
-from tests.fuzz import recordings
+from tests.fuzz import pictures, recordings
 from tests.fuzz.child import Child
 from tests.fuzz.fuzzing import Target, outcome_of
 from tests.fuzz.mutate import LONGEST, mutate_bytes, mutate_plain
@@ -516,6 +517,15 @@ class Media:
         self._child.close()
 
 
-MEDIA = (Media("recordings", "tests.fuzz.recordings:decode", recordings.corpus, recordings.mutate),)
+PICTURES = "tests.fuzz.pictures:decode"
+#: Pictures of all formats, those of one at a time, and recordings.
+MEDIA = (
+    Media("pictures", PICTURES, pictures.corpus, pictures.mutate),
+    *(
+        Media(name.lower(), PICTURES, partial(pictures.corpus, name), pictures.mutate)
+        for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+    ),
+    Media("recordings", "tests.fuzz.recordings:decode", recordings.corpus, recordings.mutate),
+)
 
 TARGETS: dict[str, Target] = {target.name: target for target in (Wire(), Directory(), AddressOf(), *MEDIA)}

@@ -8,7 +8,7 @@ import signal
 
 import msgpack
 import pytest
-from tests.fuzz import fuzzing, recordings
+from tests.fuzz import fuzzing, pictures, recordings
 from tests.fuzz.__main__ import main
 from tests.fuzz.fuzzing import MEMORY, Finding, execute, fuzz, time_limit
 from tests.fuzz.targets import MEDIA_MEMORY, TARGETS, Media
@@ -17,10 +17,18 @@ from mmprep import layout
 from mmprep.errors import FetchError, TooLarge
 from mmprep.wire import codec
 from mmprep_worker.audio import waveform
+from mmprep_worker.images import decode
 from mmprep_worker.ring import recovery
 
-#: How often each target is executed, and how many different outcomes that has at least.
-NORMAL = {"wire": (20_000, 200), "directory": (1000, 25), "address": (20_000, 20), "recordings": (1000, 40)}
+#: How often each target is executed, and how many different outcomes that has at least. Formats of pictures have targets
+#: of their own for long runs; here they are in ``pictures``.
+NORMAL = {
+    "wire": (20_000, 200),
+    "directory": (1000, 25),
+    "address": (20_000, 20),
+    "pictures": (3000, 60),
+    "recordings": (1000, 40),
+}
 SECONDS_AT_LENGTH = 120.0
 
 
@@ -28,6 +36,9 @@ SECONDS_AT_LENGTH = 120.0
 def limited():
     with time_limit():
         yield
+
+
+_decode_jpeg = decode.simplejpeg.decode_jpeg
 
 
 class Echo:
@@ -70,6 +81,12 @@ def misbehave(data):
         case b"refuse":
             raise TooLarge("7 bytes")
     return "accepted"
+
+
+def decode_loosely(data):
+    """Decode with a fault: what is missing or broken in a JPEG is made up."""
+    decode.simplejpeg.decode_jpeg = lambda data, space, **_: _decode_jpeg(data, space, strict=False)
+    return pictures.decode(data)
 
 
 def hear_loosely(data):
@@ -154,6 +171,12 @@ def test_a_decoder_that_never_ends_is_a_finding_and_its_process_is_killed(misbeh
 def test_a_decoder_has_no_more_memory_than_it_is_given_and_its_errors_are_outcomes(misbehaving):
     assert execute(misbehaving, b"eat") == "MemoryError"
     assert execute(misbehaving, b"refuse") == "TooLarge: # bytes"
+
+
+def test_a_fault_planted_in_a_decoders_process_is_found():
+    target = Media("planted", "tests.fuzz.test_fuzz:decode_loosely", pictures.corpus, pictures.mutate)
+    with pytest.raises(Finding, match="Pillow"):
+        fuzz(target, seed=1, executions=NORMAL["pictures"][0])
 
 
 def test_a_fault_planted_in_the_process_that_hears_is_found():

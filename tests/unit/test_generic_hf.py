@@ -8,6 +8,7 @@ import pytest
 from model_fixtures import limits, write_llava, write_qwen2_vl
 from PIL import Image, ImageOps
 from tests.models import write_qwen2_audio
+from tests.pictures import samples, translucent
 from tests.recordings import encoded as recorded
 from tests.recordings import sound
 from transformers import AutoProcessor
@@ -57,18 +58,27 @@ def processed(family, data, dtype="float32"):
 
 
 @pytest.mark.parametrize("size", [(640, 480), (30, 500), (336, 336), (7, 5)])
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P"])
 def test_fields_equal_the_processors(family, processor, size, mode):
-    data = encoded(drawn(*size).convert("RGBA").convert(mode))
+    data = encoded(translucent(*size).convert(mode))
     _, tensors = processed(family, data)
     expected = processor.image_processor(images=[Image.open(io.BytesIO(data))], return_tensors="np")
     assert tensors.keys() == {"pixel_values"}
     assert tensors["pixel_values"].tobytes() == np.ascontiguousarray(expected["pixel_values"][0]).tobytes()
 
 
-def test_a_palette_with_transparency_does_not_warn(family):
-    data = encoded(drawn(90, 60).convert("P"), transparency=bytes(range(256)))
-    assert processed(family, data)[1]["pixel_values"].shape == (3, 336, 336)
+@pytest.mark.parametrize("key", [("PNG", "palette, all translucent"), ("PNG", "RGB, transparent"), ("JPEG", "CMYK")])
+def test_other_modes_equal_the_processors(family, processor, key):
+    data = samples()[key]
+    expected = processor.image_processor(images=[Image.open(io.BytesIO(data))], return_tensors="np")
+    assert np.array_equal(processed(family, data)[1]["pixel_values"], expected["pixel_values"][0])
+
+
+def test_another_background_is_another_picture_and_another_fingerprint(model, family):
+    black = load_family(model, limits(LIMIT), background=(0, 0, 0))
+    assert black.card.fingerprint != family.card.fingerprint
+    data = encoded(translucent(64, 48))
+    assert not np.array_equal(processed(black, data)[1]["pixel_values"], processed(family, data)[1]["pixel_values"])
 
 
 def test_orientation_is_applied_first(family, processor):

@@ -39,6 +39,7 @@ WRONG = {
     "admin-key-file": ["/nonexistent/keys"],
     "share-cache-across-keys": ["maybe", ""],
     "trust-request-chat-template": ["maybe", ""],
+    "image-background": ["white", "#fff", "#fffffg", "ffffff", "255,255,255", "#ffffff00", "", " "],
     "allow-private-networks": ["maybe", "2", ""],
     "allowed-local-media-path": ["/nonexistent", "/proc/self/maps"],
     "media-cache-max-size": ["1023KiB", "65TiB", "much", ""],
@@ -81,6 +82,7 @@ def test_without_anything_the_defaults_are_those_of_the_interface():
     assert (options.lease_seconds, options.request_timeout, options.drain_timeout) == (30.0, 60.0, 10.0)
     assert options.max_media_size == 256 << 20
     assert (options.lane_memory, options.task_timeout) == (4 << 30, 25.0)
+    assert (options.max_image_pixels, options.image_background) == (178_956_970, (255, 255, 255))
     assert options.served_model_name == "mmprep-demo"
     assert options.lanes >= 2
     assert options.allowed_media_domains == ()
@@ -252,6 +254,14 @@ def test_domains_are_split_at_commas():
         "*.b.example:8443",
         "[2606:4700::1111]:81",
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "colour"), [("#FF8000", (255, 128, 0)), ("#000000", (0, 0, 0)), ("none", None), ("None", None)]
+)
+def test_a_background_is_a_colour_or_none_and_the_writer_is_told(text, colour, tmp_path):
+    options = decide("--image-background", text)
+    assert options.image_background == options.writer(tmp_path).image_background == colour
 
 
 def test_there_are_at_least_two_lanes_however_few_are_asked_for():

@@ -1,13 +1,16 @@
 """The Qwen2-VL family equals transformers' own processor to the bit, and refuses what that one would get wrong."""
 
+import importlib.metadata
 import io
+import warnings
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_fixtures import QWEN2_VL, QWEN3_VL, limits, write_json, write_qwen2_vl
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
+from tests.pictures import samples
 from transformers import AutoImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_resize
 
@@ -15,6 +18,7 @@ from mmprep.card import ItemOptions
 from mmprep.errors import DecodeError, InvalidRequest, MmprepError, StartupError, TooLarge, UnsupportedMedia
 from mmprep.items import storage_dtype, unpack_meta
 from mmprep_worker.images.resample import PillowResampler
+from mmprep_worker.models import registry
 from mmprep_worker.models.qwen2_vl import Qwen2VLFamily, read_settings, smart_resize
 from mmprep_worker.models.registry import load_family
 
@@ -79,17 +83,27 @@ def test_sizes_equal_transformers(family, processor, size):
     assert_equals_transformers(family, processor, encoded(drawn(*size), compress_level=1))
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "1"])
-def test_modes_equal_transformers(family, processor, mode):
-    assert_equals_transformers(family, processor, encoded(drawn(131, 90).convert("RGBA").convert(mode)))
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(data, id=" ".join(key))
+        for key, data in samples().items()
+        if ("16-bit grey" not in key[1] or "alpha" in key[1])
+    ],
+)
+def test_every_format_and_mode_equals_transformers(family, processor, data):
+    with warnings.catch_warnings(action="ignore"):
+        assert_equals_transformers(family, processor, data)
 
 
-def test_palette_with_transparency_equals_transformers(family, processor):
-    assert_equals_transformers(family, processor, encoded(drawn(131, 90).convert("P"), transparency=3))
-
-
-def test_cmyk_equals_transformers(family, processor):
-    assert_equals_transformers(family, processor, encoded(drawn(131, 90).convert("CMYK"), "JPEG"))
+@pytest.mark.parametrize("background", [None, (0, 0, 0), (12, 200, 99)])
+@pytest.mark.parametrize("key", [("PNG", "RGBA"), ("PNG", "palette, all translucent"), ("GIF", "transparent")])
+def test_another_background_equals_transformers_on_the_picture_without_transparency(model, processor, background, key):
+    rgba = Image.open(io.BytesIO(samples()[key])).convert("RGBA")
+    opaque = rgba if background is None else Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba)
+    expected = processor(images=[opaque.convert("RGB")], return_tensors="np")["pixel_values"]
+    other = load_family(model, limits(LIMIT), background=background)
+    assert np.array_equal(processed(other, samples()[key])[1]["pixel_values"], expected)
 
 
 def test_deep_grey_equals_transformers_given_its_high_byte(family, processor):
@@ -104,17 +118,6 @@ def test_orientations_equal_transformers_on_the_upright_picture(family, processo
     tags = Image.Exif()
     tags[0x0112] = orientation
     assert_equals_transformers(family, processor, encoded(drawn(200, 90), "JPEG", exif=tags))
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
-def test_formats_equal_transformers(family, processor, kind):
-    assert_equals_transformers(family, processor, encoded(drawn(131, 90), kind))
-
-
-@pytest.mark.parametrize("kind", ["GIF", "WEBP"])
-def test_animations_equal_transformers_on_the_first_frame(family, processor, kind):
-    frames = [drawn(131, 90) for _ in range(2)]
-    assert_equals_transformers(family, processor, encoded(frames[0], kind, save_all=True, append_images=frames[1:]))
 
 
 @settings(deadline=None, max_examples=50)
@@ -285,10 +288,39 @@ def test_tokens_are_found_by_name_where_the_configuration_leaves_them_out(tmp_pa
     assert named.card.placeholder("image").token_id == ids["<|image_pad|>"]
 
 
-def test_the_fingerprint_changes_with_the_configuration_only(model, family, tmp_path):
+def test_the_fingerprint_changes_with_the_configuration_and_not_with_a_limit(model, family, tmp_path):
     assert load_family(model, limits(5)).card.fingerprint == family.card.fingerprint
     write_qwen2_vl(tmp_path)
     assert load_family(tmp_path, limits(LIMIT)).card.fingerprint != family.card.fingerprint
+
+
+def test_the_fingerprint_changes_with_the_background(model, family):
+    backgrounds = [(255, 255, 255), (255, 255, 254), (0, 0, 0), None]
+    found = [load_family(model, limits(LIMIT), background=one).card.fingerprint for one in backgrounds]
+    assert len(set(found)) == len(backgrounds)
+    assert found[0] == family.card.fingerprint
+
+
+@pytest.mark.parametrize("name", ["transformers", "pillow", "simplejpeg", "numpy"])
+def test_the_fingerprint_changes_with_the_version_of_a_package_that_decides_over_pixels(
+    model, family, name, monkeypatch
+):
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda asked: "0.0" if asked == name else version(asked))
+    assert load_family(model, limits(LIMIT)).card.fingerprint != family.card.fingerprint
+
+
+@pytest.mark.parametrize("name", ["libjpeg_turbo", "webp", "avif", "libtiff"])
+def test_the_fingerprint_changes_with_the_version_of_a_library_below_pillow(model, family, name, monkeypatch):
+    version = features.version
+    monkeypatch.setattr(features, "version", lambda asked: "0.0" if asked == name else version(asked))
+    assert load_family(model, limits(LIMIT)).card.fingerprint != family.card.fingerprint
+
+
+@pytest.mark.parametrize("name", ["DECODER_VERSION", "KERNEL_VERSION"])
+def test_the_fingerprint_changes_with_our_own_code(model, family, name, monkeypatch):
+    monkeypatch.setattr(registry, name, 99)
+    assert load_family(model, limits(LIMIT)).card.fingerprint != family.card.fingerprint
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tokenizer.json"])

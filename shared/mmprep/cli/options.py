@@ -30,6 +30,8 @@ _FALSE = {"0", "false", "no", "off"}
 #: What cannot be a host name is refused here; the frontends' URL policy judges the rest.
 _DOMAIN = re.compile(r"((\*\.)?[^\s/:*@?#%\\]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
 
+_COLOUR = re.compile(r"#[0-9A-Fa-f]{6}")
+
 
 class Option(NamedTuple):
     """One option: its name without dashes, how its text is read, its default as text, and its help.
@@ -120,6 +122,16 @@ def _switch(text: str, option: str) -> bool:
     raise StartupError(f"{option}: {text!r} is neither true nor false")
 
 
+def _colour(text: str, option: str) -> tuple[int, int, int] | None:
+    """Return red, green and blue; ``None`` for ``none``."""
+    if text.lower() == "none":
+        return None
+    if not _COLOUR.fullmatch(text):
+        raise StartupError(f"{option}: {text!r} is no colour; give it as #rrggbb in hex digits, or none")
+    red, green, blue = bytes.fromhex(text[1:])
+    return red, green, blue
+
+
 def _limits(text: str, option: str) -> dict[str, int]:
     """Return the limits by modality; one that is not named keeps its default."""
     limits = dict(_LIMITS)
@@ -186,6 +198,9 @@ OPTIONS = (
     Option("max-media-size", _size("1KiB", "64GiB"), "256MiB", "largest medium, encoded"),
     Option("max-body-size", _size("1KiB", "64GiB"), "384MiB", "largest request body"),
     Option("max-image-pixels", _whole(1, 1 << 31), "178956970", "most pixels of one picture, or of a video's frame"),
+    Option(
+        "image-background", _colour, "#ffffff", "colour that transparency of pictures is put on; none: it is dropped"
+    ),
     Option("max-video-frames", _whole(1, 1 << 16), "768", "most frames of one video that are processed"),
     Option("max-video-duration", _duration("1s", "1d"), "1h", "longest video"),
     Option("max-audio-duration", _duration("1s", "1d"), "1h", "longest recording"),

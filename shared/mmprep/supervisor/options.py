@@ -34,6 +34,7 @@ class ServeOptions(msgspec.Struct, frozen=True):
     max_video_frames: int
     max_video_duration: float
     max_audio_duration: float
+    image_background: tuple[int, int, int] | None
     max_model_len: int | None
     limit_mm_per_prompt: dict[str, int]
     tensor_dtype: str
@@ -82,6 +83,7 @@ class ServeOptions(msgspec.Struct, frozen=True):
             max_video_frames=self.max_video_frames,
             max_video_duration=self.max_video_duration,
             max_audio_duration=self.max_audio_duration,
+            image_background=self.image_background,
             queue_limit=self.queue_limit,
             queue_bytes=max(self.max_media_size, 1 << 30),
             lease_seconds=self.lease_seconds,

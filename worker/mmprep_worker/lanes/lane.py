@@ -76,7 +76,7 @@ class Lane:
         """Warm up, announce, then work until the writer is gone."""
         token = bytes.fromhex(self._config.token)
         try:
-            family = load_family(Path(self._config.model), self._config.limits)
+            family = load_family(Path(self._config.model), self._config.limits, self._config.image_background)
             warm_up(family)
         except MmprepError as error:
             self._broken(token, error)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from mmprep.card import ItemOptions, ModelCard, Placeholder, unpack_io
 from mmprep.errors import DecodeError, InvalidRequest, StartupError
 from mmprep.items import FieldSpec, ItemMeta, Plan, Run, lay_out
+from mmprep_worker.images.decode import Background
 from mmprep_worker.images.tables import cast
 from mmprep_worker.models.family import MediaLimits, Prepared
 from mmprep_worker.models.generic_media import PROBES, Pictures, Taken, taken_by
@@ -32,7 +33,12 @@ _NAMES = {"image": "pictures", "audio": "recordings"}
 
 
 def load_generic(
-    model_dir: Path, config: Mapping[str, Any], *, fingerprint: Callable[..., bytes], limits: MediaLimits
+    model_dir: Path,
+    config: Mapping[str, Any],
+    *,
+    fingerprint: Callable[..., bytes],
+    limits: MediaLimits,
+    background: Background,
 ) -> GenericFamily:
     """Return the family of a model that has no kernel of its own.
 
@@ -44,8 +50,8 @@ def load_generic(
         Its ``config.json``.
     fingerprint:
         :func:`mmprep_worker.models.registry.fingerprint`.
-    limits:
-        Of one medium.
+    limits, background:
+        As for :func:`mmprep_worker.models.registry.load_family`.
 
     Raises
     ------
@@ -58,7 +64,7 @@ def load_generic(
     try:
         load: Any = AutoProcessor.from_pretrained
         processor = load(model_dir, local_files_only=True)
-        family = GenericFamily(processor, str(kind), fingerprint=fingerprint, limits=limits)
+        family = GenericFamily(processor, str(kind), fingerprint=fingerprint, limits=limits, background=background)
     except ImportError as error:
         missing = next((name for name in ("torchvision", "torch") if name in str(error).lower()), "a missing package")
         raise StartupError(
@@ -87,10 +93,16 @@ class GenericFamily:
     """
 
     def __init__(
-        self, processor: Any, model_type: str, *, fingerprint: Callable[..., bytes], limits: MediaLimits
+        self,
+        processor: Any,
+        model_type: str,
+        *,
+        fingerprint: Callable[..., bytes],
+        limits: MediaLimits,
+        background: Background,
     ) -> None:
         self.processor = processor
-        taken = taken_by(processor, limits)
+        taken = taken_by(processor, limits, background)
         if not taken:
             raise StartupError(
                 f"MODEL: the processor of model type {model_type!r} names no image or audio token, or has nothing that "

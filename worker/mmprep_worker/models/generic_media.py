@@ -1,7 +1,7 @@
 """What the generic family gives to a model's own processor: decoded media, in the form in which it takes them.
 
-Pictures are given in their stored mode where the processor converts to RGB itself (some put transparency on white), else
-as RGB; recordings as one channel at the rate of its feature extractor, whole.
+Pictures are given as RGB, with transparency on the background colour: on white, transformers' processors would do the same.
+Recordings are given as one channel at the rate of its feature extractor, whole.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from mmprep_worker.images.decode import Picture, open_picture
+from mmprep_worker.images.decode import Background, Picture, open_picture
 from mmprep_worker.models.family import MediaLimits
 
 #: Pictures that the start tries: what the plan says of their headers must be what processing them gives.
@@ -57,11 +57,11 @@ class Pictures:
     modality = "image"
     mark = 1
 
-    def __init__(self, processor: Any, limits: MediaLimits) -> None:
+    def __init__(self, processor: Any, limits: MediaLimits, background: Background) -> None:
         part = processor.image_processor
         self.token: str = processor.image_token
         self.deciding = {"image_processor": type(part).__name__, "config": part.to_dict()}
-        self._converts = getattr(part, "do_convert_rgb", None) is True
+        self._background = background
         self._limits = limits
 
     def opened(self, medium: bytes | memoryview) -> Picture:
@@ -72,7 +72,7 @@ class Pictures:
         """Decode one picture; see :meth:`Taken.inputs`."""
         picture = self.opened(medium)
         words = f"a picture of {picture.width} by {picture.height} pixels"
-        return {"images": [picture.pil() if self._converts else Image.fromarray(picture.rgb())]}, words
+        return {"images": [Image.fromarray(picture.rgb(self._background))]}, words
 
     def probes(self) -> list[dict[str, Any]]:
         """Return pictures of the sizes :data:`PROBES`, in their order."""
@@ -114,11 +114,11 @@ class Recordings:
         return [{"audio": [np.zeros(_PROBE_SECONDS * self._rate, np.float32)], "sampling_rate": self._rate}]
 
 
-def taken_by(processor: Any, limits: MediaLimits) -> list[Taken]:
+def taken_by(processor: Any, limits: MediaLimits, background: Background) -> list[Taken]:
     """Return the modalities for which a processor has a token and the part that works on them."""
     found: list[Taken] = []
     if _has(processor, "image_token", "image_processor"):
-        found.append(Pictures(processor, limits))
+        found.append(Pictures(processor, limits, background))
     if _has(processor, "audio_token", "feature_extractor"):
         found.append(Recordings(processor, limits))
     return found

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mmprep.card import ItemOptions, ModelCard, Placeholder
 from mmprep.errors import InvalidRequest, StartupError
 from mmprep.items import ItemMeta, Normalization, Plan, Run, lay_out
-from mmprep_worker.images.decode import Picture, open_picture
+from mmprep_worker.images.decode import Background, Picture, open_picture
 from mmprep_worker.images.patches import write_patches
 from mmprep_worker.images.resample import Resampler, make_resampler
 from mmprep_worker.images.tables import lookup_tables
@@ -157,10 +157,18 @@ class Qwen2VLFamily:
         Of the card.
     limits:
         Of one medium.
+    background:
+        What transparency is put on.
     """
 
     def __init__(
-        self, settings: Settings, placeholder: Placeholder, *, fingerprint: bytes, limits: MediaLimits
+        self,
+        settings: Settings,
+        placeholder: Placeholder,
+        *,
+        fingerprint: bytes,
+        limits: MediaLimits,
+        background: Background,
     ) -> None:
         if settings.patch * settings.merge > 4096:
             raise StartupError("preprocessor_config.json: patch_size times merge_size is above 4096; correct it")
@@ -178,6 +186,7 @@ class Qwen2VLFamily:
         self.tables = {dtype: lookup_tables(settings.scale, settings.mean, settings.std, dtype) for dtype in DTYPES}
         self._token_id = placeholder.token_id
         self._limits = limits
+        self.background = background
         self._warm()
 
     def _warm(self) -> None:
@@ -265,7 +274,7 @@ class PreparedPicture:
         """Decode, resize and write; see :meth:`mmprep_worker.models.family.Prepared.fill`."""
         settings = self._family.settings
         started = time.monotonic_ns()
-        pixels = self._picture.rgb()
+        pixels = self._picture.rgb(self._family.background)
         self.decode_ns += time.monotonic_ns() - started
         tensors["image_grid_thw"][:] = (1, *self._grid)
         patches = tensors["pixel_values"].reshape(-1, 3, settings.times, settings.patch, settings.patch)

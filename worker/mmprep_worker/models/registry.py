@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import msgspec
 
 from mmprep.card import Placeholder
 from mmprep.errors import StartupError
+from mmprep_worker.images.decode import DECODER_VERSION, WHITE, Background, libraries
 from mmprep_worker.images.resample import KERNEL_VERSION
 from mmprep_worker.models import qwen2_vl
 from mmprep_worker.models.family import Family, MediaLimits
@@ -37,7 +39,8 @@ class _TokenizerFile(msgspec.Struct):
 
 
 def fingerprint(**parts: Any) -> bytes:
-    """Return 32 bytes that change with ``parts``, the kernel's version, or that of a package that decides over pixels.
+    """Return 32 bytes that change with ``parts``, and with the version of whatever decides over pixels: our own code,
+    packages, and the libraries that Pillow was built with.
 
     Parameters
     ----------
@@ -45,11 +48,12 @@ def fingerprint(**parts: Any) -> bytes:
         Plain JSON data: the processor's class and configuration, token ids.
     """
     versions = {name: importlib.metadata.version(name) for name in _DECIDING}
-    canonical = json.dumps({**parts, "kernel": KERNEL_VERSION, "versions": versions}, sort_keys=True, default=str)
+    own = {"kernel": KERNEL_VERSION, "decoder": DECODER_VERSION, "versions": versions, "libraries": libraries()}
+    canonical = json.dumps({**parts, **own}, sort_keys=True, default=str)
     return blake3.blake3(canonical.encode()).digest()
 
 
-def load_family(model_dir: Path, limits: MediaLimits) -> Family:
+def load_family(model_dir: Path, limits: MediaLimits, background: Background = WHITE) -> Family:
     """Return the family of the model in ``model_dir``.
 
     Parameters
@@ -58,6 +62,8 @@ def load_family(model_dir: Path, limits: MediaLimits) -> Family:
         In Hugging Face layout; weights are not needed.
     limits:
         Of one medium.
+    background:
+        What transparency of pictures is put on; part of the fingerprint.
 
     Raises
     ------
@@ -71,18 +77,21 @@ def load_family(model_dir: Path, limits: MediaLimits) -> Family:
         family = _qwen2_audio(model_dir, config, limits)
         if family is not None:
             return family
+    named = partial(fingerprint, background=background)
     if config.get("model_type") in qwen2_vl.MODEL_TYPES:
         processor = _section(model_dir, "image_processor")
         settings = qwen2_vl.read_settings(processor)
         if settings is not None:
             placeholder = _qwen2_vl_placeholder(model_dir, config)
-            digest = fingerprint(
+            digest = named(
                 processor="Qwen2VLImageProcessor", config=processor, placeholder=msgspec.to_builtins(placeholder)
             )
-            return qwen2_vl.Qwen2VLFamily(settings, placeholder, fingerprint=digest, limits=limits)
+            return qwen2_vl.Qwen2VLFamily(
+                settings, placeholder, fingerprint=digest, limits=limits, background=background
+            )
     from mmprep_worker.models.generic_hf import load_generic  # noqa: PLC0415, transformers is slow to import and large
 
-    return load_generic(model_dir, config, fingerprint=fingerprint, limits=limits)
+    return load_generic(model_dir, config, fingerprint=named, limits=limits, background=background)
 
 
 def _read(model_dir: Path, name: str) -> dict[str, Any]:

@@ -159,6 +159,7 @@ class WriterShell:
                 settings.max_video_duration,
                 settings.max_audio_duration,
             ),
+            image_background=settings.image_background,
             max_media_size=settings.max_media_size,
             data_limit=settings.lane_memory,
             nice=5,
