@@ -61,12 +61,14 @@ class MediaPart:
     url: where its bytes are; where it is ``bare``, the bytes themselves, in base64.
     param: where the request says so.
     bare: whether there is no URL around the data.
+    grid: of a medium that is embedded already: its sides in patches, as the request says them; ``None`` for others.
     """
 
     modality: str
     url: str
     param: str
     bare: bool = False
+    grid: str | tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -163,16 +165,35 @@ class _Walker:
             return part.thinking
         if isinstance(part, RefusalPart):
             return part.refusal
-        if isinstance(part, ImageEmbedsPart):
-            raise InvalidRequest("Parts of type 'image_embeds' are not supported yet.", param=f"{param}.type")
         if part.uuid is not None:
             raise InvalidRequest("'uuid' is not supported yet; leave it out.", param=f"{param}.uuid")
-        medium = _medium(part, param)
+        medium = self._embedded(part, param) if isinstance(part, ImageEmbedsPart) else _medium(part, param)
         placeholder = self._card.placeholder(medium.modality)
         if placeholder is None:
             raise InvalidRequest(f"This model takes no media of modality '{medium.modality}'.", param=f"{param}.type")
+        if any(
+            other.modality == medium.modality and (other.grid is None) != (medium.grid is None) for other in self.media
+        ):
+            raise InvalidRequest(
+                f"Media of modality '{medium.modality}' are all embedded already or none is; engines take no mixture.",
+                param=f"{param}.type",
+            )
         self.media.append(medium)
         return placeholder
+
+    def _embedded(self, part: ImageEmbedsPart, param: str) -> MediaPart:
+        how = self._card.embeds.get("image")
+        if how is None:
+            raise InvalidRequest("This model takes no pictures that are embedded already.", param=f"{param}.type")
+        given, place = part.image_embeds, f"{param}.image_embeds"
+        rows = given.get(how.field) if isinstance(given, dict) else None
+        grid = given.get(how.grid) if isinstance(given, dict) else None
+        if not isinstance(given, dict) or not isinstance(rows, str) or grid is None or len(given) != len((rows, grid)):
+            raise InvalidRequest(
+                f"This model takes an object of '{how.field}', a .npy file in base64, and '{how.grid}', three numbers.",
+                param=place,
+            )
+        return MediaPart("image", rows, place, bare=True, grid=grid if isinstance(grid, str) else tuple(grid))
 
 
 def _as_part(part: str | Placeholder | ToolReferencePart) -> dict[str, Any]:

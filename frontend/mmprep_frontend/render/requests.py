@@ -132,7 +132,10 @@ class InputAudioPart(Struct, tag="input_audio", tag_field="type"):
 
 
 class ImageEmbedsPart(Struct, tag="image_embeds", tag_field="type"):
-    """Known by name, to be refused by name."""
+    """A picture that is embedded already: a ``.npy`` file in base64, or that with what the family needs beside it."""
+
+    image_embeds: _Url | dict[str, _Url | list[int]]
+    uuid: Any = None
 
 
 MediumPart: TypeAlias = ImageUrlPart | InputImagePart | VideoUrlPart | AudioUrlPart | InputAudioPart

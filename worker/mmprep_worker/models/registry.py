@@ -75,7 +75,8 @@ def load_family(model_dir: Path, limits: MediaLimits) -> Family:
             digest = fingerprint(
                 processor="Qwen2VLImageProcessor", config=processor, placeholder=msgspec.to_builtins(placeholder)
             )
-            return qwen2_vl.Qwen2VLFamily(settings, placeholder, fingerprint=digest, limits=limits)
+            width = qwen2_vl.embeds_width(config)
+            return qwen2_vl.Qwen2VLFamily(settings, placeholder, fingerprint=digest, limits=limits, embeds_width=width)
     from mmprep_worker.models.generic_hf import load_generic  # noqa: PLC0415, transformers is slow to import and large
 
     return load_generic(model_dir, config, fingerprint=fingerprint, limits=limits)
