@@ -278,7 +278,7 @@ def _copy_regions(chat: RenderedChat) -> list[NDArray[np.uint8]]:
     regions = []
     for item in filter(chat.travels, chat.in_order()):
         region = np.frombuffer(chat.region(item), np.uint8)
-        regions.append(region if item.answer.inline else region.copy())
+        regions.append(region if item.answer.inline or item.own is not None else region.copy())
     return regions
 
 

@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -19,12 +19,14 @@ from mmprep.card import Io
 from mmprep.digest import Hasher
 from mmprep.errors import DeadlineExceeded, InternalError, InvalidRequest, ServiceUnavailable
 from mmprep.items import ItemMeta, unpack_meta
+from mmprep.keys import item_key
 from mmprep.metrics import Metrics
 from mmprep.wire.messages import ItemAnswer, LeaseTo, Need
 from mmprep_frontend.caller import ANONYMOUS
 from mmprep_frontend.dispatch import Offered, WriterLink
+from mmprep_frontend.media.embeddings import embedded_item
 from mmprep_frontend.media.intake import SMALL, TINY, Intake, Medium, Source, at_hand, first_error, size
-from mmprep_frontend.media.keys import scope
+from mmprep_frontend.media.keys import scope, variant
 from mmprep_frontend.model import ServedModel
 from mmprep_frontend.render.answer import check_length
 from mmprep_frontend.render.conversation import Conversation, MediaPart
@@ -60,6 +62,8 @@ class RenderedItem:
     key: bytes
     answer: ItemAnswer
     meta: ItemMeta
+    #: The tensors of a medium that came embedded; they were never with the writer.
+    own: memoryview | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,18 +120,25 @@ class RenderedChat:
 
     def region(self, item: RenderedItem) -> memoryview:
         """Return an item's tensors as they lie in the ring; pinned until the chat is released."""
+        if item.own is not None:
+            return item.own
         assert self.offered is not None
         return self.offered.region(item.answer)
 
     def travels(self, item: RenderedItem) -> bool:
-        """Whether an item's tensors travel in the answer itself: as asked for, or since no shared memory was free."""
-        return self.request.payload == "tensors" or bool(item.answer.inline)
+        """Whether an item's tensors travel in the answer itself: as asked for, or since they are in no shared memory."""
+        if self.request.payload == "none":
+            return False
+        return self.request.payload == "tensors" or bool(item.answer.inline) or item.own is not None
 
     def inline_bytes(self) -> int:
         """Return about how many bytes of tensors travel in the answer itself."""
-        if self.offered is None:
-            return 0
-        return sum(self.offered.nbytes(item.answer) for item in self.items if self.travels(item))
+        return sum(self._nbytes(item) for item in self.items if self.travels(item))
+
+    def _nbytes(self, item: RenderedItem) -> int:
+        if item.own is not None:
+            return len(item.own)
+        return 0 if self.offered is None else self.offered.nbytes(item.answer)
 
     def release(self) -> None:
         """Let go of what is pinned."""
@@ -302,12 +313,13 @@ class Service:
             priority=request.priority or 0,
             deadline=deadline,
         )
-        offered, items = await self._items(model, walked.conversation.media, media, terms)
+        offered, items = await self._all_items(model, walked.conversation.media, media, terms)
         try:
             expanded = truncate(self._expand(prompt, items), how)
             check_length(len(expanded.token_ids), model.max_model_len)
         except BaseException:
-            offered.give_back()
+            if offered is not None:
+                offered.give_back()
             raise
         return RenderedChat(request, prompt, expanded, items=items, offered=offered)
 
@@ -359,6 +371,40 @@ class Service:
         except BaseExceptionGroup as failures:
             raise first_error(failures) from None
         return known or encoding.result(), reading.result()
+
+    async def _all_items(
+        self, model: ServedModel, parts: Sequence[MediaPart], media: Sequence[Medium | None], terms: Terms
+    ) -> tuple[Offered | None, list[RenderedItem]]:
+        """Return all items in order, those that came embedded as they are, and the offer of the others."""
+        if all(part.grid is None for part in parts):
+            return await self._items(model, parts, media, terms)
+        both = list(zip(parts, media, strict=True))
+        own = [await self.on_thread(self._own_item, model, *one, terms) for one in both if one[0].grid is not None]
+        others = [one for one in both if one[0].grid is None]
+        offered: Offered | None = None
+        items: list[RenderedItem] = []
+        if others:
+            offered, items = await self._items(model, [part for part, _ in others], [m for _, m in others], terms)
+        waiting, ready = iter(items), iter(own)
+        return offered, [next(waiting if part.grid is None else ready) for part in parts]
+
+    def _own_item(self, model: ServedModel, part: MediaPart, medium: Medium, terms: Terms) -> RenderedItem:
+        placeholder, how = model.card.placeholder(part.modality), model.card.embeds[part.modality]
+        assert placeholder is not None
+        assert part.grid is not None
+        item = embedded_item(
+            part.modality, medium.data, part.grid, how, token_id=placeholder.token_id, param=part.param
+        )
+        processed = variant(
+            scope=terms.scope,
+            hash_name=self._hasher.name,
+            modality=part.modality,
+            fingerprint=model.card.fingerprint,
+            dtype=item.meta.fields[0].dtype,
+            options=b"embedded" + item.meta.cpu[how.grid],
+        )
+        key = item_key(processed, medium.digest)
+        return RenderedItem(part, key, ItemAnswer("computed", meta=item.meta.pack()), item.meta, item.region)
 
     async def _items(
         self, model: ServedModel, parts: Sequence[MediaPart], media: Sequence[Medium | None], terms: Terms
@@ -428,8 +474,8 @@ class Service:
             priority=request.priority or 0,
             deadline=deadline,
         )
-        offered, items = await self._items(model, walked.conversation.media, media, terms)
-        with offered:
+        offered, items = await self._all_items(model, walked.conversation.media, media, terms)
+        with offered or nullcontext():
             return truncate(self._expand(prompt, items), how).token_ids
 
     # --- steps ----------------------------------------------------------------------------------------------------

@@ -63,6 +63,23 @@ class Placeholder(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     part_text: str
 
 
+class Embeds(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """How a family takes media that somebody else has embedded already.
+
+    Attributes
+    ----------
+    field: that holds the embeddings, one row a token, of shape (rows, ``width``): ``image_embeds``.
+    width: of a row.
+    grid: the field that tells time, height and width in patches, ``image_grid_thw``.
+    merge: patches a token in each direction: the rows are ``prod(grid) / merge**2``.
+    """
+
+    field: str
+    width: int
+    grid: str
+    merge: int
+
+
 class ModelCard(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What the worker tells a frontend of the served model.
 
@@ -73,6 +90,7 @@ class ModelCard(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     placeholders: one a modality that the model takes.
     dtypes: a modality's possible dtypes of its main tensor; the first is what ``auto`` means.
     normalization: a modality's constants, for those who receive uint8; may be empty.
+    embeds: how embedded media of a modality are taken; a modality that is not named takes none.
     """
 
     family: str
@@ -80,6 +98,7 @@ class ModelCard(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     placeholders: tuple[Placeholder, ...]
     dtypes: dict[str, tuple[str, ...]]
     normalization: dict[str, Normalization]
+    embeds: dict[str, Embeds] = {}
 
     def placeholder(self, modality: str) -> Placeholder | None:
         """Return the placeholder of ``modality``, or ``None`` where the model takes none of it."""

@@ -453,6 +453,8 @@ def test_metrics_count_for_all_frontends_whichever_is_asked(service):
 
 
 STAGES = ("fetch", "hash", "template", "tokenize", "queue", "decode", "process", "expand", "serialize")
+#: Stages of the disk cache, which this service does not have.
+CACHE_STAGES = ("cache_lookup", "cache_read", "cache_write")
 
 
 def test_each_stage_is_counted_where_it_happens_and_the_help_names_those_that_do(service):
@@ -476,7 +478,8 @@ def test_each_stage_is_counted_where_it_happens_and_the_help_names_those_that_do
     assert grown(lambda: service.post("/detokenize", {"tokens": [1, 2]})) == [0, 0, 0, 0, 0, 0, 0, 0, 1]
     lines = service.get("/metrics").body.decode().splitlines()
     (line,) = (line for line in lines if line.startswith("# HELP mmprep_stage_seconds "))
-    assert line.endswith(f": {', '.join(STAGES)}.")
+    named = (STAGES[0], *CACHE_STAGES, *STAGES[1:])
+    assert line.endswith(f": {', '.join(named)}.")
 
 
 # --- other models -----------------------------------------------------------------------------------------------------

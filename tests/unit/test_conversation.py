@@ -132,7 +132,7 @@ def test_reasoning_is_given_under_every_name_that_templates_read(model):
             [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "AA=="}}]}],
             "messages[0].content[0].type",
         ),
-        ([{"role": "user", "content": [{"type": "image_embeds"}]}], "messages[0].content[0].type"),
+        ([{"role": "user", "content": [{"type": "image_embeds", "image_embeds": "A"}]}], "messages[0].content[0].type"),
         ([{"role": "user", "content": [{"type": "image_url", "uuid": None}]}], "messages[0].content[0].image_url"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": ""}]}], "messages[0].content[0].image_url"),
         (
@@ -181,3 +181,48 @@ def test_a_model_without_images_refuses_them():
 )
 def test_what_a_template_takes_is_read_from_its_syntax(source, content_format):
     assert detect_format(jinja2.Environment().parse(source)) == content_format
+
+
+def test_parts_of_other_apis_are_texts_among_texts(model):
+    parts = [
+        "plain",
+        {"type": "input_text", "text": "asked"},
+        {"type": "output_text", "text": "answered"},
+        {"type": "thinking", "thinking": "thought"},
+        {"type": "refusal", "refusal": "refused"},
+        {"type": "tool_reference", "name": "clock"},
+    ]
+    messages = [{"role": "user", "content": parts}]
+    words = ["plain", "asked", "answered", "thought", "refused"]
+    expected = [{"type": "text", "text": word} for word in words]
+    assert walked(messages, model).messages[0]["content"] == [*expected, {"type": "tool_reference", "name": "clock"}]
+    assert walked(messages, model, "string").messages[0]["content"] == "\n".join([*words, "clock"])
+
+
+@pytest.mark.parametrize("content_format", ["string", "parts", "both"])
+def test_what_a_tool_answered_is_one_text_unless_there_is_more_to_it(content_format, model):
+    def answered(content):
+        return walked([{"role": "tool", "content": content}], model, content_format).messages[0]["content"]
+
+    texts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert answered("a") == "a"
+    assert answered("") == ""
+    assert answered(texts) == "a\nb"
+    if content_format != "string":
+        assert answered([texts[0], PICTURE]) == [texts[0], {"type": "image"}]
+
+
+def test_a_coding_clients_line_is_left_out_of_what_the_system_says(model):
+    mark = "x-anthropic-billing-header: cch=1"
+
+    def said(content, role="system"):
+        return walked([{"role": role, "content": content}], model).messages[0]["content"]
+
+    def part(text):
+        return {"type": "text", "text": text}
+
+    assert said(f"{mark}\nBe brief.") == "Be brief."
+    assert said(mark) == ""
+    assert said([part(mark), part("a"), part(f"{mark}\nb")]) == [part("a"), part("b")]
+    assert said([part("a"), part("")]) == [part("a"), part("")]
+    assert said(mark, "user") == mark

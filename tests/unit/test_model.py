@@ -37,3 +37,15 @@ def test_a_request_never_has_more_media_than_one_offer_takes(model):
     with pytest.raises(InvalidRequest, match="257 media; at most 256") as refused:
         model.walk(pictures(257), {"image": 1000})
     assert refused.value.param == "messages[0].content[256].image_url"
+
+
+def test_a_prompt_that_may_differ_next_time_or_tells_offsets_has_no_key(model):
+    def key(**fields):
+        body = {"messages": [{"role": "user", "content": "x"}], **fields}
+        request = parse(json.dumps(body).encode(), "chat", templates=True)
+        return model.prompt_key(model.walk(request, {}), request, 100)
+
+    assert key() is not None
+    assert key(chat_template="{{ messages[0].content }}") is not None
+    assert key(chat_template="{{ strftime_now('%c') }}") is None
+    assert key(return_token_offsets=True) is None

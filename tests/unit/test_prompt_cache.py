@@ -15,7 +15,7 @@ def request(**fields):
     import msgspec
 
     body = {"messages": [{"role": "user", "content": "Hello"}], **fields}
-    return parse(msgspec.json.encode(body), "chat")
+    return parse(msgspec.json.encode(body), "chat", templates=True)
 
 
 def key(cache, conversation=HELLO, *, nbytes=100, special=False, scope=b"", **fields):
@@ -33,6 +33,7 @@ ROOM = PromptCache.size(encoded(20))
 def test_equal_conversations_have_one_key_whatever_is_sampled():
     cache = PromptCache(ROOM)
     assert key(cache) == key(cache, temperature=0.5, max_tokens=7, mm_payload="none")
+    assert key(cache, truncate_prompt_tokens=5) == key(cache, truncate_prompt_tokens=-1)
 
 
 def test_everything_that_the_template_is_given_is_part_of_the_key():
@@ -45,6 +46,9 @@ def test_everything_that_the_template_is_given_is_part_of_the_key():
         key(cache, reasoning_effort="low"),
         key(cache, add_generation_prompt=False),
         key(cache, add_generation_prompt=False, continue_final_message=True),
+        key(cache, chat_template="own"),
+        key(cache, truncate_prompt_tokens=5),
+        key(cache, truncate_prompt_tokens=5, truncation_side="left"),
         key(cache, special=True),
         key(cache, scope=b"tenant"),
     ]

@@ -19,7 +19,7 @@ from mmprep.errors import DecodeError, InvalidRequest, MmprepError, StartupError
 from mmprep.items import storage_dtype, unpack_meta
 from mmprep_worker.images.resample import PillowResampler
 from mmprep_worker.models import registry
-from mmprep_worker.models.qwen2_vl import Qwen2VLFamily, read_settings, smart_resize
+from mmprep_worker.models.qwen2_vl import Qwen2VLFamily, embeds_width, read_settings, smart_resize
 from mmprep_worker.models.registry import load_family
 
 LIMIT = 178_956_970
@@ -349,3 +349,23 @@ def test_decoding_is_counted_where_it_happens_in_filling_too(family):
     assert in_opening > 0
     prepared.fill({spec.name: np.empty(spec.shape, storage_dtype(spec.dtype)) for spec in prepared.meta.fields})
     assert prepared.decode_ns > in_opening
+
+
+@pytest.mark.parametrize(
+    ("config", "width"),
+    [
+        ({"hidden_size": 1536, "vision_config": {"hidden_size": 1536, "embed_dim": 1280}}, 1536),
+        ({"text_config": {"hidden_size": 2048}, "vision_config": {"out_hidden_size": 2048}}, 2048),
+        (
+            {
+                "text_config": {"hidden_size": 4096},
+                "vision_config": {"out_hidden_size": 4096, "deepstack_visual_indexes": [8, 16, 24]},
+            },
+            4 * 4096,
+        ),
+        ({"vision_config": {}}, None),
+        ({"hidden_size": "wide"}, None),
+    ],
+)
+def test_an_embedding_is_as_wide_as_the_text_model_and_its_deeper_layers_take_it(config, width):
+    assert embeds_width(config) == width

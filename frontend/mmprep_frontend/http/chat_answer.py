@@ -40,7 +40,7 @@ def _features(chat: RenderedChat) -> dict[str, Any] | None:
             m: [_text(mm_metadata(i.meta, batch_size=len(items))) for i in items] for m, items in by_modality.items()
         }
     # Where addresses were asked for, tensors are only those that found no shared memory.
-    if payload == "tensors" or any(item.answer.inline for item in chat.items):
+    if any(map(chat.travels, chat.items)):
         tensors = {m: [_text(_tensors(chat, i, len(items))) for i in items] for m, items in by_modality.items()}
     if payload == "tensors" and chat.offered is not None:
         chat.offered.check()
@@ -66,10 +66,10 @@ def _tensors(chat: RenderedChat, item: RenderedItem, batch_size: int) -> bytes |
 
 
 def _address(chat: RenderedChat, item: RenderedItem) -> Address | None:
+    if chat.travels(item):
+        return None
     assert chat.offered is not None
     answer, mapping = item.answer, chat.offered.mapping
-    if answer.inline:
-        return None
     return Address(
         segment=mapping.name if answer.spill is None else sibling_name(mapping.name, answer.spill),
         epoch=mapping.epoch if answer.spill is None else answer.spill.hex(),

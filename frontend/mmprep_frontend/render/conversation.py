@@ -64,6 +64,7 @@ class MediaPart:
     param: where the request says so.
     bare: whether there is no URL around the data.
     uuid: the caller's name for it, if any.
+    grid: of a medium that is embedded already: its sides in patches, as the request says them; ``None`` for others.
     """
 
     modality: str
@@ -71,6 +72,7 @@ class MediaPart:
     param: str
     bare: bool = False
     uuid: str | None = None
+    grid: str | tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -168,13 +170,37 @@ class _Walker:
         if isinstance(part, RefusalPart):
             return part.refusal
         if isinstance(part, ImageEmbedsPart):
-            raise InvalidRequest("Parts of type 'image_embeds' are not supported yet.", param=f"{param}.type")
-        medium = _medium(part, param)
+            if part.uuid is not None:
+                raise InvalidRequest("Embeddings are not kept: leave 'uuid' out.", param=f"{param}.uuid")
+            medium = self._embedded(part, param)
+        else:
+            medium = _medium(part, param)
         placeholder = self._card.placeholder(medium.modality)
         if placeholder is None:
             raise InvalidRequest(f"This model takes no media of modality '{medium.modality}'.", param=f"{param}.type")
+        if any(
+            other.modality == medium.modality and (other.grid is None) != (medium.grid is None) for other in self.media
+        ):
+            raise InvalidRequest(
+                f"Media of modality '{medium.modality}' are all embedded already or none is; engines take no mixture.",
+                param=f"{param}.type",
+            )
         self.media.append(medium)
         return placeholder
+
+    def _embedded(self, part: ImageEmbedsPart, param: str) -> MediaPart:
+        how = self._card.embeds.get("image")
+        if how is None:
+            raise InvalidRequest("This model takes no pictures that are embedded already.", param=f"{param}.type")
+        given, place = part.image_embeds, f"{param}.image_embeds"
+        rows = given.get(how.field) if isinstance(given, dict) else None
+        grid = given.get(how.grid) if isinstance(given, dict) else None
+        if not isinstance(given, dict) or not isinstance(rows, str) or grid is None or len(given) != len((rows, grid)):
+            raise InvalidRequest(
+                f"This model takes an object of '{how.field}', a .npy file in base64, and '{how.grid}', three numbers.",
+                param=place,
+            )
+        return MediaPart("image", rows, place, bare=True, grid=grid if isinstance(grid, str) else tuple(grid))
 
 
 def _as_part(part: str | Placeholder | ToolReferencePart) -> dict[str, Any]:

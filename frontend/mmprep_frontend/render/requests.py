@@ -23,6 +23,7 @@ from mmprep.card import Io
 from mmprep.errors import InvalidRequest
 from mmprep.wire.messages import Name
 from mmprep_frontend.render.bounds import MAX_PROMPTS
+from mmprep_frontend.render.depth import check_depth
 from mmprep_frontend.render.explain import decode
 from mmprep_frontend.render.sampling import check_sampling
 from mmprep_frontend.render.tool_choice import NamedTool, ToolChoice, check_tool_choice, forced_schema
@@ -37,6 +38,7 @@ Natural: TypeAlias = Annotated[int, Meta(ge=0)]
 Int64: TypeAlias = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
+_Encoded = Annotated[str, Meta(min_length=1)]
 #: Clients of engines take hashes, and also whole URLs.
 _Uuid = Annotated[str, Meta(min_length=1, max_length=1024)]
 Temperature: TypeAlias = Annotated[float, Meta(ge=0, le=2)]
@@ -135,7 +137,10 @@ class InputAudioPart(Struct, tag="input_audio", tag_field="type"):
 
 
 class ImageEmbedsPart(Struct, tag="image_embeds", tag_field="type"):
-    """Known by name, to be refused by name."""
+    """A picture that is embedded already: a ``.npy`` file in base64, or that with what the family needs beside it."""
+
+    image_embeds: _Encoded | dict[str, _Encoded | list[int]]
+    uuid: Any = None
 
 
 MediumPart: TypeAlias = ImageUrlPart | InputImagePart | VideoUrlPart | AudioUrlPart | InputAudioPart
@@ -445,23 +450,6 @@ def parse(body: bytes | memoryview, kind: Kind, *, trusted: bool = False, templa
 _NOT_YET = ("queue", "functions", "function_call", "suffix", "prompt_embeds")
 
 
-#: Fields whose content the schema leaves open.
-_OPEN = (
-    "tools",
-    "tool_choice",
-    "documents",
-    "chat_template_kwargs",
-    "response_format",
-    "structured_outputs",
-    "vllm_xargs",
-    "stream_options",
-    "kv_transfer_params",
-    "ec_transfer_params",
-)
-#: Levels of lists and objects in one of them: far below what encoders and templates can follow.
-_DEEPEST = 128
-
-
 def check(request: Request, *, trusted: bool, templates: bool) -> None:
     """Refuse what the schema allows and this service does not honour, or what contradicts itself.
 
@@ -470,7 +458,7 @@ def check(request: Request, *, trusted: bool, templates: bool) -> None:
     InvalidRequest
         ``param`` names the field.
     """
-    _check_depth(request)
+    check_depth(request)
     for name in _NOT_YET:
         value = getattr(request, name, None)
         if value is not None and value is not False:
@@ -520,27 +508,6 @@ def _check_trust(request: _Request, *, trusted: bool, templates: bool) -> None:
             "(--trust-request-chat-template); leave it out.",
             param="chat_template",
         )
-
-
-def _check_depth(request: Request) -> None:
-    for name in _OPEN:
-        if _is_too_deep(getattr(request, name, None)):
-            raise InvalidRequest(f"'{name}' is nested more than {_DEEPEST} levels deep.", param=name)
-
-
-def _is_too_deep(value: Any) -> bool:
-    """Whether a value of JSON has more than ``_DEEPEST`` levels; a loop over the levels, as recursion would not end well."""
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(_DEEPEST):
-        if not level:
-            return False
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, dict | list)
-        ]
-    return bool(level)
 
 
 def _check_conversation(request: ChatRequest | TokenizeRequest) -> None:

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from mmprep.card import ItemOptions, ModelCard, Placeholder
+from mmprep.card import Embeds, ItemOptions, ModelCard, Placeholder
 from mmprep.errors import InvalidRequest, StartupError
 from mmprep.items import ItemMeta, Normalization, Plan, Run, lay_out
 from mmprep_worker.images.decode import Background, Picture, open_picture
@@ -114,6 +114,22 @@ def read_settings(config: Mapping[str, Any]) -> Settings | None:
     return settings if min(natural) > 0 and 0.0 not in settings.std else None
 
 
+def embeds_width(config: Mapping[str, Any]) -> int | None:
+    """Return the width of the embedding of one group of patches, ``None`` where the configuration does not tell.
+
+    It is that of the text model; Qwen3-VL's vision model adds as much again for each level that it hands to deeper layers.
+
+    Parameters
+    ----------
+    config:
+        ``config.json``.
+    """
+    vision, text = config.get("vision_config") or {}, config.get("text_config") or config
+    levels = vision.get("deepstack_visual_indexes")
+    width = text.get("hidden_size") if levels is None else vision.get("out_hidden_size")
+    return width * (1 + len(levels or ())) if isinstance(width, int) and width > 0 else None
+
+
 def smart_resize(height: int, width: int, settings: Settings) -> tuple[int, int]:
     """Return the height and width, in pixels, that a picture is resized to, as the reference's function of that name.
 
@@ -159,6 +175,8 @@ class Qwen2VLFamily:
         Of one medium.
     background:
         What transparency is put on.
+    embeds_width:
+        Of the embedding of one group of patches; ``None``: pictures that are embedded already are not taken.
     """
 
     def __init__(
@@ -169,6 +187,7 @@ class Qwen2VLFamily:
         fingerprint: bytes,
         limits: MediaLimits,
         background: Background,
+        embeds_width: int | None = None,
     ) -> None:
         if settings.patch * settings.merge > 4096:
             raise StartupError("preprocessor_config.json: patch_size times merge_size is above 4096; correct it")
@@ -181,6 +200,9 @@ class Qwen2VLFamily:
             placeholders=(placeholder,),
             dtypes={"image": DTYPES},
             normalization={"image": self.normalization},
+            embeds={}
+            if embeds_width is None
+            else {"image": Embeds("image_embeds", embeds_width, "image_grid_thw", settings.merge)},
         )
         self.resampler: Resampler = make_resampler()
         self.tables = {dtype: lookup_tables(settings.scale, settings.mean, settings.std, dtype) for dtype in DTYPES}

@@ -87,7 +87,12 @@ def load_family(model_dir: Path, limits: MediaLimits, background: Background = W
                 processor="Qwen2VLImageProcessor", config=processor, placeholder=msgspec.to_builtins(placeholder)
             )
             return qwen2_vl.Qwen2VLFamily(
-                settings, placeholder, fingerprint=digest, limits=limits, background=background
+                settings,
+                placeholder,
+                fingerprint=digest,
+                limits=limits,
+                background=background,
+                embeds_width=qwen2_vl.embeds_width(config),
             )
     from mmprep_worker.models.generic_hf import load_generic  # noqa: PLC0415, transformers is slow to import and large
 
