@@ -128,8 +128,20 @@ def _compare(data: memoryview) -> str:
 
 
 def _by_sndfile(data: memoryview) -> np.ndarray:
-    samples, _ = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    samples, _ = soundfile.read(io.BytesIO(_whole_pages(bytes(data))), dtype="float32", always_2d=True)
     return _average(samples)
+
+
+def _whole_pages(data: bytes) -> bytes:
+    """Return an Ogg up to its last page that is all there, and anything else as it is."""
+    if not data.startswith(b"OggS"):
+        return data
+    last = data.rindex(b"OggS")
+    head = data[last : last + 27]
+    lacing = data[last + 27 : last + 27 + head[-1]] if len(head) == 27 else b""
+    size = 27 + len(lacing) + sum(lacing)
+    whole = len(head) == 27 and len(lacing) == head[-1] and last + size <= len(data)
+    return data[: last + size] if whole else data[:last]
 
 
 def _by_ffmpeg(kind: Kind, data: memoryview) -> np.ndarray:

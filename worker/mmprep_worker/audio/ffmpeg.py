@@ -194,7 +194,7 @@ def _translated() -> Iterator[None]:
     """Turn FFmpeg's errors into ours."""
     try:
         yield
-    except (MmprepError, MemoryError, GeneratorExit):
+    except (MmprepError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001, on broken data PyAV raises whatever it stumbles over
         said = reason(error, getattr(error, "strerror", None))

@@ -111,23 +111,26 @@ def flac_length(data: memoryview) -> int:
 
 
 def ogg_end(data: memoryview) -> int:
-    """Return where the last whole page of an Ogg ends: what follows is less than a page, and is left out.
+    """Return where the last whole page of an Ogg ends: what follows is no page, or the beginning of one, and is left out.
 
     Raises
     ------
     DecodeError
         Something else lies between or behind its pages, or there are far too many.
     """
-    position = pages = 0
+    last = position = pages = 0
     while position + 27 <= len(data) and bytes(data[position : position + 4]) == b"OggS":
         lacing = data[position + 27 : position + 27 + data[position + 26]]
         end = position + 27 + len(lacing) + sum(lacing)
         if end > len(data):
             break
-        position, pages = end, pages + 1
+        last, position, pages = position, end, pages + 1
         if pages > _MOST_PAGES:
             raise _too_many("pages")
-    if len(data) - position > _LONGEST_PAGE:
+    # Where a page begins within the last one, or behind it, bytes are missing before it.
+    if len(data) - position > _LONGEST_PAGE or any(
+        last + 1 + found.start() != position for found in re.finditer(b"OggS", data[last + 1 :])
+    ):
         raise DecodeError(
             f"the recording is broken: no page of the Ogg begins at byte {position}; send it encoded anew"
         )
