@@ -449,6 +449,7 @@ class AsyncClient:
                 lease_seconds=head.lease_ms // 1000,
             )
             held = registration.hold_now(address, sent_at) or await registration.hold(address, sent_at)
+            address = msgspec.structs.replace(address, lease=held[1].id.hex())
             source = Shared(registration, held[0], address, held[1])
         return Item(
             meta,
