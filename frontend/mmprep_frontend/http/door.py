@@ -15,6 +15,7 @@ from mmprep.metrics import BUCKETS, Labels, Snapshot
 from mmprep.wire.messages import Name
 from mmprep_frontend.http.chat_answer import encode_chat_answer
 from mmprep_frontend.http.exposition import METRICS, HistogramData, Numbers, Series, expose
+from mmprep_frontend.http.ports import Rendered
 from mmprep_frontend.room import Held
 from mmprep_frontend.service import Service
 
@@ -58,11 +59,11 @@ class HttpDoor:
         self._collect = collect
         self._started = int(time.time())
 
-    async def render_chat(self, body: bytes, request_id: str, held: Held) -> bytes:
+    async def render_chat(self, body: bytes, request_id: str, held: Held) -> Rendered:
         return await self._counted("/v1/chat/completions/render", self._render_chat(body, request_id, held))
 
-    async def render_completions(self, body: bytes, request_id: str, held: Held) -> bytes:  # noqa: ARG002, the seam
-        return await self._counted("/v1/completions/render", self._service.completions(body, request_id))
+    async def render_completions(self, body: bytes, request_id: str, held: Held) -> Rendered:  # noqa: ARG002, the seam
+        return Rendered(await self._counted("/v1/completions/render", self._service.completions(body, request_id)))
 
     async def tokenize(self, body: bytes) -> bytes:
         return await self._counted("/tokenize", self._service.tokenize(body))
@@ -105,7 +106,7 @@ class HttpDoor:
     def refusal(self) -> str | None:
         return self._refusal()
 
-    async def _render_chat(self, body: bytes, request_id: str, held: Held) -> bytes:
+    async def _render_chat(self, body: bytes, request_id: str, held: Held) -> Rendered:
         chat = await self._service.chat(body)
         try:
             model = self._service.served()
@@ -118,7 +119,7 @@ class HttpDoor:
             chat.give_back()
             raise
         chat.release()
-        return answer
+        return Rendered(answer, chat.lease_return())
 
     async def _counted(self, path: str, work: Awaitable[T]) -> T:
         service, started, outcome = self._service, time.monotonic(), "ok"

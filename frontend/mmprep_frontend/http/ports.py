@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 from mmprep_frontend.room import Held
+
+
+class Rendered(NamedTuple):
+    """An answer, and what hangs on it.
+
+    Attributes
+    ----------
+    body: JSON, encoded.
+    unread: to be called where the client does not seem to have read it; ``None`` where nobody has to know.
+    """
+
+    body: bytes
+    unread: Callable[[], None] | None = None
 
 
 class Service(Protocol):
@@ -15,10 +29,10 @@ class Service(Protocol):
     answer takes is counted in ``held`` before; the answer itself is counted by the edge, until it is sent.
     """
 
-    async def render_chat(self, body: bytes, request_id: str, held: Held) -> bytes:
+    async def render_chat(self, body: bytes, request_id: str, held: Held) -> Rendered:
         """Answer a chat completion request with its GenerateRequest."""
 
-    async def render_completions(self, body: bytes, request_id: str, held: Held) -> bytes:
+    async def render_completions(self, body: bytes, request_id: str, held: Held) -> Rendered:
         """Answer a completion request with a list of GenerateRequests."""
 
     async def tokenize(self, body: bytes) -> bytes:
