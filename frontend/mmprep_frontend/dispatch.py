@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -151,9 +152,19 @@ class Offered:
     def give_back(self) -> None:
         """Let go, also of leases: the answer will not reach anybody."""
         self.release()
+        give_leases_back = self.lease_return()
+        if give_leases_back is not None:
+            give_leases_back()
+
+    def lease_return(self) -> Callable[[], None] | None:
+        """Return what gives the leases back where the answer turns out to have reached nobody; ``None`` without leases.
+
+        It may be called on a mere suspicion: a backend that has taken them up keeps them.
+        """
         leases = tuple(item.lease for item in self.items if item.lease is not None)
-        if self.leased_to is not None and leases:
-            self._link.release_soon(self.leased_to, leases)
+        if self.leased_to is None or not leases:
+            return None
+        return partial(self._link.release_soon, self.leased_to, leases)
 
     def __enter__(self) -> Self:
         return self
@@ -320,11 +331,11 @@ class WriterLink:
         self._carry_out(self._offers.release(token))
 
     def release_soon(self, backend: str, leases: tuple[bytes, ...]) -> None:
-        """End leases in the name of a backend, without waiting for the answer."""
+        """End leases that a backend has not taken up, without waiting for it."""
         self._carry_out(self._offers.give_back(backend, leases))
 
     async def release(self, backend: str, leases: tuple[bytes, ...]) -> None:
-        """End leases in the name of a backend."""
+        """End leases that a backend has not taken up; it is being asked when this returns."""
         await self._call(lambda number: messages.Release(number, leases, backend))
 
     async def renew(self, backend: str, leases: tuple[bytes, ...]) -> messages.Renewed:

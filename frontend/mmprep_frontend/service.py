@@ -150,6 +150,10 @@ class RenderedChat:
         if self.offered is not None:
             self.offered.give_back()
 
+    def lease_return(self) -> Callable[[], None] | None:
+        """Return what gives the leases back where the answer turns out to have reached nobody; ``None`` without leases."""
+        return None if self.offered is None else self.offered.lease_return()
+
 
 class Service:
     """What a frontend does, without its doors.

@@ -13,13 +13,11 @@ import msgspec
 
 from mmprep import layout
 from mmprep.errors import InvalidRequest, StaleAddress
-from mmprep.items import DTYPE_SIZES, ItemMeta, Natural, align
+from mmprep.items import DTYPE_SIZES, Generation, ItemMeta, Natural, align
 from mmprep.segment import sibling_name
 
 #: Where the extent of a segment with one slot starts.
 _SPILL_OFFSET = layout.Geometry.plan(1, 1).arena_offset
-
-Generation = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class AddressField(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -59,16 +57,6 @@ class Address(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     lease: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")] | None = None
     lease_kind: Literal["copy", "view"] | None = None
     lease_seconds: Natural | None = None
-
-
-def lease_id(incarnation: int, random: bytes) -> bytes:
-    """Return the 16 bytes of a lease's id: the incarnation of the writer that grants it, then 12 random bytes."""
-    return incarnation.to_bytes(4, "big") + random
-
-
-def lease_incarnation(lease: bytes) -> int:
-    """Return the incarnation of the writer that granted a lease."""
-    return int.from_bytes(lease[:4], "big")
 
 
 def address_fields(meta: ItemMeta, metadata_length: int) -> tuple[AddressField, ...]:

@@ -92,7 +92,8 @@ class Backend:
         Parameters
         ----------
         address:
-            As in an answer's ``mm_addresses``. One without a lease is leased first, as by :meth:`acquire`.
+            As in an answer's ``mm_addresses``. One whose lease is over, was granted to a process before this one or
+            belongs to another address, and one without a lease, is leased anew, as by :meth:`acquire`.
 
         Raises
         ------
@@ -149,6 +150,7 @@ class Backend:
                 self._registration.drop(bytes.fromhex(lease))
 
     def _item(self, address: Address, mapping: SegmentMapping, lease: Lease) -> Item:
+        address = msgspec.structs.replace(address, lease=lease.id.hex())
         try:
             return item_from_address(self._registration, mapping, address, lease, run=self._thread.run)
         except BaseException:

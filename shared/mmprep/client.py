@@ -55,6 +55,8 @@ _MOST_RETRIES = 2
 _OTHER_FRAMES = 3
 #: Seconds between two looks for frontends that have come or gone.
 _LOOK_SECONDS = 1.0
+#: Milliseconds for which closing waits at most until a frontend's socket has taken what it was told last.
+_LAST_WORDS_MS = 200
 
 
 class Result:
@@ -137,8 +139,11 @@ class _FrontendLink:
         )
 
     def close(self) -> None:
-        """Disconnect; calls under way fail."""
-        self.link.close()
+        """Disconnect; calls under way fail, and the frontend is told that nobody waits for them."""
+        if self.up:
+            for number in self.calls:
+                self.link.send([pack(messages.Cancel(number))])
+        self.link.close(linger_ms=_LAST_WORDS_MS)
         self.up = False
         self.calls.fail_all(InvalidRequest, "this client is closed")
 
@@ -236,7 +241,7 @@ class AsyncClient:
             raise
 
     async def close(self) -> None:
-        """Release every lease and disconnect; calls under way fail. Again is no error."""
+        """Release every lease and disconnect; calls under way fail, and their work ends. Again is no error."""
         context, self._context = self._context, None
         for frontend in self._frontends:
             frontend.close()
@@ -450,6 +455,7 @@ class AsyncClient:
                 lease_seconds=head.lease_ms // 1000,
             )
             held = registration.hold_now(address, sent_at) or await registration.hold(address, sent_at)
+            address = msgspec.structs.replace(address, lease=held[1].id.hex())
             source = Shared(registration, held[0], address, held[1])
         return Item(
             meta,
@@ -509,7 +515,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Release every lease and disconnect; calls of other threads fail. Again is no error."""
+        """Release every lease and disconnect; calls of other threads fail, and their work ends. Again is no error."""
         if self._thread.stopped:
             return
         self._thread.run(self._client.close())

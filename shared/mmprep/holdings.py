@@ -5,21 +5,28 @@ When the next writer takes the segment over, it has to be told of every lease, a
 told of is worth nothing: the content may be there, but nobody keeps it. In another epoch nothing needs to be held: the
 former segment is never written again.
 
+An address that comes from outside is believed about its lease without a word with the writer. That is right because
+
+* the tag of the lease's id says that it was granted to this very process, on this content, as this kind
+  (:mod:`mmprep.lease_id`), by the writer of this life or a later one; and
+* such a lease is over for the writer only where it is over here too: this process has released it or been told that it is
+  lost, or, of a copy, whose content is checked after reading, its time has passed.
+
+So a lease that is over must never be taken up again. Those are remembered up to a bound; beyond it a new *turn* begins,
+whose mark no lease granted before has, so that there is nothing to remember of it.
+
 Deadlines count from the moment a request was *sent*, never from when its answer came.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
-from typing import NamedTuple
+from collections import deque
+from typing import ClassVar, NamedTuple
 
 import msgspec
 
-from mmprep.address import lease_incarnation
+from mmprep.lease_id import lease_incarnation, mark_of, was_granted_to
 from mmprep.wire.messages import Held, LeaseKind
-
-#: Leases that are remembered as never to be taken up again; the oldest are forgotten first.
-_MOST_DISOWNED = 65_536
 
 
 class Life(NamedTuple):
@@ -36,7 +43,6 @@ class Holding(msgspec.Struct):
     ----------
     deadline: in the caller's monotonic seconds.
     sure: the deadline counts from a moment that is known.
-    uses: how often it was adopted and not dropped yet: one address may be opened several times.
     """
 
     slot: int
@@ -44,26 +50,37 @@ class Holding(msgspec.Struct):
     kind: LeaseKind
     deadline: float
     sure: bool
-    uses: int = 1
 
 
 class Holdings:
     """The leases of one reader; ``now`` and ``sent_at`` are monotonic seconds.
 
+    Parameters
+    ----------
+    instance:
+        Of its hold of the process lock, as in its hello.
+
     Attributes
     ----------
     life: the present one, ``None`` before the first welcome.
     seconds: how long a lease holds without renewal.
+    turn: the writer is to be told of a new one.
     """
 
-    def __init__(self) -> None:
+    #: Leases that are remembered as over.
+    most_over: ClassVar = 65_536
+
+    def __init__(self, instance: bytes) -> None:
         self.life: Life | None = None
         self.seconds = 0.0
+        self.turn = 0
+        self._instance = instance
+        self._mark = mark_of(instance, self.turn)
         self._held: dict[bytes, Holding] = {}
         self._dropped: deque[bytes] = deque()
         #: The writer was told that these are released, and has not said that it heard.
         self._releasing: dict[bytes, None] = {}
-        self._disowned: OrderedDict[bytes, None] = OrderedDict()
+        self._over: set[bytes] = set()
 
     def __len__(self) -> int:
         return len(self._held)
@@ -75,15 +92,15 @@ class Holdings:
             self._held.clear()
             self._dropped.clear()
             self._releasing.clear()
-            self._disowned.clear()
+            self._over.clear()
             return ()
         self._dropped.extendleft(self._releasing)
         self._releasing.clear()
-        dropped = Counter(self._dropped)
+        dropped = set(self._dropped)
         return tuple(
             Held(lease, holding.slot, holding.generation, holding.kind)
             for lease, holding in self._held.items()
-            if dropped[lease] < holding.uses
+            if lease not in dropped
         )
 
     def adopt(
@@ -97,7 +114,7 @@ class Holdings:
         sent_at: float,
         sure: bool = True,
     ) -> bool:
-        """Keep a lease that an answer granted; return whether it is good.
+        """Keep the lease of an address; return whether it is good. Where it is not, acquire the content anew.
 
         Parameters
         ----------
@@ -105,29 +122,39 @@ class Holdings:
             When the request was sent that led to it; where that is not known, a guess, and ``sure`` false: the lease is
             renewed at once.
 
-        One of a later life than the present is: its writer knows it, and will be told again. One of an earlier life that
-        comes only now is not, nor is one that was released before, or that the writer has asked about in vain: acquire the
-        content anew.
+        Good is what was granted to this process, on this content, as this kind, is not over, and is nobody else's here: an
+        address that is opened twice takes two leases, each with an end of its own. One of a later life than the present is
+        good: its writer knows it, and will be told again. One of an earlier life that comes only now is not.
         """
+        granted = was_granted_to(self._mark, lease, slot=slot, generation=generation, kind=kind)
+        return granted and self.acquired(lease, slot, generation, kind, epoch=epoch, sent_at=sent_at, sure=sure)
+
+    def acquired(
+        self,
+        lease: bytes,
+        slot: int,
+        generation: int,
+        kind: LeaseKind,
+        *,
+        epoch: str,
+        sent_at: float,
+        sure: bool = True,
+    ) -> bool:
+        """Keep a lease of which the writer itself has told this process; return whether it is good, as :meth:`adopt`."""
         if self.life is None or self.life.epoch != epoch or lease_incarnation(lease) < self.life.incarnation:
             return False
-        if lease in self._disowned:
+        if lease in self._held or lease in self._over or lease in self._dropped:
             return False
-        known = self._held.get(lease)
-        if known is not None:
-            known.uses += 1
-        else:
-            self._held[lease] = Holding(slot, generation, kind, sent_at + self.seconds, sure)
+        self._held[lease] = Holding(slot, generation, kind, sent_at + self.seconds, sure)
         return True
 
     def drop(self, lease: bytes) -> None:
-        """End one use of a lease; after the last, :meth:`take_dropped` hands it out. May be called from any thread."""
+        """End a lease; :meth:`take_dropped` hands it out. May be called from any thread."""
         self._dropped.append(lease)
 
     def drop_all(self) -> None:
         """Release every lease."""
-        for lease, holding in self._held.items():
-            self._dropped.extend([lease] * holding.uses)
+        self._dropped.extend(self._held)
 
     def take_dropped(self, most: int) -> tuple[bytes, ...]:
         """Return up to ``most`` leases that the writer is to be told of as released; :meth:`released` ends it.
@@ -137,12 +164,7 @@ class Holdings:
         taken: list[bytes] = []
         while self._dropped and len(taken) < most:
             lease = self._dropped.popleft()
-            holding = self._held.get(lease)
-            if holding is not None and holding.uses > 1:
-                holding.uses -= 1
-                continue
-            self._held.pop(lease, None)
-            self._disown(lease)
+            self._end(lease)
             self._releasing[lease] = None
             taken.append(lease)
         return tuple(taken)
@@ -153,13 +175,10 @@ class Holdings:
             self._releasing.pop(lease, None)
 
     def asked(self, leases: tuple[bytes, ...]) -> None:
-        """The writer asks about views beyond their time: what is not held is released, and never taken up.
-
-        An answer that granted it was lost, or comes too late.
-        """
+        """The writer asks about leases that may be nobody's: what is not held is released, and never taken up."""
         for lease in leases:
             if lease not in self._held:
-                self._disown(lease)
+                self._end(lease)
                 self._dropped.append(lease)
 
     def due(self, now: float, most: int) -> tuple[bytes, ...]:
@@ -178,8 +197,7 @@ class Holdings:
         for lease in asked:
             holding = self._held.get(lease)
             if lease in lost:
-                self._held.pop(lease, None)
-                self._disown(lease)
+                self._end(lease)
             elif holding is not None:
                 holding.deadline = max(holding.deadline, sent_at + self.seconds)
                 holding.sure = True
@@ -195,11 +213,13 @@ class Holdings:
         holding = self._held.get(lease)
         return holding is None or (holding.kind == "copy" and holding.deadline < now)
 
-    def _disown(self, lease: bytes) -> None:
-        self._disowned[lease] = None
-        self._disowned.move_to_end(lease)
-        if len(self._disowned) > _MOST_DISOWNED:
-            self._disowned.popitem(last=False)
+    def _end(self, lease: bytes) -> None:
+        self._held.pop(lease, None)
+        if len(self._over) >= self.most_over:
+            self._over.clear()
+            self.turn += 1
+            self._mark = mark_of(self._instance, self.turn)
+        self._over.add(lease)
 
     def validate(self) -> None:
         """Check the invariants.
@@ -209,7 +229,6 @@ class Holdings:
         AssertionError
             One does not hold; the message says which.
         """
-        assert all(holding.uses > 0 for holding in self._held.values()), "a lease is held for nobody"
-        assert not self._held.keys() & self._disowned.keys(), "a lease is held that must never be taken up"
-        assert len(self._disowned) <= _MOST_DISOWNED, "too many leases are remembered"
+        assert not self._held.keys() & self._over, "a lease is held that is over"
+        assert len(self._over) <= self.most_over, "too many leases are remembered"
         assert self.life is not None or not self._held, "something is held before the first welcome"

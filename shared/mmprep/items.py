@@ -33,6 +33,8 @@ DTYPE_SIZES = {
 }
 
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
+#: Of a directory's record; :mod:`mmprep.layout` has more about it.
+Generation = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 FieldKind = Literal["batched", "flat", "shared"]
 
 

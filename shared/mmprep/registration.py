@@ -149,7 +149,9 @@ class Registration:
         self._closed = False
         self._instance = os.urandom(8)
         self._connections = 0
-        self._holdings = Holdings()
+        self._holdings = Holdings(self._instance)
+        #: The turn that the writer was told last.
+        self._turn = 0
         #: Guards the holdings: items are opened on other threads.
         self._guard = threading.Lock()
         self._former: weakref.WeakValueDictionary[str, Mapping] = weakref.WeakValueDictionary()
@@ -224,9 +226,6 @@ class Registration:
     def hold_now(self, address: Address, sent_at: float | None) -> tuple[Mapping, Lease] | None:
         """Take charge of a leased address; ``None`` where it takes :meth:`hold`. May be called from any thread.
 
-        A view that this process did not ask for itself may have been granted to one before it under the same id, and have
-        ended with that: it takes a word with the writer.
-
         Parameters
         ----------
         sent_at:
@@ -237,8 +236,6 @@ class Registration:
         frozen = self._former.get(address.epoch)
         if frozen is not None:
             return frozen, Lease(None, bytes.fromhex(address.lease))
-        if sent_at is None and address.lease_kind == "view":
-            return None
         return self._adopt(address, sent_at)
 
     def _adopt(self, address: Address, sent_at: float | None) -> tuple[Mapping, Lease] | None:
@@ -262,7 +259,10 @@ class Registration:
         return (spill or ring, Lease(self, lease)) if good else None
 
     async def hold(self, address: Address, sent_at: float | None) -> tuple[Mapping, Lease]:
-        """Take charge of a leased address. One that was leased by a writer before the present one is leased anew.
+        """Take charge of a leased address. What the lease was not granted for is leased anew: see :class:`Holdings`.
+
+        Such a lease may have been granted by a writer before the present one, or to a process before this one under the
+        same id. The content is looked for all the same: whoever has the address can't tell, and a hit is worth a word.
 
         Raises
         ------
@@ -279,10 +279,7 @@ class Registration:
                 await self._until(lambda: self._up and self._knows(address))
         except TimeoutError:
             raise StaleAddress(_EARLIER_LIFE) from None
-        adopted = self._adopt(address, sent_at)
-        if adopted is not None and (sent_at is not None or adopted[1].id not in await self.renew((adopted[1].id,))):
-            return adopted
-        return await self.acquire(address, address.lease_kind or "copy")
+        return self._adopt(address, sent_at) or await self.acquire(address, address.lease_kind or "copy")
 
     def _knows(self, address: Address) -> bool:
         ring = self.mapping
@@ -329,7 +326,7 @@ class Registration:
             sent_at = time.monotonic()
             answer = await self._call(lambda call: messages.Acquire(call, slot, generation, kind))
             with self._guard:
-                if self._holdings.adopt(answer.lease, slot, generation, kind, epoch=ring.epoch, sent_at=sent_at):
+                if self._holdings.acquired(answer.lease, slot, generation, kind, epoch=ring.epoch, sent_at=sent_at):
                     return mapping, Lease(self, answer.lease)
 
     async def upgrade(self, lease_id: bytes, kind: messages.LeaseKind) -> None:
@@ -391,6 +388,7 @@ class Registration:
                 continue
             with contextlib.suppress(MmprepError):
                 await self._release_dropped()
+                await self._tell_turn()
             with self._guard:
                 due = self._holdings.due(time.monotonic(), _BATCH)
             if due:
@@ -410,6 +408,12 @@ class Registration:
             with self._guard:
                 self._holdings.released(batch)
 
+    async def _tell_turn(self) -> None:
+        turn = self._holdings.turn
+        if turn > self._turn:
+            await self._call(partial(messages.Retag, turn=turn))
+            self._turn = max(self._turn, turn)
+
     def _flush_dropped(self) -> None:
         """Release what was dropped; nobody waits for an answer, because this process's lock falls next."""
         while True:
@@ -423,13 +427,18 @@ class Registration:
 
     def _greeting(self) -> list[bytes]:
         self._connections += 1
-        return [
-            pack(
-                messages.Hello(
-                    PROTOCOL, mmprep.__version__, "backend", self.id, os.getpid(), self._instance, self._connections
-                )
-            )
-        ]
+        self._turn = self._holdings.turn
+        hello = messages.Hello(
+            PROTOCOL,
+            mmprep.__version__,
+            "backend",
+            self.id,
+            os.getpid(),
+            self._instance,
+            self._connections,
+            self._turn,
+        )
+        return [pack(hello)]
 
     def _on_down(self) -> None:
         self._up = False
@@ -447,7 +456,7 @@ class Registration:
                 self._calls.resolve(message.call, message.fault.error())
             case messages.Done() | messages.Renewed() | messages.Acquired():
                 self._calls.resolve(message.call, message)
-            case messages.Overdue():
+            case messages.StillHeld():
                 with self._guard:
                     self._holdings.asked(message.leases)
             case _:

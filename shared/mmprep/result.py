@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import sys
 from array import array
-from typing import Annotated
 
 import msgpack
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from mmprep.items import Natural
+from mmprep.items import Generation, Natural
 from mmprep.wire.codec import unpack
 from mmprep.wire.messages import Digest, Epoch, LeaseId, LeaseKind, ShortText
 
@@ -29,7 +28,7 @@ class Place(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     slot: Natural
     offset: Natural
     length: Natural
-    generation: Annotated[int, msgspec.Meta(ge=0)]
+    generation: Generation
     lease: LeaseId | None
     lease_kind: LeaseKind = "copy"
     spill: Epoch | None = None

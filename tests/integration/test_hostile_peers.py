@@ -10,7 +10,6 @@ import zmq
 from tests.integration.service import eventually, photo, serving, user
 
 from mmprep import Backend, Client, InvalidRequest, LeaseLost, ProtocolError, StaleAddress
-from mmprep.address import lease_id
 from mmprep.process_lock import ProcessLock
 from mmprep.runtime import RuntimeDir
 from mmprep.wire import messages
@@ -175,7 +174,7 @@ def test_a_backend_gets_nothing_by_asking_for_what_is_not_its(service):
             failed = ask(message)
             assert isinstance(failed, messages.Failed), message
             assert type(failed.fault.error()) is error
-        assert ask(messages.Reassert(8, (messages.Held(lease_id(9, bytes(12)), slot, 1, "view"),), True)).lost
+        assert ask(messages.Reassert(8, (messages.Held(bytes(16), slot, 1, "view"),), True)).lost
         acquired = ask(messages.Acquire(9, slot, generation, "copy"))
         assert isinstance(acquired, messages.Acquired)
         for _ in range(2):  # again is no error

@@ -8,9 +8,11 @@ import io
 import json
 import logging
 import re
+import select
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, closing
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -22,6 +24,7 @@ from mmprep_frontend.caller import Caller
 from mmprep_frontend.http.app import make_app
 from mmprep_frontend.http.exposition import expose
 from mmprep_frontend.http.keyring import Keyring
+from mmprep_frontend.http.ports import Rendered
 from mmprep_frontend.http.server import HttpServer, reserve_port, serve_http
 from mmprep_frontend.room import Room
 
@@ -61,6 +64,10 @@ class Echo:
         self.began = asyncio.Event()
         self.cancelled = asyncio.Event()
         self.encoding = 0
+        #: Whether something hangs on the next chats' answers, and the numbers of those that were left unread.
+        self.leased = False
+        self.unread: list[int] = []
+        self.answered = 0
 
     async def _answer(self, route: str, body: bytes, **more: str) -> bytes:
         self.began.set()
@@ -72,9 +79,11 @@ class Echo:
                 raise
         return json.dumps({"route": route, "size": len(body), **more}).encode()
 
-    async def render_chat(self, body: bytes, caller: Caller) -> bytes:
+    async def render_chat(self, body: bytes, caller: Caller) -> Rendered:
         caller.held.hold_answer(self.encoding)
-        return await self._answer("chat", body, request_id=caller.request_id)
+        answer = await self._answer("chat", body, request_id=caller.request_id)
+        self.answered += 1
+        return Rendered(answer, partial(self.unread.append, self.answered) if self.leased else None)
 
     async def render_messages(self, body: bytes, caller: Caller) -> bytes:
         caller.held.hold_answer(self.encoding)
@@ -539,6 +548,122 @@ def test_a_client_that_hangs_up_cancels_what_runs_for_it(run: Run) -> None:
             writer.close()
             await writer.wait_closed()
             await edge.service.cancelled.wait()
+
+    run(main())
+
+
+ASK = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{{}}".encode()
+
+
+class Unreading:
+    """A client that does not read by itself."""
+
+    def __init__(self, edge: Served) -> None:
+        self._edge = edge
+        self._socket = socket.create_connection(("127.0.0.1", edge.server.port))
+        self._socket.setblocking(False)
+
+    async def ask(self) -> None:
+        await asyncio.get_running_loop().sock_sendall(self._socket, ASK)
+
+    async def answered(self) -> bytes:
+        """Wait until something of an answer is there, and return it; it is still to be read."""
+        await until(lambda: bool(select.select([self._socket], [], [], 0)[0]))
+        return self._socket.recv(1 << 20, socket.MSG_PEEK)
+
+    async def read(self) -> None:
+        """Read all of a small answer."""
+        head, body = b"", b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += await asyncio.get_running_loop().sock_recv(self._socket, 1)
+        size = int(re.search(rb"Content-Length: ([0-9]+)", head)[1])
+        while len(body) < size:
+            body += await asyncio.get_running_loop().sock_recv(self._socket, size - len(body))
+
+    async def hang_up(self) -> None:
+        """Close, and wait until the server has seen it."""
+        self._socket.close()
+        server = self._edge.server._runner.server
+        assert server is not None
+        await until(lambda: not server.connections)
+
+
+def test_a_client_that_has_read_its_answer_and_hangs_up_leaves_nothing_unread(run: Run) -> None:
+    async def main() -> None:
+        async with serving() as edge:
+            edge.service.leased = True
+            caller = Unreading(edge)
+            for _ in range(2):
+                await caller.ask()
+                await caller.read()
+            await caller.hang_up()
+            assert edge.service.unread == []
+
+    run(main())
+
+
+def test_a_client_that_hangs_up_on_an_answer_that_lies_there_leaves_it_unread(run: Run) -> None:
+    async def main() -> None:
+        async with serving() as edge:
+            edge.service.leased = True
+            caller = Unreading(edge)
+            await caller.ask()
+            await caller.read()
+            await caller.ask()
+            assert (await caller.answered()).startswith(b"HTTP/1.1 200 ")
+            await caller.hang_up()
+            assert edge.service.unread == [2]
+
+    run(main())
+
+
+def test_a_client_that_is_gone_before_its_answer_leaves_it_unread(run: Run) -> None:
+    async def main() -> None:
+        async with serving() as edge:
+            edge.service.leased = True
+            caller = Unreading(edge)
+
+            async def act(_body: bytes) -> bytes:
+                caller._socket.close()  # the answer follows before the loop hears of it
+                return b"{}"
+
+            edge.service.act = act
+            await caller.ask()
+            await until(lambda: edge.service.answered == 1)
+            await caller.hang_up()
+            assert edge.service.unread == [1]
+
+    run(main())
+
+
+def test_of_answers_to_requests_at_once_all_are_unread_where_the_client_hangs_up(run: Run) -> None:
+    async def main() -> None:
+        async with serving() as edge:
+            edge.service.leased = True
+            caller = Unreading(edge)
+            await asyncio.get_running_loop().sock_sendall(caller._socket, 3 * ASK)
+            await until(lambda: edge.service.answered == 3)
+            await caller.answered()
+            await caller.hang_up()
+            assert edge.service.unread == [1, 2, 3]
+
+    run(main())
+
+
+@pytest.mark.parametrize("how", ["hangs up", "does not read"])
+def test_a_large_answer_that_does_not_get_through_is_left_unread(run: Run, how: str) -> None:
+    async def main() -> None:
+        async with serving(answer_seconds=0.05 if how == "does not read" else 60.0) as edge:
+            edge.service.leased = True
+            edge.service.act = large
+            caller = Unreading(edge)
+            await caller.ask()
+            await caller.answered()
+            if how == "hangs up":
+                await caller.hang_up()
+            await until(lambda: bool(edge.service.unread))
+            assert edge.service.unread == [1]
+            caller._socket.close()
 
     run(main())
 

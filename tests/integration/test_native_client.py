@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -231,6 +232,56 @@ def test_a_closed_client_says_so(service):
     service.quiet()
 
 
+@contextmanager
+def standing_still(service):
+    """Let the writer answer nothing for a while."""
+    (writer,) = service.pids()["writer"]
+    os.kill(writer, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(writer, signal.SIGCONT)
+
+
+def under_way(service):
+    return sum(frontend["inflight"] for frontend in service.status()["frontends"])
+
+
+def cancelled(service):
+    return service.metrics().get('mmprep_requests_total{outcome="cancelled",path="native/chat"}', 0)
+
+
+def test_closing_a_client_ends_the_work_for_its_calls(service):
+    before = cancelled(service)
+    client = Client(service.endpoint)
+    with standing_still(service), ThreadPoolExecutor(4) as threads:
+        calls = [threads.submit(client.chat, user(raw(drawn(next(numbers)))), payload="tensors") for _ in range(4)]
+        eventually(lambda: under_way(service) == 4, "the calls' start")
+        client.close()
+        for call in calls:
+            with pytest.raises(InvalidRequest, match="closed"):
+                call.result()
+        eventually(lambda: under_way(service) == 0, "the end of the calls")
+    assert cancelled(service) == before + 4
+
+
+def test_closing_an_asynchronous_client_ends_the_work_for_its_calls(service):
+    before = cancelled(service)
+
+    async def main():
+        client = AsyncClient(service.endpoint)
+        await client.open()
+        calls = [asyncio.create_task(client.chat(user(raw(drawn(next(numbers)))), payload="tensors")) for _ in range(4)]
+        await asyncio.to_thread(eventually, lambda: under_way(service) == 4, "the calls' start")
+        await client.close()
+        assert all(isinstance(end, InvalidRequest) for end in await asyncio.gather(*calls, return_exceptions=True))
+
+    with standing_still(service):
+        asyncio.run(main())
+        eventually(lambda: under_way(service) == 0, "the end of the calls")
+    assert cancelled(service) == before + 4
+
+
 # --- leases -----------------------------------------------------------------------------------------------------------
 
 
@@ -380,8 +431,78 @@ def test_http_callers_renew_and_release_leases_by_the_backends_name(service):
         assert service.post("/leases/release", other).status == 200
         assert leases_of(service, "engine-1") == 1, "nobody ends another's lease"
         assert service.post("/leases/release", request).json == {"released": True}
-        assert leases_of(service, "engine-1") == 0
+        eventually(lambda: leases_of(service, "engine-1") == 0, "the end of the lease")
         assert service.post("/leases/renew", request).json["lost"] == [lease]
+
+
+def test_an_address_that_is_opened_again_takes_a_lease_of_its_own(service):
+    with Backend(service.endpoint, id="engine-2") as backend:
+        address = addressed(service, backend)
+        first, second = backend.open(address), backend.open(address)
+        assert len({one.address.lease for one in (first, second)}) == 2
+        assert backend.renew(first.address, second.address) == [True, True]
+        with second.view() as arrays:
+            with first.view():
+                pass
+            first.release()
+            eventually(lambda: leases_of(service, "engine-2") == 1, "the end of the first lease")
+            assert arrays["pixel_values"].any()
+        second.release()
+        eventually(lambda: leases_of(service, "engine-2") == 0, "the end of the second lease")
+        third = backend.open(address)
+        assert third.materialize()["pixel_values"].any()
+        assert leases_of(service, "engine-2") == 1
+
+
+@pytest.mark.parametrize("kind", ["copy", "view"])
+def test_what_a_caller_gives_back_stays_with_the_backend_that_has_opened_it(service, processor, kind):
+    expected = reference_pixels(processor, CAT).tobytes()
+    with Backend(service.endpoint, id="engine-3") as backend, Client(service.endpoint) as other:
+        answer = service.render(user(image(CAT, "png")), mm_payload="shm", backend_id="engine-3", lease_kind=kind)
+        address = answer["features"]["mm_addresses"]["image"][0]
+        released = {"backend_id": "engine-3", "leases": [address["lease"]]}
+        item = backend.open(address)
+        assert service.post("/leases/release", released).json == {"released": True}
+        with item.view() as arrays:
+            flood(other, service)
+            assert item.materialize(normalize=True)["pixel_values"].tobytes() == expected
+            assert arrays["pixel_values"].any()
+        assert leases_of(service, "engine-3") == 1
+        item.release()
+        eventually(lambda: leases_of(service, "engine-3") == 0, "the end of the lease")
+        assert service.post("/leases/release", released).json == {"released": True}
+
+
+@pytest.mark.parametrize("kind", ["copy", "view"])
+def test_an_address_that_a_caller_gave_back_before_it_was_opened_is_leased_anew(service, kind):
+    with Backend(service.endpoint, id="engine-4") as backend:
+        answer = service.render(user(image(CAT, "png")), mm_payload="shm", backend_id="engine-4", lease_kind=kind)
+        address = answer["features"]["mm_addresses"]["image"][0]
+        service.post("/leases/release", {"backend_id": "engine-4", "leases": [address["lease"]]})
+        eventually(lambda: leases_of(service, "engine-4") == 0, "the end of the lease")
+        item = backend.open(address)
+        assert item.address.lease != address["lease"]
+        assert leases_of(service, "engine-4") == 1
+        with item.view() as arrays:
+            assert arrays["pixel_values"].any()
+
+
+def test_a_lease_that_is_not_the_addresses_own_is_not_relied_on(service):
+    """An address has the lease of another one, is said to be a view and is a copy, or has a damaged lease."""
+    with Backend(service.endpoint, id="engine-5") as backend:
+        shm = {"mm_payload": "shm", "backend_id": "engine-5"}
+        first, second = (
+            service.render(user(image(data, kind)), **shm)["features"]["mm_addresses"]["image"][0]
+            for data, kind in ((CAT, "png"), (ROCKET, "jpeg"))
+        )
+        damaged = first["lease"][:-1] + ("0" if first["lease"][-1] != "0" else "1")
+        for wrong in ({"lease": second["lease"]}, {"lease_kind": "view"}, {"lease": damaged}, {"lease": "0" * 32}):
+            item = backend.open(first | wrong)
+            assert item.address.lease not in {first["lease"], (first | wrong)["lease"]}
+            assert backend.renew(item.address) == [True]
+            item.release()
+        assert backend.open(first).address.lease == first["lease"]
+        assert backend.open(second).address.lease == second["lease"]
 
 
 def test_an_address_without_a_lease_is_stale_once_its_content_was_evicted(service):

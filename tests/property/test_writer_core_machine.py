@@ -21,6 +21,7 @@ from mmprep import errors
 from mmprep.items import align
 from mmprep.keys import item_key
 from mmprep.layout import Geometry
+from mmprep.lease_id import mark_of, was_granted_to
 from mmprep.metrics import Metrics
 from mmprep.segment import sibling_name
 from mmprep.wire import messages
@@ -134,6 +135,7 @@ class Connection:
     role: str
     id: str
     pid: int
+    turn: int = 0
     open: bool = True
     cards: int = 0
     calls: dict[int, Call] = field(default_factory=dict)
@@ -166,6 +168,7 @@ class WriterCoreMachine(RuleBasedStateMachine):
         self.lanes = [Lane() for _ in range(LANES)]
         self.leases: dict[bytes, tuple[str, messages.ItemAnswer, Medium]] = {}
         self.carded = False
+        self.given_back = b""
         self.offered: list[list[Medium]] = []
         #: What was last sent with each alias.
         self.aliases: dict[bytes, Medium] = {}
@@ -219,17 +222,18 @@ class WriterCoreMachine(RuleBasedStateMachine):
         """After its connection was lost, or as a new process under the same id."""
         before = self.current(*who)
         pid = before.pid + new if before else 1
+        turn = before.turn if before and not new else 0
         if before:
             before.open = False
             if pid != before.pid:
                 self.end_leases(who[1])
             self.over(before)
-        self.connect(*who, pid)
+        self.connect(*who, pid, turn)
 
-    def connect(self, role, peer_id, pid):
+    def connect(self, role, peer_id, pid, turn=0):
         identity = b"%s:%s:\xff%d" % (role.encode(), peer_id.encode(), next(self.numbers))
-        connection = self.connections[identity] = Connection(identity, role, peer_id, pid)
-        self.say(connection, messages.Hello(PROTOCOL, "1", role, peer_id, pid, pid.to_bytes(4, "big")))
+        connection = self.connections[identity] = Connection(identity, role, peer_id, pid, turn)
+        self.say(connection, messages.Hello(PROTOCOL, "1", role, peer_id, pid, pid.to_bytes(4, "big"), 0, turn))
 
     @precondition(lambda self: self.living())
     @rule(
@@ -443,7 +447,7 @@ class WriterCoreMachine(RuleBasedStateMachine):
     @rule(
         pick=PICK,
         which=PICK,
-        what=st.sampled_from(["renew", "release", "view", "copy"]),
+        what=st.sampled_from(["renew", "release", "view", "copy", "turn"]),
         quietly=st.booleans(),
     )
     def use_a_lease(self, pick, which, what, quietly):
@@ -455,12 +459,17 @@ class WriterCoreMachine(RuleBasedStateMachine):
         if what == "renew":
             self.ask(connection, messages.Renew, (lease,), named)
         elif what == "release":
-            if may:
+            if may and connection.role == "backend":
                 del self.leases[lease]
+            if connection.role == "frontend" and lease in {known.lease_id for known in self.core.ring.leases}:
+                self.given_back = lease
             if quietly:
                 self.say(connection, messages.Release(0, (lease,), named))
             else:
                 self.ask(connection, messages.Release, (lease,), named)
+        elif connection.role == "backend" and what == "turn":
+            connection.turn += 1
+            self.ask(connection, messages.Retag, connection.turn)
         elif connection.role == "backend":
             self.ask(connection, messages.Upgrade, lease, what)
 
@@ -683,10 +692,11 @@ class WriterCoreMachine(RuleBasedStateMachine):
             case messages.Failed() if message.call in connection.calls:
                 assert connection.calls[message.call].state == "waiting", "a second answer"
                 connection.calls[message.call].state = "over"
-            case messages.Overdue():
+            case messages.StillHeld():
                 overdue = self.core.ring.leases.overdue_ids(connection.id)
                 assert connection.role == "backend"
-                assert overdue == list(message.leases), "asked about what is in time"
+                assert list(message.leases) in [overdue, [self.given_back]], "asked about what is in time"
+                assert all(self.core.ring.leases.get(lease).owner == connection.id for lease in message.leases)
             case _:
                 kind = connection.asked.pop(message.call)
                 if isinstance(message, messages.Acquired):
@@ -698,7 +708,15 @@ class WriterCoreMachine(RuleBasedStateMachine):
         entry = self.core.ring._at(lease.slot)
         spill = entry.epoch if isinstance(entry, Spill) else None
         about = messages.ItemAnswer("hit", entry.slot, entry.offset, entry.length, entry.generation, spill=spill)
-        self.leases[message.lease] = (connection.id, about, BY_KEY[entry.key])
+        self.leased(message.lease, connection.id, lease.kind, about, BY_KEY[entry.key])
+
+    def leased(self, lease, backend, kind, about, medium):
+        """A lease was granted; its holder can see that it is its own."""
+        process = self.current("backend", backend)
+        mark = mark_of(process.pid.to_bytes(4, "big"), process.turn)
+        slot = 0 if about.spill else about.slot
+        assert was_granted_to(mark, lease, slot=slot, generation=about.generation, kind=kind)
+        self.leases[lease] = (backend, about, medium)
 
     def answered(self, call, answers):
         assert len(answers) == len(call.offer.items)
@@ -717,7 +735,8 @@ class WriterCoreMachine(RuleBasedStateMachine):
             leased = call.offer.lease is not None and answer.length > 0 and not failed
             assert (answer.lease is not None) == leased
             if leased:
-                self.leases[answer.lease] = (call.offer.lease.backend, answer, medium)
+                to = call.offer.lease
+                self.leased(answer.lease, to.backend, to.kind, answer, medium)
         call.answers = answers
         inline = any(answer.inline for answer in answers)
         keeps = call.offer.need == "tensors" and (call.offer.lease is None or inline) and not failed

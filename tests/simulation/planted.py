@@ -55,6 +55,28 @@ class NoticesNoDeath(WriterCore):
         pass
 
 
+class EndsWhatIsGivenBack(WriterCore):
+    """What a frontend takes for undelivered ends at once, though its backend may have it."""
+
+    def _give_back(self, _, release):
+        self.ring.release(release.owner, release.leases)
+
+
+class IgnoresTheTag(Holdings):
+    """Takes a lease for its own that was granted to the process before it under the same id."""
+
+    def adopt(self, *lease, **arguments):
+        return self.acquired(*lease, **arguments)
+
+
+class Forgets(Holdings):
+    """Forgets what it has released, and begins no new turn."""
+
+    def _end(self, lease):
+        self._held.pop(lease, None)
+        self._over = {lease}
+
+
 class TellsNothing(Holdings):
     def welcomed(self, life, seconds):
         super().welcomed(life, seconds)
@@ -79,7 +101,7 @@ def exit_is_not_awaited(writer, number):
 
 def with_holdings(kind):
     def spoil(registration):
-        registration._holdings = kind()
+        registration._holdings = kind(registration._instance)
 
     return spoil
 
@@ -112,5 +134,12 @@ BUGS = {
     "a killed lane's extent is free before it is gone": {"on_kill": exit_is_not_awaited, **BUSY},
     "a backend does not tell the next writer what it holds": {"spoil_backend": with_holdings(TellsNothing)},
     "a frontend keeps what it has read": {"spoil_frontend": with_offers(KeepsPins)},
+    "a backend ignores the tags of leases": {
+        "spoil_backend": with_holdings(IgnoresTheTag),
+        "kinds": ("replace",),
+        **BUSY,
+    },
+    "a backend takes up again what it has released": {"spoil_backend": with_holdings(Forgets), **BUSY},
+    "what is given back ends although its backend has it": {"core": EndsWhatIsGivenBack, **BUSY},
     "a copy is not checked afterwards": {"spoil_backend": unchecked, **BUSY},
 }

@@ -2,12 +2,15 @@
 
 Frontends serve chats for tensors, for plans, and for addresses leased to a backend. Backends ask for themselves, or are
 handed what a client asked for in their name; they copy slowly, hold views and look again and again, let go, and look once more.
+A client hands an address over again and again, to whatever process has its backend's id then, and gives leases up that it
+has handed over.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from itertools import count
 from typing import NamedTuple
 
@@ -310,6 +313,8 @@ class Client(Caller):
 
     def __init__(self, service):
         super().__init__(service, "client", "0")
+        #: What was handed over before: backends' ids, media and addresses.
+        self._handed = deque(maxlen=12)
 
     def unwanted(self, asked, outcome):
         if isinstance(outcome, Answered) and outcome.addresses is not None:
@@ -332,10 +337,18 @@ class Client(Caller):
         answer = await self.call(media, need, priority, lease, seconds)
         if answer is None or answer.addresses is None:
             return
-        backend = self.service.backends.get(lease.backend)
-        if backend is None or not backend.alive:
-            return
-        backend.after(self.service.network.delay(), backend.given, media, answer.addresses, kind="message")
+        self._handed.append((lease.backend, media, answer.addresses))
+        self._hand_over(*self._handed[-1])
+        while self.world.chance(0.5):
+            await self.nap(1.0)
+            self._hand_over(*self.world.random.choice(self._handed))
+        if self.world.chance(0.15):  # the answer came all the same
+            await self.give_up(lease.backend, answer.addresses)
+
+    def _hand_over(self, ident, media, addresses):
+        backend = self.service.backends.get(ident)
+        if backend is not None and backend.alive:
+            backend.after(self.service.network.delay(), backend.given, media, addresses, kind="message")
 
 
 class Backend(Caller):

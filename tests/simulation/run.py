@@ -29,7 +29,7 @@ from mmprep_worker.writer.core import WriterCore
 GRACE = 1.0
 LONGEST_CALL = 12.0
 #: Kinds of faults; those that are named twice are more likely.
-KINDS = ("kill", "kill", "crash", "crash", "stop", "stop", "slow", "break", "partition", "clock")
+KINDS = ("kill", "kill", "crash", "crash", "stop", "stop", "slow", "break", "partition", "clock", "replace")
 
 
 def kill_lane(writer, number):
@@ -247,6 +247,12 @@ class Service:
 
     def _kill(self, process):
         process.die() if process.role != "lane" else process.kill()
+
+    def _replace(self, _):
+        """Kill a backend, which starts again under its id; the others go on."""
+        living = [backend for backend in self.backends.values() if backend.alive]
+        if living:
+            self.world.random.choice(living).die("is replaced")
 
     def _crash(self, process):
         """Let a process die between two of its effects, mostly the writer."""

@@ -12,10 +12,13 @@ from types import SimpleNamespace
 from tests.simulation import network
 
 from mmprep import registration
+from mmprep.holdings import Holdings
 from mmprep_frontend import dispatch
 
 #: Coarser than the real one, so that a run takes less time.
 UPKEEP_SECONDS = 0.2
+#: Fewer than the real ones, so that a run comes to more than one turn.
+MOST_OVER = 8
 
 
 class Lock:
@@ -28,7 +31,7 @@ class Lock:
         return self._process.take_lock(self._path)
 
     def note(self, data):
-        pass
+        self._world.notes[self._path] = data
 
     def remove(self):
         if self._world.locks.get(self._path) is self._process:
@@ -84,6 +87,7 @@ def simulated(service):
             "os": outside,
             "_UPKEEP_SECONDS": UPKEEP_SECONDS,
         },
+        Holdings: {"most_over": MOST_OVER},
         dispatch: {
             "Link": link,
             "ProcessLock": lambda path: Lock(world, path),
@@ -94,13 +98,13 @@ def simulated(service):
             "os": outside,
         },
     }
-    former = {module: {name: getattr(module, name) for name in names} for module, names in replaced.items()}
+    former = {place: {name: getattr(place, name) for name in names} for place, names in replaced.items()}
     try:
-        for module, names in replaced.items():
+        for place, names in replaced.items():
             for name, value in names.items():
-                setattr(module, name, value)
+                setattr(place, name, value)
         yield
     finally:
-        for module, names in former.items():
+        for place, names in former.items():
             for name, value in names.items():
-                setattr(module, name, value)
+                setattr(place, name, value)

@@ -42,6 +42,8 @@ class World:
         self.now = 1000.0
         self.lines = [] if log else None
         self.locks = {}
+        #: What is written into the files of locks; it stays there.
+        self.notes = {}
         self.current = None
         self.failure = None
         self.events = 0

@@ -185,13 +185,20 @@ class Writer(Process):
             if len(frames) != 2:
                 raise ProtocolError("a control message is one frame")
             message = unpack(frames[1], messages.ToWriter)
-            if isinstance(message, messages.Hello) and message.protocol != PROTOCOL:
-                raise ProtocolError("another protocol")
+            if isinstance(message, messages.Hello):
+                self._check_hello(message)
         except MmprepError as error:
             self.core.unreachable(identity, self.clock())
             self._send_frames(identity, [pack(messages.Refused(messages.Fault.of(error)))])
             return
         self.core.message(identity, message, self.clock())
+
+    def _check_hello(self, hello):
+        path = hello.role, hello.id
+        if hello.protocol != PROTOCOL:
+            raise ProtocolError("another protocol")
+        if path not in self.world.locks or self.world.notes[path] != hello.instance:
+            raise ProtocolError("of a process that is gone")
 
     def _bulk(self, frames):
         put = unpack(frames[0], messages.Put)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.wire_strategies import LINKS, MESSAGES, instances
 
 from mmprep.errors import ProtocolError
+from mmprep.layout import MAX_COUNTER, MAX_INCARNATION, generation
 from mmprep.wire import messages
 from mmprep.wire.codec import CONTROL_LIMIT, pack, unpack
 
@@ -270,3 +271,20 @@ def test_a_frame_that_claims_more_than_it_has_takes_no_memory_for_it(depth):
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+LATE = generation(MAX_INCARNATION, MAX_COUNTER)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        (messages.Acquire(1, 2, LATE, "view"), messages.ToWriter),
+        (messages.Reassert(1, (messages.Held(bytes(16), 2, LATE, "copy"),), True), messages.ToWriter),
+        (messages.Repin(1, ((2, LATE),)), messages.ToWriter),
+        (messages.GrantedSpill(1, "/name", bytes(16), MAX_INCARNATION, bytes(32), LATE, 64), messages.ToLane),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_last_possible_writer_grants_can_be_spoken_of(message, kind):
+    assert unpack(pack(message), kind) == message

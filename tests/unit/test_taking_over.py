@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from tests.unit.test_writer_core import GEOMETRY, LEASE_SECONDS, META, QUARTER, A, B, C, World
 
-from mmprep.address import lease_id, lease_incarnation
 from mmprep.layout import RECORD_SIZE, pack_free
+from mmprep.lease_id import lease_incarnation, mark_of
 from mmprep.wire import messages
 from mmprep_worker.ring.policy import Clock
 from mmprep_worker.ring.ring import Ring
@@ -69,7 +69,7 @@ def test_nothing_is_granted_before_every_reader_was_heard(former):
 
 def test_leases_go_on_under_their_ids_and_new_ones_name_the_new_writer(former):
     world = successor(former, hear=("f0", "f1"))
-    gone = messages.Held(lease_id(1, bytes(12)), former.lease.slot, former.lease.generation + 1, "copy")
+    gone = messages.Held(bytes(16), former.lease.slot, former.lease.generation + 1, "copy")
     world.say("engine", messages.Reassert(7, (held(former.lease), gone), True))
     renewed = world.inbox["engine"][-1].message
     assert renewed == messages.Renewed(7, (gone.lease,), int(LEASE_SECONDS * 1000))
@@ -153,3 +153,12 @@ def test_a_core_that_starts_anew_welcomes_the_peers_of_the_one_before(former):
     assert sorted(world.inbox) == ["engine", "f0"]
     assert isinstance(world.inbox["f0"][0].message, messages.WriterWelcome)
     assert world.core.card == b"card"
+
+
+def test_a_core_that_starts_anew_tags_leases_as_the_one_before(former):
+    former.say("engine", messages.Retag(1, 4))
+    world = World()
+    world.core.peers.clear()
+    world.core.succeed(former.core)
+    world.carry_out()
+    assert world.core.peers[b"engine"].mark == mark_of((1).to_bytes(4, "big"), 4)

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from mmprep.layout import RECORD_SIZE, Geometry
+from mmprep.lease_id import mark_of, was_granted_to
 from mmprep.metrics import Metrics
 from mmprep.wire import messages
 from mmprep.wire.codec import CONTROL_LIMIT, PROTOCOL, pack, unpack
@@ -86,9 +87,11 @@ class World:
         self.core.message(name.encode(), message, self.now)
         self.carry_out()
 
-    def offer(self, name, call, *keys, need="tensors", lease=None, seconds=100, nbytes=10, cost=1, priority=0):
+    def offer(
+        self, name, call, *keys, need="tensors", lease=None, kind="view", seconds=100, nbytes=10, cost=1, priority=0
+    ):
         items = tuple(messages.Offered(key, "image", cost, nbytes) for key in keys)
-        to = None if lease is None else messages.LeaseTo(lease, "view")
+        to = None if lease is None else messages.LeaseTo(lease, kind)
         self.say(name, messages.Offer(call, need, seconds * 1000, priority, items, to))
 
     def put(self, name, flight, nbytes=10):
@@ -540,19 +543,19 @@ def test_a_backend_is_asked_about_its_overdue_views_at_once_or_when_it_is_back(w
     (answer,) = world.compute("f0", 1, A, lease="engine")
     world.say("engine", messages.Acquire(1, answer.slot, answer.generation, "copy"))
     world.tick(LEASE_SECONDS / 2)
-    assert not world.got("engine", messages.Overdue)
+    assert not world.got("engine", messages.StillHeld)
     world.tick(LEASE_SECONDS)
-    assert [send.message.leases for send in world.got("engine", messages.Overdue)] == [(answer.lease,)]
-    assert not world.got("f0", messages.Overdue)
+    assert [send.message.leases for send in world.got("engine", messages.StillHeld)] == [(answer.lease,)]
+    assert not world.got("f0", messages.StillHeld)
     world.say("engine", messages.Renew(2, (answer.lease,)))
     world.core.unreachable(b"engine", world.now)
     world.tick(2 * LEASE_SECONDS)
     world.hello("engine", "backend", identity="engine again")
     world.say("engine again", messages.Reassert(1, (), True))
-    assert [send.message.leases for send in world.got("engine again", messages.Overdue)] == [(answer.lease,)]
+    assert [send.message.leases for send in world.got("engine again", messages.StillHeld)] == [(answer.lease,)]
     world.say("engine again", messages.Release(2, (answer.lease,)))
     world.tick(2 * LEASE_SECONDS)
-    assert len(world.got("engine again", messages.Overdue)) == 1
+    assert len(world.got("engine again", messages.StillHeld)) == 1
 
 
 @pytest.mark.parametrize(("role", "name"), [("frontend", "f0"), ("backend", "engine")])
@@ -579,9 +582,82 @@ def test_a_frontend_speaks_for_the_backend_it_names_and_a_backend_only_for_itsel
     assert len(world.core.ring.leases) == 1
     world.say("f0", messages.Renew(8, (answer.lease, bytes(16)), "engine"))
     assert world.got("f0", messages.Renewed, 8)[0].message.lost == (bytes(16),)
-    world.say("f0", messages.Release(0, (answer.lease,), "engine"))
+
+
+@pytest.mark.parametrize("kind", ["copy", "view"])
+def test_what_a_frontend_gives_back_ends_when_its_backend_says_that_it_does_not_hold_it(world, kind):
+    (answer,) = world.compute("f0", 1, A, lease="engine", kind=kind)
+    world.say("f0", messages.Release(2, (answer.lease, bytes(16)), "engine"))
+    assert len(world.got("f0", messages.Done, 2)) == 1
+    assert [send.message.leases for send in world.got("engine", messages.StillHeld)] == [(answer.lease,)]
+    assert len(world.core.ring.leases) == 1
+    world.say("engine", messages.Release(3, (answer.lease,)))
     assert not len(world.core.ring.leases)
-    assert not world.got("f0", messages.Done, 0)
+    world.say("f0", messages.Release(0, (answer.lease,), "engine"))
+    assert len(world.got("f0", messages.Done)) == 1
+    assert len(world.got("engine", messages.StillHeld)) == 1
+
+
+def test_a_backend_is_not_asked_about_what_is_another_ones(world):
+    world.hello("another", "backend")
+    (answer,) = world.compute("f0", 1, A, lease="engine")
+    world.say("f0", messages.Release(2, (answer.lease,), "another"))
+    assert not world.got("another", messages.StillHeld)
+    assert not world.got("engine", messages.StillHeld)
+
+
+def test_what_is_given_back_while_its_backend_is_away_ends_by_time_or_when_it_is_asked_later(world):
+    copy, view = (world.compute("f0", n, A, lease="engine", kind=kind)[0] for n, kind in ((1, "copy"), (2, "view")))
+    world.core.unreachable(b"engine", world.now)
+    world.say("f0", messages.Release(3, (copy.lease, view.lease), "engine"))
+    assert len(world.core.ring.leases) == 2
+    world.tick(LEASE_SECONDS)
+    world.hello("engine", "backend", identity="engine again")
+    world.say("engine again", messages.Reassert(1, (), True))
+    assert [send.message.leases for send in world.got("engine again", messages.StillHeld)] == [(view.lease,)]
+
+
+def granted_to(answer, instance, turn=0, kind="view"):
+    mark = mark_of(instance, turn)
+    return was_granted_to(mark, answer.lease, slot=answer.slot, generation=answer.generation, kind=kind)
+
+
+def test_a_lease_says_to_which_process_it_was_granted_on_what_and_as_what(world):
+    (answer,) = world.compute("f0", 1, A, lease="engine")
+    assert granted_to(answer, (1).to_bytes(4, "big"))
+    world.say("engine", messages.Acquire(2, answer.slot, answer.generation, "copy"))
+    acquired = world.got("engine", messages.Acquired)[0].message.lease
+    assert granted_to(msgspec.structs.replace(answer, lease=acquired), (1).to_bytes(4, "big"), kind="copy")
+    assert acquired != answer.lease
+
+
+def test_what_is_leased_before_the_next_process_under_an_id_says_hello_is_the_former_ones(world):
+    world.offer("f0", 1, A, lease="engine")
+    (before,) = world.compute("f1", 1, B, lease="engine")
+    world.hello("engine", "backend", identity="engine again", pid=2)
+    (want,) = world.wants("f0", 1)
+    world.put("f0", want.flight)
+    world.fill(want.flight)
+    (after,) = world.answer("f0", 1)
+    former, present = (pid.to_bytes(4, "big") for pid in (1, 2))
+    assert granted_to(before, former)
+    assert not granted_to(before, present)
+    assert granted_to(after, present)
+    assert {lease.lease_id for lease in world.core.ring.leases} == {after.lease}
+
+
+def test_a_backend_has_its_leases_tagged_for_the_latest_turn_that_it_told_of(world):
+    me = (1).to_bytes(4, "big")
+    world.say("engine", messages.Retag(5, 2))
+    world.say("engine", messages.Retag(6, 1))
+    assert len(world.got("engine", messages.Done)) == 2
+    (answer,) = world.compute("f0", 1, A, lease="engine")
+    assert granted_to(answer, me, 2)
+    world.say("engine again", messages.Hello(PROTOCOL, "1", "backend", "engine", 1, me, 1, 3))
+    (answer,) = world.compute("f0", 2, A, lease="engine")
+    assert granted_to(answer, me, 3)
+    world.say("f0", messages.Retag(7, 9))
+    assert world.fault("f0", 7).kind == "InvalidRequest"
 
 
 def test_a_backend_acquires_upgrades_and_releases(world):

@@ -8,7 +8,8 @@ the reason until the service is warm, and again while it drains; leases can be r
 those who hold some must be able to give them back while the service drains.
 
 Every answer carries ``X-Request-Id``: the client's own, or a fresh one. A client that hangs up cancels what runs for
-it. Whatever goes wrong, the connection stays usable for the next request.
+it, and what hangs on an answer that it has not read is told of that. Whatever goes wrong, the connection stays usable for
+the next request.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ from mmprep_frontend.http.answers import (
     routing_error,
 )
 from mmprep_frontend.http.bodies import Bodies
+from mmprep_frontend.http.connection import Connection
 from mmprep_frontend.http.dashboard import HEADERS, PAGE
 from mmprep_frontend.http.exposition import CONTENT_TYPE
 from mmprep_frontend.http.keyring import Keyring, Need
 from mmprep_frontend.http.openapi import describe, page
-from mmprep_frontend.http.ports import Service
+from mmprep_frontend.http.ports import Rendered, Service
 from mmprep_frontend.room import RETRY_AFTER, Held, Room
 
 _log = logging.getLogger(__name__)
@@ -156,7 +158,7 @@ class _Edge:
 
     def answering(
         self,
-        answer: Callable[[bytes, Caller], Awaitable[bytes]],
+        answer: Callable[[bytes, Caller], Awaitable[bytes] | Awaitable[Rendered]],
         *,
         prefix: str = "",
         needs_model: bool = True,
@@ -180,19 +182,30 @@ class _Edge:
                 self._check_ready()
             async with self._bodies.body(request) as (body, held):
                 caller = Caller(prefix + request[_REQUEST_ID], principal, held)
-                return await self._send(request, await answer(body, caller), held)
+                made = await answer(body, caller)
+                rendered = made if isinstance(made, Rendered) else Rendered(made)
+                return await self._send(request, rendered.body, held, rendered.unread)
 
         return handler
 
-    async def _send(self, request: web.Request, body: bytes, held: Held) -> web.StreamResponse:
-        """Return an answer; a large one is sent here, while its bytes count as held."""
+    async def _send(
+        self, request: web.Request, body: bytes, held: Held, unread: Callable[[], None] | None = None
+    ) -> web.StreamResponse:
+        """Return an answer. It is sent here if it is large, while its bytes count as held, or if somebody has to know who read it.
+
+        Parameters
+        ----------
+        unread:
+            Called where the client does not get it, or leaves it unread as far as that can be seen.
+        """
         held.hold_answer(len(body))
-        if len(body) <= _PIECE:
+        if len(body) <= _PIECE and unread is None:
             return json_answer(body)
         answer = web.StreamResponse(headers={"Content-Type": "application/json"})
         answer.content_length = len(body)
         _sign(request, answer)
         pieces = memoryview(body)
+        sent = False
         try:
             await answer.prepare(request)
             for start in range(0, len(body), _PIECE):
@@ -200,6 +213,7 @@ class _Edge:
                     await answer.write(pieces[start : start + _PIECE])
             async with asyncio.timeout(self._answer_seconds):
                 await answer.write_eof()
+            sent = True
         except ConnectionError:  # nobody is there any more
             pass
         except (TimeoutError, asyncio.CancelledError) as why:
@@ -208,6 +222,9 @@ class _Edge:
                 request.transport.abort()
             if isinstance(why, asyncio.CancelledError):
                 raise
+        finally:
+            if unread is not None:
+                _watch(request, unread) if sent else unread()
         return answer
 
     async def go_on(self, request: web.Request) -> None:
@@ -286,6 +303,11 @@ async def _tell(request: web.Request, handler: Handler) -> web.StreamResponse:
     if not answer.prepared:
         _sign(request, answer)
     return answer
+
+
+def _watch(request: web.Request, unread: Callable[[], None]) -> None:
+    assert isinstance(request.protocol, Connection)
+    request.protocol.watch(unread)
 
 
 def _sign(request: web.Request, answer: web.StreamResponse) -> None:

@@ -18,6 +18,7 @@ from mmprep.wire.messages import Name
 from mmprep_frontend.caller import Caller
 from mmprep_frontend.http.chat_answer import encode_chat_answer
 from mmprep_frontend.http.exposition import METRICS, HistogramData, Numbers, Series, expose
+from mmprep_frontend.http.ports import Rendered
 from mmprep_frontend.service import Form, Service
 from mmprep_frontend.texts import Texts
 
@@ -67,13 +68,13 @@ class HttpDoor:
         self._status = status
         self._started = int(time.time())
 
-    async def render_chat(self, body: bytes, caller: Caller) -> bytes:
+    async def render_chat(self, body: bytes, caller: Caller) -> Rendered:
         return await self._counted("/v1/chat/completions/render", self._render_chat(body, caller, "chat"))
 
-    async def render_messages(self, body: bytes, caller: Caller) -> bytes:
+    async def render_messages(self, body: bytes, caller: Caller) -> Rendered:
         return await self._counted("/v1/messages/render", self._render_chat(body, caller, "messages"))
 
-    async def render_responses(self, body: bytes, caller: Caller) -> bytes:
+    async def render_responses(self, body: bytes, caller: Caller) -> Rendered:
         return await self._counted("/v1/responses/render", self._render_chat(body, caller, "responses"))
 
     async def render_completions(self, body: bytes, caller: Caller) -> bytes:
@@ -123,7 +124,7 @@ class HttpDoor:
     def refusal(self) -> str | None:
         return self._refusal()
 
-    async def _render_chat(self, body: bytes, caller: Caller, form: Form) -> bytes:
+    async def _render_chat(self, body: bytes, caller: Caller, form: Form) -> Rendered:
         chat, held = await self._service.chat(body, form=form, principal=caller.principal), caller.held
         try:
             model = self._service.served()
@@ -136,7 +137,7 @@ class HttpDoor:
             chat.give_back()
             raise
         chat.release()
-        return answer
+        return Rendered(answer, chat.lease_return())
 
     async def _counted(self, path: str, work: Awaitable[T]) -> T:
         service, started, outcome = self._service, time.monotonic(), "ok"

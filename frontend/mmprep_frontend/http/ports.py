@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 from mmprep_frontend.caller import Caller
+
+
+class Rendered(NamedTuple):
+    """An answer, and what hangs on it.
+
+    Attributes
+    ----------
+    body: JSON, encoded.
+    unread: to be called where the client does not seem to have read it; ``None`` where nobody has to know.
+    """
+
+    body: bytes
+    unread: Callable[[], None] | None = None
 
 
 class Service(Protocol):
@@ -15,13 +29,13 @@ class Service(Protocol):
     answer takes is counted in the caller's ``held`` before; the answer itself is counted by the edge, until it is sent.
     """
 
-    async def render_chat(self, body: bytes, caller: Caller) -> bytes:
+    async def render_chat(self, body: bytes, caller: Caller) -> Rendered:
         """Answer a chat completion request with its GenerateRequest."""
 
-    async def render_messages(self, body: bytes, caller: Caller) -> bytes:
+    async def render_messages(self, body: bytes, caller: Caller) -> Rendered:
         """Answer a request of Anthropic's Messages API with its GenerateRequest."""
 
-    async def render_responses(self, body: bytes, caller: Caller) -> bytes:
+    async def render_responses(self, body: bytes, caller: Caller) -> Rendered:
         """Answer a request of OpenAI's Responses API with its GenerateRequest."""
 
     async def render_completions(self, body: bytes, caller: Caller) -> bytes:

@@ -8,22 +8,15 @@ and never listens (:mod:`mmprep.ports`); the kernel gives such a one no connecti
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Any, Final
 
 from aiohttp import web
 from aiohttp.log import access_logger
 
-from mmprep.errors import InvalidRequest
 from mmprep.ports import reserve_port
-from mmprep_frontend.http.answers import error_answer, internal_error
 from mmprep_frontend.http.app import RUNNING
+from mmprep_frontend.http.connection import MAX_HEADERS, MAX_LINE, Connection
 
-_log = logging.getLogger(__name__)
-
-#: Bytes of the request line, and of one header.
-MAX_LINE: Final = 8190
-MAX_HEADERS: Final = 100
 _BACKLOG: Final = 1024
 #: Seconds that an answered request's unread body is still taken in, so that the client reads the answer.
 _LINGER: Final = 3.0
@@ -93,8 +86,8 @@ async def serve_http(
         server = runner.server
         assert server is not None
 
-        def connection() -> _Connection:
-            return _Connection(
+        def connection() -> Connection:
+            return Connection(
                 server,
                 loop=loop,
                 keepalive_timeout=keep_alive,
@@ -126,42 +119,8 @@ async def _until_idle(server: web.Server, seconds: float) -> None:
     while True:
         busy = False
         for connection in server.connections:
-            assert isinstance(connection, _Connection)
+            assert isinstance(connection, Connection)
             busy |= not connection.close_if_idle()
         if not busy or loop.time() >= deadline:
             return
         await asyncio.sleep(_LOOK_AGAIN)
-
-
-class _Connection(web.RequestHandler):
-    """A connection whose errors below the application are JSON as well."""
-
-    def close_if_idle(self) -> bool:
-        """Close the connection unless a request is being read or answered on it; return whether it is idle."""
-        if self._request_in_progress or self._messages:
-            return False
-        self.close()
-        return True
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,  # noqa: ARG002
-    ) -> web.StreamResponse:
-        """Answer what the application never saw: what is no HTTP, or a fault below it. The connection is closed."""
-        if request.writer.output_size > 0:
-            raise ConnectionError("an answer has begun; no other can be sent")
-        if status < 500:
-            answer = error_answer(
-                InvalidRequest(
-                    "the request is not valid HTTP/1.1, or its line or a header is longer than "
-                    f"{MAX_LINE:,} bytes, or it has more than {MAX_HEADERS} headers"
-                )
-            )
-        else:
-            _log.error("a request failed below the application", exc_info=exc)
-            answer = internal_error()
-        answer.force_close()
-        return answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 from mmprep.errors import Busy, MmprepError
@@ -22,6 +23,9 @@ class CallTable:
 
     def __contains__(self, number: int) -> bool:
         return number in self._waiting
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(list(self._waiting))
 
     def open(self) -> tuple[int, asyncio.Future[Any]]:
         """Return a new call's number and the future of its outcome.
@@ -55,5 +59,5 @@ class CallTable:
 
     def fail_all(self, kind: type[MmprepError], message: str) -> None:
         """Fail every call under way."""
-        for number in list(self._waiting):
+        for number in self:
             self.resolve(number, kind(message))

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 
 from mmprep import errors
-from mmprep.items import Natural
+from mmprep.items import Generation, Natural
 
 Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 LeaseId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
@@ -61,7 +61,8 @@ class Hello(Wire, frozen=True):
 
     ``instance`` is random, the same for all connections under one hold of the process lock: another one under the same
     id means that the former process is gone. ``connection`` counts its connections, so that a hello that was on its way
-    when its connection broke is not taken for the newest.
+    when its connection broke is not taken for the newest. Leases that are granted to a backend are tagged for its
+    ``instance`` and ``turn``: see :mod:`mmprep.lease_id`.
     """
 
     protocol: int
@@ -71,6 +72,7 @@ class Hello(Wire, frozen=True):
     pid: Natural
     instance: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
     connection: Natural = 0
+    turn: Natural = 0
 
 
 class Refused(Wire, frozen=True):
@@ -214,7 +216,7 @@ class ItemAnswer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     slot: Natural = 0
     offset: Natural = 0
     length: Natural = 0
-    generation: int = 0
+    generation: Generation = 0
     lease: LeaseId | None = None
     meta: bytes = b""
     fault: Fault | None = None
@@ -252,7 +254,7 @@ class Held(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
 
     lease: LeaseId
     slot: Natural
-    generation: Natural
+    generation: Generation
     kind: LeaseKind
 
 
@@ -271,7 +273,7 @@ class Repin(Wire, frozen=True):
     """What the answer to an earlier writer's call had pinned, as slots and generations; :class:`Unpin` ends it."""
 
     call: Call
-    places: Annotated[tuple[tuple[Natural, Natural], ...], msgspec.Meta(max_length=256)]
+    places: Annotated[tuple[tuple[Natural, Generation], ...], msgspec.Meta(max_length=256)]
 
 
 class Renew(Wire, frozen=True):
@@ -291,21 +293,31 @@ class Renewed(Wire, frozen=True):
 
 
 class Release(Wire, frozen=True):
-    """End leases of this backend; unknown ones are passed over. Answered by :class:`Done` where ``call`` is above 0."""
+    """End leases of this backend; unknown ones are passed over. Answered by :class:`Done` where ``call`` is above 0.
+
+    Where a frontend says so of a backend, the backend is asked by :class:`StillHeld`: it may have taken them up.
+    """
 
     call: Call
     leases: Annotated[tuple[LeaseId, ...], msgspec.Meta(max_length=1024)]
     owner: Name | None = None
 
 
-class Overdue(Wire, frozen=True):
-    """The writer asks this backend about views that are beyond their time.
+class StillHeld(Wire, frozen=True):
+    """The writer asks this backend about leases that may be nobody's: views beyond their time, and what a frontend gives back.
 
-    What it holds it renews. What it does not know of came with an answer that was lost: it releases that, and never takes
-    it up.
+    What it holds it goes on to renew. What it does not hold it releases, and never takes up: the answer that granted it was
+    lost, or comes too late.
     """
 
     leases: Annotated[tuple[LeaseId, ...], msgspec.Meta(max_length=1024)]
+
+
+class Retag(Wire, frozen=True):
+    """Leases that are granted to this backend from now on are to be tagged for a later ``turn``. Answered by :class:`Done`."""
+
+    call: Call
+    turn: Natural
 
 
 class Acquire(Wire, frozen=True):
@@ -313,7 +325,7 @@ class Acquire(Wire, frozen=True):
 
     call: Call
     slot: Natural
-    generation: Natural
+    generation: Generation
     kind: LeaseKind
 
 
@@ -376,10 +388,21 @@ class InspectedEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknow
 
 
 ToWriter: TypeAlias = (
-    Hello | Offer | Cancel | Unpin | Reassert | Repin | Renew | Release | Acquire | Upgrade | Clear | Inspect
+    Hello | Offer | Cancel | Unpin | Reassert | Repin | Renew | Release | Acquire | Upgrade | Retag | Clear | Inspect
 )
 FromWriter: TypeAlias = (
-    WriterWelcome | Refused | Card | Wants | Answer | Failed | Done | Renewed | Acquired | Overdue | Cleared | Inspected
+    WriterWelcome
+    | Refused
+    | Card
+    | Wants
+    | Answer
+    | Failed
+    | Done
+    | Renewed
+    | Acquired
+    | StillHeld
+    | Cleared
+    | Inspected
 )
 
 
@@ -472,7 +495,7 @@ class GrantedSpill(Wire, frozen=True):
     epoch: Epoch
     incarnation: Natural
     key: Digest
-    generation: Natural
+    generation: Generation
     length: Natural
 
 

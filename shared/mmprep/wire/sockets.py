@@ -100,14 +100,20 @@ class Pump:
             self._outbox.add(peer, frames)
         self._wake()
 
-    def close(self) -> None:
-        """Close the socket; what waits in the outbox is dropped."""
+    def close(self, *, linger_ms: int = 0) -> None:
+        """Close the socket; what waits in the outbox is dropped.
+
+        Parameters
+        ----------
+        linger_ms:
+            For so long ZeroMQ goes on to deliver what it has taken; ending the context waits for that.
+        """
         if not self._closed:
             self._closed = True
             self._loop.remove_reader(self._fd)
             if self._retry is not None:
                 self._retry.cancel()
-            self._socket.close(0)
+            self._socket.close(linger_ms)
 
     def _try(self, frames: Frames) -> bool:
         try:
@@ -226,15 +232,16 @@ class Link:
         self._on_down()
         self._retry = asyncio.get_running_loop().call_later(_REOPEN_SECONDS, self._open)
 
-    def close(self) -> None:
-        """Close for good."""
+    def close(self, *, linger_ms: int = 0) -> None:
+        """Close for good; see :meth:`Pump.close`."""
         if self._retry is not None:
             self._retry.cancel()
         if self._socket is not None:
             self._socket.disable_monitor()
-        for pump in (self._monitor, self._pump):
-            if pump is not None:
-                pump.close()
+        if self._monitor is not None:
+            self._monitor.close()
+        if self._pump is not None:
+            self._pump.close(linger_ms=linger_ms)
         self._pump = self._monitor = self._socket = None
 
     def _open(self) -> None:

@@ -60,7 +60,14 @@ _MAY_SEND: dict[str, tuple[type, ...]] = {
         messages.Release,
         messages.Clear,
     ),
-    "backend": (messages.Acquire, messages.Reassert, messages.Renew, messages.Release, messages.Upgrade),
+    "backend": (
+        messages.Acquire,
+        messages.Reassert,
+        messages.Renew,
+        messages.Release,
+        messages.Upgrade,
+        messages.Retag,
+    ),
     "control": (messages.Clear, messages.Inspect),
 }
 
@@ -73,8 +80,8 @@ READERS = frozenset({"frontend", "backend"})
 #: Seconds until silent readers are reported again.
 _SILENT_AGAIN = 5.0
 
-#: Leases in one question about overdue views.
-_OVERDUE_BATCH = 512
+#: Leases in one question to a backend.
+_ASKED_BATCH = 512
 
 #: Calls of one frontend that are under way or not let go of.
 _MOST_CALLS = 65_536
@@ -195,7 +202,9 @@ class WriterCore:
         self.card = former.card
         for peer in former.peers.values():
             if peer.connected:
-                hello = messages.Hello(PROTOCOL, "", peer.role, peer.id, peer.pid, peer.instance, peer.connection)
+                hello = messages.Hello(
+                    PROTOCOL, "", peer.role, peer.id, peer.pid, peer.instance, peer.connection, peer.turn
+                )
                 self._welcome(peer.identity, hello)
 
     def go_on_beside(self, now: float) -> None:
@@ -369,13 +378,10 @@ class WriterCore:
                 self._cancel(peer, message.call, now)
             case messages.Repin():
                 self._repin(peer, message)
-            case messages.Clear():
-                self.plans.clear()
-                self.aliases.clear()
-                self.quarantine.clear()
-                self._send(peer, clear(self.ring, message))
-            case messages.Inspect():
-                self._send(peer, inspect(self.ring, message))
+            case messages.Release() if peer.role == "frontend":
+                self._give_back(peer, message)
+            case messages.Clear() | messages.Inspect():
+                self._operate(peer, message)
             case _:
                 answer = self._leasing.answer(peer, message, now)
                 if answer is not None:
@@ -384,12 +390,37 @@ class WriterCore:
             self._heard_of(peer.role, peer.id)
             self._ask_about_overdue(peer)
 
+    def _operate(self, peer: Peer, message: messages.Clear | messages.Inspect) -> None:
+        """Do what the operator asks."""
+        if isinstance(message, messages.Inspect):
+            self._send(peer, inspect(self.ring, message))
+            return
+        self.plans.clear()
+        self.aliases.clear()
+        self.quarantine.clear()
+        self._send(peer, clear(self.ring, message))
+
     def _ask_about_overdue(self, peer: Peer) -> None:
         """Ask a backend about views beyond their time: answers that granted them may have been lost on the way to it."""
-        if peer.role == "backend" and peer.connected:
-            overdue = self.ring.leases.overdue_ids(peer.id)
-            for start in range(0, len(overdue), _OVERDUE_BATCH):
-                self._send(peer, messages.Overdue(tuple(overdue[start : start + _OVERDUE_BATCH])))
+        if peer.role == "backend":
+            self._ask_whether_held(peer, self.ring.leases.overdue_ids(peer.id))
+
+    def _give_back(self, peer: Peer, release: messages.Release) -> None:
+        """A frontend gives leases back: those of an answer that seems to have reached nobody, or that an HTTP caller names.
+
+        The backend may have taken them up all the same, and may be reading: it is asked.
+        """
+        name, leases = self._leasing.given_back(peer, release)
+        for backend in self.peers.values():
+            if (backend.role, backend.id) == ("backend", name):
+                self._ask_whether_held(backend, leases)
+        if release.call:
+            self._send(peer, messages.Done(release.call))
+
+    def _ask_whether_held(self, backend: Peer, leases: Sequence[bytes]) -> None:
+        if backend.connected:
+            for start in range(0, len(leases), _ASKED_BATCH):
+                self._send(backend, messages.StillHeld(tuple(leases[start : start + _ASKED_BATCH])))
 
     def _heard_of(self, role: str, peer_id: str) -> None:
         """The reader has said what it holds, or is gone. After the last one the ring is this writer's alone."""
@@ -415,7 +446,7 @@ class WriterCore:
         if len(peer.calls) >= _MOST_CALLS:
             raise errors.Busy("too many calls are under way", retry_after=1.0)
         if offer.lease is not None:
-            self._check_backend(offer.lease)
+            self._backend(offer.lease)
         pending = PendingCall(peer, offer)
         self.aliases.recall(pending)
         self.aliases.note(offer.items)
@@ -433,12 +464,14 @@ class WriterCore:
         else:
             self._finish(pending, now)
 
-    def _check_backend(self, to: messages.LeaseTo) -> None:
-        if not any(peer.role == "backend" and peer.id == to.backend for peer in self.peers.values()):
-            raise errors.NotFound(
-                f"no living backend is registered as {to.backend!r}; register it before asking for addresses",
-                param="backend_id",
-            )
+    def _backend(self, to: messages.LeaseTo) -> Peer:
+        for peer in self.peers.values():
+            if peer.role == "backend" and peer.id == to.backend:
+                return peer
+        raise errors.NotFound(
+            f"no living backend is registered as {to.backend!r}; register it before asking for addresses",
+            param="backend_id",
+        )
 
     def _wait_for_misses(self, pending: PendingCall, offer: messages.Offer, now: float) -> None:
         """Let the call wait for flights for what is missing; ask its frontend for what nobody has asked for.
@@ -514,8 +547,7 @@ class WriterCore:
         self._calls.pop(pending.call, None)
         try:
             if pending.lease is not None and not pending.failed:
-                self._check_backend(pending.lease)
-                self._leasing.lease_out(pending, pending.lease, now)
+                self._leasing.lease_out(pending, self._backend(pending.lease), pending.lease.kind, now)
         except errors.MmprepError as error:
             self._fail(pending, error)
             return

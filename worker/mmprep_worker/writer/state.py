@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 import msgspec
 
 from mmprep.errors import MmprepError
+from mmprep.lease_id import mark_of
 from mmprep.wire import messages
 from mmprep.wire.messages import ItemAnswer
 from mmprep_worker.ring.directory import Entry
@@ -70,11 +71,12 @@ class Peer:
     name: its connection's identity as text, one to one.
     instance: the same for all connections of one process under its id.
     connection: which one of its process it is; a later one has a higher number.
+    turn: of the leases that are granted to it.
     connected: false once its connection is gone. Only backends are remembered then, for their leases.
     calls: its offers that have no answer yet, or whose entries are still pinned or transfers still held.
     """
 
-    __slots__ = ("calls", "connected", "connection", "id", "identity", "instance", "name", "pid", "role")
+    __slots__ = ("calls", "connected", "connection", "id", "identity", "instance", "name", "pid", "role", "turn")
 
     def __init__(self, identity: bytes, hello: messages.Hello) -> None:
         self.identity = identity
@@ -84,8 +86,14 @@ class Peer:
         self.pid = hello.pid
         self.instance = hello.instance
         self.connection = hello.connection
+        self.turn = hello.turn
         self.connected = True
         self.calls: dict[int, PendingCall] = {}
+
+    @property
+    def mark(self) -> bytes:
+        """What the leases that are granted to it are tagged with."""
+        return mark_of(self.instance, self.turn)
 
 
 class PendingCall:

@@ -1,0 +1,135 @@
+"""HTTP callers that hang up after addresses were leased for them: what nobody took up is given back at once."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from tests.integration.service import environment, eventually, photo, serving, user
+
+from mmprep import Backend
+
+#: Leases end by time only long after the tests.
+LEASE_SECONDS = 3600
+
+#: Asks, says so, and reads nothing of the answer.
+CALLER = """
+import signal, socket, sys
+asking = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+asking.sendall(sys.stdin.buffer.read())
+print("asked", flush=True)
+signal.pause()
+"""
+
+
+@pytest.fixture(scope="module")
+def service():
+    with serving("--frontends", 1, "--cache-size", "16MiB", "--lease-seconds", LEASE_SECONDS) as running:
+        yield running
+
+
+@pytest.fixture
+def backend(service):
+    with Backend(service.endpoint, id="engine") as backend:
+        yield backend
+        eventually(lambda: leases(service) == 0, "the end of all leases")
+
+
+def leases(service):
+    return next(one["leases"] for one in service.status()["backends"] if one["id"] == "engine")
+
+
+def place(service):
+    host, port = service.url.removeprefix("http://").rsplit(":", 1)
+    return host, int(port)
+
+
+def asking(kind):
+    """Return a request for a leased address."""
+    body = {"messages": user(photo("cat.png")), "mm_payload": "shm", "backend_id": "engine", "lease_kind": kind}
+    encoded = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions/render HTTP/1.1\r\nHost: x\r\nContent-Length: {len(encoded)}\r\n\r\n"
+    return head.encode() + encoded
+
+
+KINDS = pytest.mark.parametrize("kind", ["copy", "view"])
+
+
+@KINDS
+@pytest.mark.usefixtures("backend")
+def test_leases_of_an_answer_that_was_not_read_end_when_its_caller_hangs_up(service, kind):
+    with socket.create_connection(place(service)) as caller:
+        caller.sendall(asking(kind))
+        eventually(lambda: leases(service) == 1, "the lease")
+        assert caller.recv(1, socket.MSG_PEEK) == b"H"
+    eventually(lambda: leases(service) == 0, "the end of the lease")
+
+
+@pytest.mark.usefixtures("backend")
+def test_leases_of_an_answer_that_was_not_read_end_when_its_caller_is_killed(service):
+    command = [sys.executable, "-c", CALLER, *map(str, place(service))]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment(), **pipes) as caller:
+        caller.stdin.write(asking("view"))
+        caller.stdin.close()
+        assert caller.stdout.readline() == b"asked\n"
+        eventually(lambda: leases(service) == 1, "the lease")
+        caller.kill()
+    eventually(lambda: leases(service) == 0, "the end of the lease")
+
+
+@KINDS
+@pytest.mark.usefixtures("backend")
+def test_a_caller_that_hangs_up_before_its_answer_leaves_no_lease(service, kind):
+    """It goes while the writer has the offer and the frontend stands still, which then hears of both at once."""
+    (frontend,) = service.pids()["frontend"]
+    (writer,) = service.pids()["writer"]
+    service.render(user(photo("cat.png")))
+    os.kill(writer, signal.SIGSTOP)
+    try:
+        caller = socket.create_connection(place(service))
+        caller.sendall(asking(kind))
+        eventually(lambda: sum(one["inflight"] for one in service.status()["frontends"]) == 1, "the call's start")
+        os.kill(frontend, signal.SIGSTOP)
+        caller.close()
+    finally:
+        os.kill(writer, signal.SIGCONT)
+        os.kill(frontend, signal.SIGCONT)
+    service.quiet()
+
+
+@KINDS
+def test_leases_of_an_answer_that_was_read_stay_when_its_caller_hangs_up(service, backend, kind):
+    features = service.render(user(photo("cat.png")), mm_payload="shm", backend_id="engine", lease_kind=kind)[
+        "features"
+    ]
+    (address,) = features["mm_addresses"]["image"]
+    item = backend.open(address)
+    assert item.address.lease == address["lease"]
+    assert leases(service) == 1
+    item.release()
+
+
+@KINDS
+def test_an_address_that_was_opened_holds_whatever_its_caller_has_read(service, backend, kind):
+    """Two callers leave their answers unread. The first has looked at his, and what was leased for him is in use."""
+    with socket.create_connection(place(service)) as first, socket.create_connection(place(service)) as second:
+        for number, caller in enumerate((first, second), 1):
+            caller.sendall(asking(kind))
+            eventually(lambda wanted=number: leases(service) == wanted, "the lease")
+        head, _, body = first.recv(1 << 20, socket.MSG_PEEK).partition(b"\r\n\r\n")
+        assert b"Content-Length: %d\r\n" % len(body) in head + b"\r\n"
+        (address,) = json.loads(body)["features"]["mm_addresses"]["image"]
+        item = backend.open(address)
+        assert item.address.lease == address["lease"]
+        with item.view() as arrays:
+            pixels = arrays["pixel_values"].copy()
+            first.close()
+            second.close()
+            eventually(lambda: leases(service) == 1, "the end of the second lease")
+            assert (arrays["pixel_values"] == pixels).all()
+    assert backend.renew(address) == [True]
+    item.release()
