@@ -16,6 +16,7 @@ SERVER_MODULES = (
     ("jinja2", "jinja2"),
     ("PIL", "pillow"),
     ("simplejpeg", "simplejpeg"),
+    ("av", "av"),
     ("blake3", "blake3"),
     ("pybase64", "pybase64"),
     ("prometheus_client", "prometheus-client"),
