@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 
 from tests.fuzz.fuzzing import Finding, execute, fuzz, time_limit
@@ -21,7 +22,8 @@ def main() -> int:
         if options.replay is not None:
             if options.target is None:
                 parser.error("--replay needs a target")
-            print(execute(TARGETS[options.target], bytes.fromhex(options.replay)))  # noqa: T201 -- a command
+            with contextlib.closing(TARGETS[options.target]) as target:
+                print(execute(target, bytes.fromhex(options.replay)))  # noqa: T201 -- a command
             return 0
         failed = 0
         for name in [options.target] if options.target else TARGETS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import signal
 import time
 import tracemalloc
@@ -28,6 +29,13 @@ _KEPT = 2000
 _NEWEST = 0.3
 
 
+def outcome_of(error: BaseException) -> str:
+    """Return an error without what is different each time: numbers, names and places."""
+    text = str(error).split(" unknown field ")[0]
+    text = re.sub(r"'[^']*'|`[^`]*`|\$\S*|0x\w+|\d+", "#", text)
+    return f"{type(error).__name__}: {text[:70]}"
+
+
 class Target(Protocol):
     """What is fuzzed."""
 
@@ -41,6 +49,9 @@ class Target(Protocol):
 
     def run(self, data: bytes) -> str:
         """Execute one input and check what comes out; return the outcome. Any exception is a finding."""
+
+    def close(self) -> None:
+        """Give back what was opened; the next input opens it again."""
 
 
 class Finding(AssertionError):
@@ -60,6 +71,8 @@ class Fuzzed:
     executions: int = 0
     seconds: float = 0.0
     outcomes: Counter[str] = field(default_factory=Counter)
+    #: Seconds of the slowest execution.
+    slowest: float = 0.0
     #: Of all inputs, so that two runs can be compared.
     digest: str = ""
 
@@ -72,7 +85,7 @@ class Fuzzed:
         rate = self.executions / self.seconds if self.seconds else 0
         return (
             f"{self.executions} executions in {self.seconds:.1f} s ({rate:.0f}/s), {self.accepted} accepted, "
-            f"{len(self.outcomes)} different outcomes"
+            f"{len(self.outcomes)} different outcomes, the slowest took {self.slowest:.2f} s"
         )
 
 
@@ -99,6 +112,11 @@ def fuzz(target: Target, *, seed: int, executions: int | None = None, seconds: f
     Finding
         The first input that does something that it must not do.
     """
+    with contextlib.closing(target):
+        return _fuzz(target, seed, executions, seconds)
+
+
+def _fuzz(target: Target, seed: int, executions: int | None, seconds: float | None) -> Fuzzed:
     rng = Random(f"{target.name} {seed}")
     start = time.monotonic()
     done = Fuzzed()
@@ -116,7 +134,9 @@ def fuzz(target: Target, *, seed: int, executions: int | None = None, seconds: f
         newest = rng.random() < _NEWEST
         data = target.mutate(rng, rng.choice(corpus[-20:] if newest else corpus), corpus)
         digest.update(data)
+        begun = time.monotonic()
         outcome = execute(target, data, memory=done.executions % _LOOK_EVERY == 0)
+        done.slowest = max(done.slowest, time.monotonic() - begun)
         done.executions += 1
         done.outcomes[outcome] += 1
         if outcome not in known:

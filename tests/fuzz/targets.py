@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -12,7 +11,9 @@ from typing import Any, NamedTuple, get_args
 
 import msgpack
 import msgspec
-from tests.fuzz.fuzzing import Target
+from tests.fuzz import videos
+from tests.fuzz.child import Child
+from tests.fuzz.fuzzing import Target, outcome_of
 from tests.fuzz.mutate import LONGEST, mutate_bytes, mutate_plain
 from tests.fuzz.schema import Strict, fits, info, sample
 from tests.wire_strategies import LINKS
@@ -29,14 +30,6 @@ from mmprep.wire.codec import CONTROL_LIMIT, pack, unpack
 from mmprep_worker.lanes.config import LaneConfig
 from mmprep_worker.ring.policy import Clock
 from mmprep_worker.ring.ring import Ring
-
-
-def outcome_of(error: BaseException) -> str:
-    """Return an error without what is different each time: numbers, names and places."""
-    text = str(error).split(" unknown field ")[0]
-    text = re.sub(r"'[^']*'|`[^`]*`|\$\S*|0x\w+|\d+", "#", text)
-    return f"{type(error).__name__}: {text[:70]}"
-
 
 # --- the wire decoder -------------------------------------------------------------------------------------------------
 
@@ -137,6 +130,9 @@ class Wire:
             assert len(frame) <= CONTROL_LIMIT, "a frame above the limit was accepted"
         return f"accepted {type(value).__name__}"
 
+    def close(self) -> None:
+        """Nothing was opened."""
+
 
 # --- the directory reader ---------------------------------------------------------------------------------------------
 
@@ -178,6 +174,9 @@ class Directory:
 
     def run(self, data: bytes) -> str:
         return _read_header(data[1:]) if data[:1] == b"\0" else _take_over(data[1:])
+
+    def close(self) -> None:
+        """Nothing was opened."""
 
 
 def _directory(rng: Random) -> bytes:
@@ -424,6 +423,9 @@ class AddressOf:
         _believed(address, record)
         return f"accepted with {len(address.fields)} fields"
 
+    def close(self) -> None:
+        """Nothing was opened."""
+
 
 def _document(data: bytes) -> dict[str, Any] | None:
     try:
@@ -476,4 +478,44 @@ def _believed(address: Address, record: bytes) -> None:
         assert 0 <= field.offset <= field.offset + size <= length, "a field reaches out of the extent"
 
 
-TARGETS: dict[str, Target] = {target.name: target for target in (Wire(), Directory(), AddressOf())}
+# --- decoders of media ------------------------------------------------------------------------------------------------
+
+#: Bytes of data that a decoder's process may have: an eighth of what a lane gets, for inputs of some kB.
+MEDIA_MEMORY = 512 << 20
+
+
+class Media:
+    """Media in a decoder that runs in a process of its own.
+
+    Parameters
+    ----------
+    name:
+        Of the target.
+    decode:
+        What runs there, as ``module:function``; see :mod:`tests.fuzz.child`.
+    corpus, mutate:
+        As for every target.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        decode: str,
+        corpus: Callable[[], list[bytes]],
+        mutate: Callable[[Random, bytes, Sequence[bytes]], bytes],
+    ) -> None:
+        self.name = name
+        self.corpus = corpus
+        self.mutate = mutate
+        self._child = Child(decode, MEDIA_MEMORY)
+
+    def run(self, data: bytes) -> str:
+        return self._child.run(data)
+
+    def close(self) -> None:
+        self._child.close()
+
+
+MEDIA = (Media("videos", "tests.fuzz.videos:decode", videos.corpus, videos.mutate),)
+
+TARGETS: dict[str, Target] = {target.name: target for target in (Wire(), Directory(), AddressOf(), *MEDIA)}
