@@ -218,6 +218,35 @@ def write_qwen2_audio(path, *, config=None, template=QWEN2_AUDIO_TEMPLATE, **ove
     _write(path, "tokenizer.json", tokenizer | {"added_tokens": added})
     _write(path, "tokenizer_config.json", tokens)
     _write(path, "chat_template.json", {"chat_template": template})
+
+
+def write_qwen3_vl(path):
+    """Write a Qwen3-VL directory with the embedded model's tokenizer, and processors as published."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    for file in embedded.path().iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    model = json.loads((path / "config.json").read_text())
+    model |= {"architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl"}
+    processor = {
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "processor_class": "Qwen3VLProcessor",
+    }
+    pictures = {
+        "size": {"longest_edge": 16777216, "shortest_edge": 65536},
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+    }
+    videos = {
+        "size": {"longest_edge": 25165824, "shortest_edge": 4096},
+        "video_processor_type": "Qwen3VLVideoProcessor",
+    }
+    _write(path, "config.json", model)
+    _write(path, "preprocessor_config.json", processor | pictures)
+    _write(path, "video_preprocessor_config.json", processor | videos)
     return path
 
 

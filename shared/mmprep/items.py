@@ -30,7 +30,11 @@ DTYPE_SIZES = {
     "float16": 2,
     "bfloat16": 2,
     "float32": 4,
+    "float64": 8,
 }
+
+#: Bytes of packed metadata up to which they are kept unpacked.
+_REMEMBERED = 4096
 
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
 #: Of a directory's record; :mod:`mmprep.layout` has more about it.
@@ -166,15 +170,19 @@ class ItemMeta(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
         return packed
 
 
-@lru_cache(maxsize=512)
 def unpack_meta(blob: bytes) -> ItemMeta:
-    """Return the metadata that :meth:`ItemMeta.pack` wrote. Remembered: pictures of one size have the same.
+    """Return the metadata that :meth:`ItemMeta.pack` wrote.
 
     Raises
     ------
     ValueError
         The bytes are no valid metadata.
     """
+    # Pictures of one size have the same; videos with text between their frames have large ones of their own.
+    return _remembered(blob) if len(blob) <= _REMEMBERED else _unpack(blob)
+
+
+def _unpack(blob: bytes) -> ItemMeta:
     try:
         msgspec.msgpack.decode(blob, type=msgspec.Raw)  # for the reason in mmprep.wire.codec
         plain = msgpack.unpackb(blob, use_list=True, strict_map_key=True)
@@ -184,6 +192,9 @@ def unpack_meta(blob: bytes) -> ItemMeta:
     except (msgspec.DecodeError, msgpack.UnpackException, ValueError, RecursionError) as error:
         raise ValueError(f"not an item's metadata: {error}") from None
     return meta
+
+
+_remembered = lru_cache(maxsize=512)(_unpack)
 
 
 def field_array(region: memoryview, spec: FieldSpec) -> NDArray[Any]:

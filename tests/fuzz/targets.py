@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_args
 
 import msgpack
 import msgspec
-from tests.fuzz import pictures, recordings
+from tests.fuzz import pictures, recordings, videos
 from tests.fuzz.child import Child
 from tests.fuzz.fuzzing import Target, outcome_of
 from tests.fuzz.mutate import LONGEST, mutate_bytes, mutate_plain
@@ -518,13 +518,14 @@ class Media:
 
 
 PICTURES = "tests.fuzz.pictures:decode"
-#: Pictures of all formats, those of one at a time, and recordings.
+#: Pictures of all formats, those of one at a time, videos and recordings.
 MEDIA = (
     Media("pictures", PICTURES, pictures.corpus, pictures.mutate),
     *(
         Media(name.lower(), PICTURES, partial(pictures.corpus, name), pictures.mutate)
         for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
     ),
+    Media("videos", "tests.fuzz.videos:decode", videos.corpus, videos.mutate),
     Media("recordings", "tests.fuzz.recordings:decode", recordings.corpus, recordings.mutate),
 )
 

@@ -27,6 +27,7 @@ NORMAL = {
     "directory": (1000, 25),
     "address": (20_000, 20),
     "pictures": (3000, 60),
+    "videos": (4000, 16),
     "recordings": (1000, 40),
 }
 SECONDS_AT_LENGTH = 120.0

@@ -146,12 +146,12 @@ CASES = {
     "unknown role": Case(chat([{"role": "robot", "content": "x"}]), 400, BAD, "messages[0].role", "'robot'"),
     "null content": Case(chat([{"role": "user", "content": None}]), 400, BAD, "messages[0].content", "needs a content"),
     "unknown part": Case(chat(user({"type": "smell"})), 400, BAD, "messages[0].content[0].type", "'smell'"),
-    "a video": Case(
-        chat(user({"type": "video_url", "video_url": {"url": "http://127.0.0.1/"}})),
+    "a recording": Case(
+        chat(user({"type": "audio_url", "audio_url": {"url": "http://127.0.0.1/"}})),
         400,
         BAD,
         "messages[0].content[0].type",
-        "'video'",
+        "'audio'",
     ),
     "part without URL": Case(chat(user({"type": "image_url", "image_url": {}})), 400, BAD, PART, "no data.*'uuid'"),
     "temperature below 0": Case(chat(HELLO, temperature=-1), 400, BAD, "temperature", ">= 0"),

@@ -67,7 +67,16 @@ def test_a_machine_and_a_model_that_are_fit_are_told_so_and_nothing_is_made(runt
     status = {finding["what"]: finding["status"] for finding in report["findings"]}
     assert {
         status[what]
-        for what in ("python", "runtime directory", "shared memory", "server extra", "codecs", "kernel", "model")
+        for what in (
+            "python",
+            "runtime directory",
+            "shared memory",
+            "server extra",
+            "codecs",
+            "video codecs",
+            "kernel",
+            "model",
+        )
     } == {"ok"}
     assert (result.returncode, report["ok"]) == (0, True)
     assert list(runtime_dir.iterdir()) == []

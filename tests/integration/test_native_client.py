@@ -169,7 +169,7 @@ def test_errors_are_of_the_tree_and_name_the_place(service):
         for parts, kind, param in (
             ([text("?"), raw(ROCKET[:9000])], DecodeError, "messages[0].content[1].image_url"),
             ([raw(b"no picture")], UnsupportedMedia, "messages[0].content[0].image_url"),
-            ([{"type": "video_url", "video_url": "http://127.0.0.1/"}], InvalidRequest, "messages[0].content[0].type"),
+            ([{"type": "audio_url", "audio_url": "http://127.0.0.1/"}], InvalidRequest, "messages[0].content[0].type"),
         ):
             for payload in ("shm", "tensors", "none"):
                 if kind is DecodeError and payload == "none":

@@ -19,7 +19,8 @@ from mmprep.errors import DecodeError, InvalidRequest, MmprepError, StartupError
 from mmprep.items import storage_dtype, unpack_meta
 from mmprep_worker.images.resample import PillowResampler
 from mmprep_worker.models import registry
-from mmprep_worker.models.qwen2_vl import Qwen2VLFamily, embeds_width, read_settings, smart_resize
+from mmprep_worker.models.qwen2_vl import Qwen2VLFamily
+from mmprep_worker.models.qwen2_vl_settings import embeds_width, read_settings, smart_resize
 from mmprep_worker.models.registry import load_family
 
 LIMIT = 178_956_970
@@ -226,8 +227,8 @@ def test_errors_say_what_to_change(family):
         family.plan("image", encoded(Image.new("L", (2000, 1))), ok)
     with pytest.raises(InvalidRequest, match="uint8, float32, bfloat16, float16"):
         family.open("image", encoded(drawn(8, 8)), ItemOptions("int4"))
-    with pytest.raises(InvalidRequest, match="not video"):
-        family.open("video", b"", ok)
+    with pytest.raises(InvalidRequest, match="not audio"):
+        family.open("audio", b"", ok)
     with pytest.raises(UnsupportedMedia):
         family.open("image", b"", ok)
     truncated = encoded(drawn(300, 300), "JPEG")[:-4000]

@@ -33,6 +33,16 @@ PICTURE_KINDS: tuple[tuple[str, str, Literal["warn", "fail"]], ...] = (
     ("AVIF", "avif", "warn"),
 )
 
+#: Codecs of videos, and FFmpeg's names of what reads them.
+VIDEO_CODECS = (
+    ("H.264", "h264"),
+    ("HEVC", "hevc"),
+    ("VP8", "vp8"),
+    ("VP9", "vp9"),
+    ("AV1", "libdav1d"),
+    ("MPEG-4", "mpeg4"),
+)
+
 #: Open files a service of many clients needs: a connection is one, and so is a medium on its way.
 WANTED_FILES = 4096
 
@@ -255,7 +265,12 @@ def check_server_modules() -> Iterator[Finding]:
 
 
 def check_codecs() -> Iterator[Finding]:
-    """Check which kinds of pictures Pillow was built to read."""
+    """Check which kinds of pictures Pillow was built to read, and which codecs of videos FFmpeg."""
+    yield from _check_pictures()
+    yield from _check_videos()
+
+
+def _check_pictures() -> Iterator[Finding]:
     if _import_error("PIL") is not None:
         return
     from PIL import features  # noqa: PLC0415 - part of the server extra, which is what is being checked
@@ -266,6 +281,19 @@ def check_codecs() -> Iterator[Finding]:
         if kind not in readable:
             advice = "install Pillow from a wheel: pip install --force-reinstall --only-binary :all: pillow"
             yield Finding(status, "codecs", f"Pillow cannot read {kind}; such pictures will be refused", advice)
+
+
+def _check_videos() -> Iterator[Finding]:
+    if _import_error("av") is not None:
+        return
+    import av  # noqa: PLC0415 - as above
+
+    readable = [codec for codec, name in VIDEO_CODECS if name in av.codecs_available]
+    yield Finding("ok", "video codecs", f"{', '.join(readable)} (av {av.__version__})")
+    for codec, name in VIDEO_CODECS:
+        if name not in av.codecs_available:
+            advice = "install PyAV from a wheel: pip install --force-reinstall --only-binary :all: av"
+            yield Finding("warn", "video codecs", f"FFmpeg cannot read {codec}; such videos will be refused", advice)
 
 
 def check_kernel() -> Finding:

@@ -145,11 +145,12 @@ def turn(source: Any, start: int, step: int, blocks: int, out: Any, column: int)
 def patch_writer(element: str, patch: int) -> Callable[..., None]:
     """Return the loop that writes planar rows into patches, for one element type and patch size.
 
-    The loop takes ``(planes, out, tables, band, merge)``: ``planes`` uint8 (rows, 3, stride), rows a multiple of
+    The loop takes ``(planes, out, tables, band, merge, across, first, end)``: ``planes`` uint8 (rows, 3, stride), rows a multiple of
     ``patch``; ``out`` (N, 3, times, patch, patch) of ``element`` (``uint8``, ``uint16``, ``uint32``); ``tables`` of
     ``element`` (3, 256), what becomes of each value of each channel, not looked at for ``uint8``; ``band`` the first
     row of patches. Patches come in groups of ``merge`` by ``merge``, row by row within and outside the groups. The
-    number of patches in a row is that of ``out`` over that of its rows, hence a last argument ``across``.
+    number of patches in a row is that of ``out`` over that of its rows, hence an argument ``across``. Of the time axis
+    the indices from ``first`` to below ``end`` are written.
     """
     kind = getattr(types, element)
     look_up = element != "uint8"
@@ -162,15 +163,19 @@ def patch_writer(element: str, patch: int) -> Callable[..., None]:
             types.intp,
             types.intp,
             types.intp,
+            types.intp,
+            types.intp,
         )
     )
-    def write(planes: Any, out: Any, tables: Any, band: int, merge: int, across: int) -> None:  # noqa: PLR0917, as above
+    def write(  # noqa: PLR0917, as above
+        planes: Any, out: Any, tables: Any, band: int, merge: int, across: int, first: int, end: int
+    ) -> None:
         for v in range(planes.shape[0] // patch):
             group, inside = divmod(band + v, merge)
             for u in range(across):
                 n = ((group * (across // merge) + u // merge) * merge + inside) * merge + u % merge
                 for c in range(3):
-                    for t in range(out.shape[2]):
+                    for t in range(first, end):
                         o = out[n, c, t]
                         for i in range(patch):
                             row = planes[v * patch + i, c]

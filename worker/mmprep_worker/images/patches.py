@@ -12,7 +12,7 @@ from mmprep_worker.images.resample import NumbaResampler, Pixels, Resampler
 
 
 def _write(  # noqa: PLR0917, called as the compiled loop is
-    planes: Pixels, out: NDArray[Any], tables: NDArray[Any], band: int, merge: int, across: int
+    planes: Pixels, out: NDArray[Any], tables: NDArray[Any], band: int, merge: int, across: int, first: int, end: int
 ) -> None:
     """Do in numpy what :func:`mmprep_worker.images.compiled.patch_writer`'s loop does."""
     patch = out.shape[-1]
@@ -21,11 +21,18 @@ def _write(  # noqa: PLR0917, called as the compiled loop is
     row, column = np.meshgrid(np.arange(band, band + rows), np.arange(across), indexing="ij")
     n = ((row // merge * (across // merge) + column // merge) * merge + row % merge) * merge + column % merge
     channel = np.arange(3)[:, None, None]
-    out[n] = tables[channel, grid][:, :, :, None]
+    out[n, :, first:end] = tables[channel, grid][:, :, :, None]
 
 
 def write_patches(
-    resampler: Resampler, pixels: Pixels, grid: tuple[int, int], *, merge: int, out: NDArray[Any], tables: NDArray[Any]
+    resampler: Resampler,
+    pixels: Pixels,
+    grid: tuple[int, int],
+    *,
+    merge: int,
+    out: NDArray[Any],
+    tables: NDArray[Any],
+    times: range | None = None,
 ) -> None:
     """Resize ``pixels`` and write them into patches.
 
@@ -38,12 +45,15 @@ def write_patches(
     merge:
         Patches lie in groups of ``merge`` by ``merge``; groups, and patches in a group, lie row by row.
     out:
-        (patches, 3, times, patch, patch), C-contiguous; the time axis repeats the picture.
+        (patches, 3, times, patch, patch), C-contiguous.
     tables:
         (3, 256) of ``out``'s dtype: what becomes of each value of each channel.
+    times:
+        Which indices of the time axis the picture is written to; ``None``: all.
     """
     down, across = grid
     patch = out.shape[-1]
+    times = range(out.shape[2]) if times is None else times
     write: Any = _write
     if isinstance(resampler, NumbaResampler):
         # The loop moves bits, it does not calculate: one for each element size.
@@ -51,7 +61,7 @@ def write_patches(
         out, tables = out.view(bits), tables.view(bits)
         write = _compiled_writer(bits.name, patch)
     for top, planes in resampler.planes(pixels, across * patch, down * patch, patch):
-        write(planes, out, tables, top // patch, merge, across)
+        write(planes, out, tables, top // patch, merge, across, times.start, times.stop)
 
 
 @functools.cache

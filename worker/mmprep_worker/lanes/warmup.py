@@ -6,14 +6,17 @@ kernels compiled, tables computed. The ring, the counters and the caches see not
 
 from __future__ import annotations
 
+import contextlib
 import io
 
 import numpy as np
 from PIL import Image
 
 from mmprep.card import ItemOptions
+from mmprep.errors import TooLarge
 from mmprep.items import field_array, region_size
 from mmprep_worker.models.family import Family
+from mmprep_worker.video.samples import videos
 
 
 def _sample(width: int, height: int, kind: str) -> bytes:
@@ -31,16 +34,25 @@ def _media(modality: str) -> list[bytes]:
         from mmprep_worker.audio.samples import recordings  # noqa: PLC0415, only models that take sound need its codecs
 
         return recordings()
+    if modality == "video":
+        return videos()
     return []
 
 
 def warm_up(family: Family) -> None:
-    """Process small media in every way that requests can ask for; raises what the family raises."""
+    """Process small media in every way that requests can ask for; raises what the family raises.
+
+    Media above the limits of the service are left out.
+    """
     for placeholder in family.card.placeholders:
         for medium in _media(placeholder.modality):
             for dtype in family.card.dtypes[placeholder.modality]:
-                options = ItemOptions(dtype)
-                family.plan(placeholder.modality, medium, options)
-                prepared = family.open(placeholder.modality, medium, options)
-                region = memoryview(bytearray(region_size(prepared.meta.fields)))
-                prepared.fill({spec.name: field_array(region, spec) for spec in prepared.meta.fields})
+                with contextlib.suppress(TooLarge):
+                    _process(family, placeholder.modality, medium, ItemOptions(dtype))
+
+
+def _process(family: Family, modality: str, medium: bytes, options: ItemOptions) -> None:
+    family.plan(modality, medium, options)
+    prepared = family.open(modality, medium, options)
+    region = memoryview(bytearray(region_size(prepared.meta.fields)))
+    prepared.fill({spec.name: field_array(region, spec) for spec in prepared.meta.fields})

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import blake3
 import msgspec
+from tokenizers import Tokenizer
 
 from mmprep.card import Placeholder
 from mmprep.errors import StartupError
@@ -22,9 +24,20 @@ from mmprep_worker.images.decode import DECODER_VERSION, WHITE, Background, libr
 from mmprep_worker.images.resample import KERNEL_VERSION
 from mmprep_worker.models import qwen2_vl
 from mmprep_worker.models.family import Family, MediaLimits
+from mmprep_worker.models.qwen2_vl_settings import (
+    QWEN2_VIDEOS,
+    QWEN3_VIDEOS,
+    Settings,
+    embeds_width,
+    read_settings,
+    read_video_settings,
+)
+from mmprep_worker.models.qwen2_vl_video import TimeMarks, Videos
+from mmprep_worker.models.qwen3_vl_times import TimeTokens
 
-#: Their versions may change pixels or ids.
-_DECIDING = ("transformers", "pillow", "simplejpeg", "numpy")
+#: Their versions may change pixels or ids. FFmpeg's comes with that of av.
+_DECIDING = ("transformers", "pillow", "simplejpeg", "numpy", "av")
+_log = logging.getLogger(__name__)
 
 
 class _AddedToken(msgspec.Struct):
@@ -79,21 +92,10 @@ def load_family(model_dir: Path, limits: MediaLimits, background: Background = W
             return family
     named = partial(fingerprint, background=background)
     if config.get("model_type") in qwen2_vl.MODEL_TYPES:
-        processor = _section(model_dir, "image_processor")
-        settings = qwen2_vl.read_settings(processor)
+        processor = _processor(model_dir, "image_processor", "preprocessor_config.json")
+        settings = read_settings(processor)
         if settings is not None:
-            placeholder = _qwen2_vl_placeholder(model_dir, config)
-            digest = named(
-                processor="Qwen2VLImageProcessor", config=processor, placeholder=msgspec.to_builtins(placeholder)
-            )
-            return qwen2_vl.Qwen2VLFamily(
-                settings,
-                placeholder,
-                fingerprint=digest,
-                limits=limits,
-                background=background,
-                embeds_width=qwen2_vl.embeds_width(config),
-            )
+            return _qwen2_vl(model_dir, config, settings, processor, limits=limits, background=background)
     from mmprep_worker.models.generic_hf import load_generic  # noqa: PLC0415, transformers is slow to import and large
 
     return load_generic(model_dir, config, fingerprint=named, limits=limits, background=background)
@@ -112,16 +114,13 @@ def _read(model_dir: Path, name: str) -> dict[str, Any]:
     return plain
 
 
-def _section(model_dir: Path, part: str) -> dict[str, Any]:
-    """Return the configuration of a part of the processor, as ``image_processor``.
-
-    A section of ``processor_config.json`` wins over ``preprocessor_config.json``, as in transformers.
-    """
+def _processor(model_dir: Path, section: str, *files: str) -> dict[str, Any]:
+    """Return a processor's configuration: a section of ``processor_config.json``, else the first file, as transformers."""
     if (model_dir / "processor_config.json").exists():
-        section = _read(model_dir, "processor_config.json").get(part)
-        if isinstance(section, dict):
-            return section
-    return _read(model_dir, "preprocessor_config.json")
+        found = _read(model_dir, "processor_config.json").get(section)
+        if isinstance(found, dict):
+            return found
+    return _read(model_dir, next((name for name in files if (model_dir / name).exists()), files[-1]))
 
 
 def _added_tokens(model_dir: Path) -> dict[int, str]:
@@ -146,7 +145,7 @@ def _qwen2_audio(model_dir: Path, config: Mapping[str, Any], limits: MediaLimits
     from mmprep_worker.audio.recording import decoders  # noqa: PLC0415, as above
     from mmprep_worker.models import qwen2_audio  # noqa: PLC0415, as above
 
-    extractor = _section(model_dir, "feature_extractor")
+    extractor = _processor(model_dir, "feature_extractor", "preprocessor_config.json")
     settings = qwen2_audio.read_settings(extractor)
     if settings is None:
         return None
@@ -174,21 +173,98 @@ def _qwen2_audio_placeholder(model_dir: Path, config: Mapping[str, Any]) -> Plac
     return Placeholder("audio", token, number, f"<|audio_bos|>{token}<|audio_eos|>")
 
 
-def _qwen2_vl_placeholder(model_dir: Path, config: Mapping[str, Any]) -> Placeholder:
-    """Return the image placeholder: ids of ``config.json``, or of the tokens' usual names, with the tokenizer's texts."""
+class _Marks(NamedTuple):
+    """The special tokens of Qwen2-VL and its successors around and in place of media: texts and ids."""
+
+    texts: dict[int, str]
+    image: int
+    video: int | None
+    start: int
+    end: int
+
+    def placeholder(self, modality: str, token_id: int) -> Placeholder:
+        token = self.texts[token_id]
+        return Placeholder(modality, token, token_id, self.texts[self.start] + token + self.texts[self.end])
+
+
+def _qwen2_vl_marks(model_dir: Path, config: Mapping[str, Any]) -> _Marks:
+    """Return the marks: ids of ``config.json``, or of the tokens' usual names, with the tokenizer's texts."""
     texts = _added_tokens(model_dir)
     ids = {text: number for number, text in texts.items()}
 
-    def text_of(option: str, usual: str) -> str:
+    def id_of(option: str, usual: str) -> int:
         number = config.get(option, ids.get(usual))
         if not isinstance(number, int) or number not in texts:
             raise StartupError(
                 f"MODEL: the tokenizer has no added token for config.json's {option} ({number}), usually {usual}; "
                 "the tokenizer's files and config.json must be of the same model"
             )
-        return texts[number]
+        return number
 
-    start = text_of("vision_start_token_id", "<|vision_start|>")
-    image = text_of("image_token_id", "<|image_pad|>")
-    end = text_of("vision_end_token_id", "<|vision_end|>")
-    return Placeholder("image", image, ids[image], start + image + end)
+    start = id_of("vision_start_token_id", "<|vision_start|>")
+    image = id_of("image_token_id", "<|image_pad|>")
+    end = id_of("vision_end_token_id", "<|vision_end|>")
+    named = "video_token_id" in config or "<|video_pad|>" in ids
+    return _Marks(texts, image, id_of("video_token_id", "<|video_pad|>") if named else None, start, end)
+
+
+def _qwen2_vl(
+    model_dir: Path,
+    config: Mapping[str, Any],
+    settings: Settings,
+    processor: Mapping[str, Any],
+    *,
+    limits: MediaLimits,
+    background: Background,
+) -> Family:
+    marks = _qwen2_vl_marks(model_dir, config)
+    placeholder = marks.placeholder("image", marks.image)
+    # The image processor's file is there, so one of these is.
+    video_files = ("video_preprocessor_config.json", "preprocessor_config.json")
+    of_videos = _processor(model_dir, "video_processor", *video_files) if marks.video is not None else None
+    videos = None if of_videos is None else _qwen2_vl_videos(model_dir, config, marks, of_videos, limits)
+    digest = fingerprint(
+        background=background,
+        model=config["model_type"],
+        processor="Qwen2VLImageProcessor",
+        config=processor,
+        placeholder=msgspec.to_builtins(placeholder),
+        videos=None if videos is None else [of_videos, msgspec.to_builtins(videos.placeholder), limits.video_frames],
+    )
+    return qwen2_vl.Qwen2VLFamily(
+        settings,
+        placeholder,
+        fingerprint=digest,
+        limits=limits,
+        background=background,
+        videos=videos,
+        embeds_width=embeds_width(config),
+    )
+
+
+def _qwen2_vl_videos(
+    model_dir: Path, config: Mapping[str, Any], marks: _Marks, processor: Mapping[str, Any], limits: MediaLimits
+) -> Videos | None:
+    """Return the family's videos, or ``None``, with a word in the log, where their configuration can't be honoured."""
+    kind = config["model_type"]
+    third = kind.startswith("qwen3")
+    settings = read_video_settings(processor, QWEN3_VIDEOS if third else QWEN2_VIDEOS)
+    if settings is None or marks.video is None or settings.frame.factor > 4096:
+        _log.warning(
+            "the model takes no videos here: the configuration of its video processor is not one that is known"
+        )
+        return None
+    placeholder = marks.placeholder("video", marks.video)
+    if not third:
+        return Videos(settings, placeholder, limits, rated=kind == "qwen2_5_vl")
+    times = TimeMarks(TimeTokens(_tokenizer(model_dir)), marks.start, marks.end)
+    return Videos(settings, placeholder, limits, marks=times)
+
+
+def _tokenizer(model_dir: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    except Exception as error:  # noqa: BLE001, tokenizers raises nothing narrower
+        raise StartupError(
+            f"MODEL: tokenizer.json cannot be read ({type(error).__name__}), and the times of videos need it; copy it again"
+        ) from None
