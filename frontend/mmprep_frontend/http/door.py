@@ -37,6 +37,8 @@ class HttpDoor:
 
     Parameters
     ----------
+    service, texts:
+        What answers: chats, and what has no media.
     not_ready:
         Returns why the service is not ready, or ``None``.
     refusal:
@@ -48,13 +50,14 @@ class HttpDoor:
     def __init__(
         self,
         service: Service,
+        texts: Texts,
         *,
         not_ready: Callable[[], str | None],
         refusal: Callable[[], str | None],
         collect: Callable[[], Awaitable[Snapshot]],
     ) -> None:
         self._service = service
-        self._texts = Texts(service)
+        self._texts = texts
         self._not_ready = not_ready
         self._refusal = refusal
         self._collect = collect
