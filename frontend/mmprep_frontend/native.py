@@ -55,6 +55,8 @@ class NativeDoor:
     ----------
     endpoint:
         Where to bind; the caller owns the path.
+    service, texts:
+        What answers: chats, and what has no media.
     max_body_size:
         Of one frame of a request, in bytes.
     room:
@@ -68,13 +70,14 @@ class NativeDoor:
         context: zmq.Context[Any],
         endpoint: str,
         service: Service,
+        texts: Texts,
         *,
         max_body_size: int,
         room: Room,
         refusal: Callable[[], str | None],
     ) -> None:
         self._service = service
-        self._texts = Texts(service)
+        self._texts = texts
         self._room = room
         self._max_frame = max_body_size
         self._refusal = refusal

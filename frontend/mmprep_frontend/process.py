@@ -39,6 +39,7 @@ from mmprep_frontend.native import NativeDoor
 from mmprep_frontend.room import Room
 from mmprep_frontend.service import Service
 from mmprep_frontend.supervision import SupervisorLink
+from mmprep_frontend.texts import Texts
 
 _log = logging.getLogger("mmprep.frontend")
 
@@ -133,8 +134,10 @@ class Frontend:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._told_to_stop)
         loop.add_reader(_INPUT, self._input_ready)
+        texts = Texts(self._service)
         door = HttpDoor(
             self._service,
+            texts,
             not_ready=self._not_ready,
             refusal=self._refusal,
             collect=self._supervisor.metrics,
@@ -151,6 +154,7 @@ class Frontend:
             self._context,
             self._runtime.frontend(self._settings.index),
             self._service,
+            texts,
             max_body_size=max_body,
             room=room,
             refusal=self._refusal,

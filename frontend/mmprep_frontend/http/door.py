@@ -41,6 +41,8 @@ class HttpDoor:
 
     Parameters
     ----------
+    service, texts:
+        What answers: chats, and what has no media.
     not_ready:
         Returns why the service is not ready, or ``None``.
     refusal:
@@ -54,6 +56,7 @@ class HttpDoor:
     def __init__(
         self,
         service: Service,
+        texts: Texts,
         *,
         not_ready: Callable[[], str | None],
         refusal: Callable[[], str | None],
@@ -61,7 +64,7 @@ class HttpDoor:
         status: Callable[[], Awaitable[bytes]],
     ) -> None:
         self._service = service
-        self._texts = Texts(service)
+        self._texts = texts
         self._not_ready = not_ready
         self._refusal = refusal
         self._collect = collect
