@@ -218,6 +218,7 @@ def write_qwen2_audio(path, *, config=None, template=QWEN2_AUDIO_TEMPLATE, **ove
     _write(path, "tokenizer.json", tokenizer | {"added_tokens": added})
     _write(path, "tokenizer_config.json", tokens)
     _write(path, "chat_template.json", {"chat_template": template})
+    return path
 
 
 def write_qwen3_vl(path):
