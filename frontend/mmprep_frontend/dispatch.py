@@ -99,6 +99,8 @@ class Offered:
         if any(item.fault is not None for item in self.items):
             return  # the writer keeps nothing for a call that has failed
         fetched = await link.fetch(self.items)
+        if fetched:
+            failpoints.reach("frontend.fetched")
         self._tensors.add(fetched)
         if fetched and self.leased_to is not None:
             self._link.unpin(self._token)

@@ -13,6 +13,7 @@ from typing import Any
 
 import zmq
 
+from mmprep import failpoints
 from mmprep.errors import MmprepError, ProtocolError, ServiceUnavailable
 from mmprep.items import align
 from mmprep.registration import Mapping
@@ -126,6 +127,7 @@ class TensorLink:
             number, future = self._calls.open()
             try:
                 self._link.send([pack(messages.Fetch(number, inline))])
+                failpoints.reach("frontend.fetch.sent")
                 region: memoryview = await future
             finally:
                 self._calls.forget(number)

@@ -23,6 +23,8 @@ from mmprep.card import ItemOptions
 from mmprep.cli.desk import DeskClient
 from mmprep.failpoints import VARIABLE
 from mmprep.items import field_array, region_size
+from mmprep.runtime import RuntimeDir
+from mmprep.segment import segments_of
 from mmprep_worker.models.family import MediaLimits
 from mmprep_worker.models.registry import load_family
 
@@ -75,13 +77,18 @@ class Faulty:
         return {process["pid"] for process in status[f"{role}s"]}
 
     def whole(self):
-        """Wait until every process is there and nothing is under way or held; check that the ring adds up."""
+        """Wait until every process is there and nothing is under way or held; check that memory adds up."""
         status = self.status_when(lambda s: _is_whole(s) and _is_quiet(s), "a whole service with nothing under way")
         ring = status["ring"]
         assert ring["leased"] == ring["filling"] == status["pins"] == 0
         assert ring["free"] + ring["ready"] + ring["leased"] + ring["filling"] == ring["capacity"]
         assert all(queue == {"depth": 0, "bytes": 0} for queue in status["queues"].values())
+        assert len(self.segments()) == 1 + status["spills"]["entries"], "a segment is left over, or one is missing"
         return status
+
+    def segments(self):
+        """Return the names of all segments of the service."""
+        return segments_of(RuntimeDir(self.service.runtime_dir).runtime_id)
 
 
 def _is_whole(status) -> bool:

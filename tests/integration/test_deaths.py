@@ -1,6 +1,7 @@
 """A process killed at each point between grant, fill, publish, send, acknowledge and release: every request is answered.
 
-One service goes through all points. Beside the request that meets the point, another client asks for what is in the cache.
+One service goes through all points, another one through those of items that find no room in the ring. Beside the request
+that meets the point, another client asks for what is in the cache.
 """
 
 import os
@@ -13,6 +14,7 @@ from itertools import count
 import pytest
 from tests.integration.faulty import asked, drawn, faulty, is_right
 from tests.integration.service import PATIENCE, environment, eventually
+from tests.integration.test_writer_restart import ANEW
 
 from mmprep import Client
 from mmprep.failpoints import POINTS, VARIABLE
@@ -46,11 +48,42 @@ REQUEST = {
     "an unpin was sent": "frontend.unpin.after",
 }
 SECOND = {"the publishing is not recorded", "the publishing is recorded"}
+#: Where a request for one new picture comes by that goes to a segment of its own.
+SPILL = {
+    "a spill was not granted": "writer.lane.before[GrantedSpill]",
+    "a spill was granted": "writer.lane.after[GrantedSpill]",
+    "a spill was made": "lane.spill.made",
+    "half of a spill is filled": "lane.fill.middle",
+    "a spill has no record": "lane.spill.filled",
+    "a spill is full": "lane.filled.before",
+    "the writer was told that a spill is full": "lane.filled.after",
+    "an answer about a spill was not sent": "writer.send.before[Answer]",
+    "an answer about a spill was sent": "writer.send.after[Answer]",
+}
+#: Where a request for one comes by that travels inline.
+INLINE = {
+    "tensors are wanted": "writer.lane.after[GrantedInline]",
+    "tensors are about to be sent": "lane.send[Inlined]",
+    "tensors were sent": "lane.filled.after",
+    "tensors were received": "writer.inlined.received",
+    "an answer about tensors was not sent": "writer.send.before[Answer]",
+    "an answer about tensors was sent": "writer.send.after[Answer]",
+    "a fetch was sent": "frontend.fetch.sent",
+    "a fetch was received": "writer.fetch.received",
+    "tensors were fetched": "frontend.fetched",
+}
+#: Of which there are 1 MiB for spills, and of which it is too large.
+SPILLED, TRAVELS = 336, 588
 RELEASE = {
     "a release was received": "writer.message.before[Release]",
     "a lease was released": "writer.message.after[Release]",
 }
 TAKEOVER = {
+    "the lanes have ended": "writer.lanes.ended",
+    "the ring is chosen": "writer.ring.chosen",
+    "other names are removed": "writer.others.removed",
+    "the ring has its next writer": "writer.ring.claimed",
+    "the directory was read": "writer.ring.restored",
     "a reader was welcomed": "writer.send.after[WriterWelcome]",
     "a reader tells what it holds": "writer.message.before[Reassert]",
     "a reader has told what it holds": "writer.message.after[Reassert]",
@@ -59,10 +92,12 @@ BACKEND = ("backend.lease.received", "backend.mapped", "backend.release.before",
 
 #: What is pinned for a frontend or leased to its client; a writer may die at both.
 PAYLOAD = {label: "shm" for label, point in REQUEST.items() if point.startswith("writer.") and "Unpin" not in point}
+PAYLOAD |= {label: "shm" for label, point in (SPILL | INLINE).items() if not point.startswith("lane.")}
 
 ENTRIES = {
     label: f"{point}=kill{'@2' if label in SECOND else ''}" for label, point in (REQUEST | RELEASE | TAKEOVER).items()
 }
+BESIDE = {label: f"{point}=kill" for label, point in (SPILL | INLINE).items()}
 
 #: A reader that takes a picture by address and lets it go.
 READER = """
@@ -91,18 +126,34 @@ def clients(broken):
         yield one, other
 
 
+@pytest.fixture(scope="module")
+def beside():
+    with faulty(BESIDE, "--cache-size", "1MiB", "--spill-size", "1MiB", "--inline-size", "8MiB") as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def clients_beside(beside):
+    with Client(beside.service.endpoint) as one, Client(beside.service.endpoint) as other:
+        yield one, other
+
+
 def reads(client, picture, payload="tensors"):
     return is_right(client.chat(asked(picture), payload=payload, timeout=PATIENCE), picture)
 
 
 @pytest.mark.parametrize("label", REQUEST)
 def test_requests_are_answered_when_a_process_dies_where(broken, clients, label):
+    strike(broken, clients, label, drawn(next(numbers)))
+
+
+def strike(broken, clients, label, picture):
+    """Ask for a new picture, and let the process die that comes by the point first."""
     client, other = clients
-    role = REQUEST[label].partition(".")[0]
+    role = (REQUEST | SPILL | INLINE)[label].partition(".")[0]
     assert reads(other, KNOWN)
     broken.whole()
     before = broken.pids(role)
-    picture = drawn(next(numbers))
     broken.gates.open(label)
     with ThreadPoolExecutor(2) as threads:
         struck = threads.submit(reads, client, picture, PAYLOAD.get(label, "tensors"))
@@ -119,6 +170,18 @@ def test_requests_are_answered_when_a_process_dies_where(broken, clients, label)
 def _one_is_gone(status, role, before):
     processes = [status.get("worker", {})] if role == "writer" else status.get(f"{role}s", ())
     return not before <= {process.get("pid") for process in processes}
+
+
+@pytest.mark.parametrize("label", SPILL)
+def test_requests_are_answered_from_a_spill_when_a_process_dies_where(beside, clients_beside, label):
+    strike(beside, clients_beside, label, drawn(next(numbers), SPILLED))
+    assert beside.whole()["spills"]["entries"] == 1
+
+
+@pytest.mark.parametrize("label", INLINE)
+def test_requests_are_answered_inline_when_a_process_dies_where(beside, clients_beside, label):
+    strike(beside, clients_beside, label, drawn(next(numbers), TRAVELS))
+    assert beside.whole()["inline"]["sent"] > 0
 
 
 @pytest.mark.parametrize("label", RELEASE)
@@ -181,5 +244,6 @@ def test_a_reader_that_dies_leaves_no_lease_and_disturbs_nobody(broken, clients,
 
 
 def test_every_point_has_a_test_that_kills_there():
-    reached = {point.partition("[")[0] for point in (REQUEST | RELEASE).values()} | set(BACKEND)
+    points = REQUEST | SPILL | INLINE | RELEASE | TAKEOVER | ANEW
+    reached = {point.partition("[")[0] for point in points.values()} | set(BACKEND)
     assert set(POINTS) <= reached

@@ -11,11 +11,22 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from PIL import Image
-from tests.integration.service import SHM, environment, eventually, image, serving, user
+from tests.integration.faulty import asked, drawn, faulty, is_right
+from tests.integration.service import PATIENCE, SHM, environment, eventually, image, serving, user
 
 from mmprep import Backend, Client
 
 OPTIONS = ("--cache-size", "16MiB", "--lease-seconds", "30")
+
+#: By label; where a writer comes by that makes a new ring, because a reader does not say what it holds of the former one.
+ANEW = {
+    "a new ring is due": "writer.segment.before",
+    "a new ring was made": "writer.segment.made",
+    "a new ring is laid out": "writer.segment.ready",
+    "the lanes have ended": "writer.anew.lanes",
+    "the spills are removed": "writer.anew.spills",
+    "the former ring is removed": "writer.anew.ring",
+}
 
 #: Holds one picture as it lies in shared memory and says for each line of its input what it reads there.
 READER = """
@@ -172,6 +183,38 @@ def test_a_reader_that_stays_silent_makes_the_cache_start_anew_and_goes_on_readi
         with again.view() as arrays:
             assert hashlib.sha256(arrays["pixel_values"]).hexdigest() == expected
     service.quiet()
+
+
+@pytest.fixture(scope="module")
+def broken():
+    entries = {label: f"{point}=kill" for label, point in ANEW.items()}
+    with faulty(entries, *OPTIONS, "--max-object-size", "1MiB", "--spill-size", "4MiB") as service:
+        yield service
+
+
+@pytest.mark.parametrize("label", ANEW)
+def test_a_writer_that_dies_while_the_cache_starts_anew_is_replaced_and_leaves_no_segment(broken, label, tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(picture(7))
+    spilled = drawn(1, 588)
+    with reader(broken.service, "sleeper", path) as process, Client(broken.service.endpoint) as client:
+        expected = ask(process)
+        held = client.chat(asked(drawn(2)), payload="shm")
+        assert is_right(client.chat(asked(spilled)), spilled)
+        assert broken.status()["spills"]["entries"] == 1
+        before = broken.status()
+        process.send_signal(signal.SIGSTOP)
+        broken.gates.open(label)
+        os.kill(before["worker"]["pid"], signal.SIGKILL)
+        assert is_right(client.chat(asked(drawn(3)), payload="shm", timeout=PATIENCE), drawn(3))
+        broken.gates.wait(label)
+        assert is_right(client.chat(asked(spilled), payload="shm", timeout=PATIENCE), spilled)
+        assert is_right(held, drawn(2)), "what was mapped stays as it was"
+        after = broken.status_when(lambda s: "worker" in s and not s["worker"]["awaited"], "a settled ring")
+        assert after["segment"] != before["segment"]
+        process.send_signal(signal.SIGCONT)
+        assert ask(process) == expected
+    broken.whole()
 
 
 def test_a_reader_that_dies_with_the_writer_holds_nothing_up(service, tmp_path):

@@ -2,8 +2,8 @@
 
 A connection delivers everything in order while it lasts. When it breaks, of what is under way in each direction only a random
 first part arrives, both sides hear of it at different times, and the peer connects anew under a fresh identity. A peer
-that does not read fills its connection, and the sender has to wait. In the *harsh* mode control messages are dropped,
-doubled and reordered as well, which no transport of ours does.
+that does not read fills its connection, and the sender has to wait. In the *harsh* mode control messages, and those about
+tensors, are dropped, doubled and reordered as well, which no transport of ours does.
 
 :class:`Link` stands for :class:`mmprep.wire.sockets.Link`, :class:`Bulk` for the pump of a PUSH socket.
 """
@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections import deque
 
 import msgpack
+import zmq
 from tests.simulation.world import KilledError, Violation
 
 from mmprep.errors import MmprepError
+from mmprep.wire.codec import CONTROL_LIMIT
 from mmprep_worker.ring.leases import ID_SIZE
 
 RECONNECT = 0.02
@@ -30,8 +32,11 @@ def describe(frames):
 
 
 def _item(frame):
-    outcome, slot, _, _, generation, lease, *_ = msgpack.unpackb(frame)
-    return f"({outcome} slot {slot} generation {generation:x} {_word(lease)})"
+    outcome, slot, _, _, generation, lease, _, _, spill, inline = msgpack.unpackb(frame)
+    place = f"inline {inline}" if inline else f"slot {slot} generation {generation:x}"
+    if spill is not None:
+        place += f" of spill {spill[:4].hex()}"
+    return f"({outcome} {place} {_word(lease)})"
 
 
 def _word(value):
@@ -48,8 +53,8 @@ class Network:
     Attributes
     ----------
     bound: the writer whose socket is bound, or ``None``.
-    harsh: probability that a control message is dropped, doubled, or overtaken.
-    high_water: messages that a connection holds in each direction.
+    harsh: probability that a message is dropped, doubled, or overtaken.
+    high_water: messages that a control connection holds in each direction.
     """
 
     def __init__(self, world, high_water):
@@ -98,7 +103,7 @@ class Channel:
 
     @property
     def full(self):
-        return len(self.pending) >= self.connection.network.high_water
+        return self.connection.link.box == "control" and len(self.pending) >= self.connection.network.high_water
 
     def send(self, frames):
         network = self.connection.network
@@ -181,7 +186,8 @@ class Connection:
         self.server, self.up = server, True
         server.routes[self.identity] = self
         server.deaths.append(self.break_off)
-        self.to_server = Channel(self, server, lambda frames: server.receive("control", [self.identity, *frames]))
+        box = self.link.box
+        self.to_server = Channel(self, server, lambda frames: server.receive(box, [self.identity, *frames]))
         self.to_client = Channel(self, self.client, self._received)
         for frames in self._waiting:
             self.to_server.send(frames)
@@ -229,18 +235,26 @@ class Connection:
 
 
 class Link:
-    """As :class:`mmprep.wire.sockets.Link`, over the simulated network."""
+    """As :class:`mmprep.wire.sockets.Link`, over the simulated network.
 
-    def __init__(self, network, process, name, *, greeting, on_message, on_down):
-        self.network, self.process, self._name = network, process, name
+    Attributes
+    ----------
+    box: where the writer gets what is sent: ``control`` or ``tensors``.
+    """
+
+    def __init__(
+        self, network, process, box, name, *, greeting, on_message, on_down, frame_limit=CONTROL_LIMIT, copy=True
+    ):
+        self.network, self.process, self.box, self._name = network, process, box, name
         self._greeting, self._on_message, self._on_down = greeting, on_message, on_down
+        self._frame_limit, self._copy = frame_limit, copy
         self.connection = None
         self._reopening = 0
         self._open()
 
     def send(self, frames):
         self.process.point()
-        if self.connection is not None:
+        if self.connection is not None and frames:
             self.connection.send([bytes(frame) for frame in frames])
 
     def reopen(self):
@@ -275,8 +289,10 @@ class Link:
             return
         self.process.point()
         _check_one_answer(self.network, connection, frames)
+        if max(map(len, frames)) > self._frame_limit:
+            raise Violation(f"{self.process} takes no frame as large as those of {describe(frames)}")
         try:
-            self._on_message(frames)
+            self._on_message(frames if self._copy else [zmq.Frame(frame) for frame in frames])
             self.process.validate()
         except (KilledError, Violation):
             raise
@@ -286,7 +302,7 @@ class Link:
             raise Violation(f"{self.process} cannot handle {describe(frames)}: {error!r}") from error
 
 
-_ANSWERS = {"Answer", "Failed", "Done", "Renewed", "Acquired"}
+_ANSWERS = {"Answer", "Failed", "Done", "Renewed", "Acquired", "Tensors"}
 
 
 def _check_one_answer(network, connection, frames):

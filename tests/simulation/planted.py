@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from tests.simulation.run import SPILL
+
 from mmprep.holdings import Holdings
+from mmprep.segment import sibling_name
 from mmprep.wire import messages
-from mmprep_frontend.offers import Offers
+from mmprep_frontend.offers import Offers, Settle
+from mmprep_worker.ring.spills import Spill
 from mmprep_worker.writer.core import WriterCore
+from mmprep_worker.writer.state import RemoveSegment
 
 
 class AnswersTwice(WriterCore):
@@ -77,6 +82,49 @@ class Forgets(Holdings):
         self._over = {lease}
 
 
+class RemovesLeasedSpills(WriterCore):
+    """Removes a spill that is leased, and goes on as if it were there."""
+
+    def take_actions(self):
+        leased = [spill for spill in self.ring.spills if spill.leases]
+        removed = [RemoveSegment(sibling_name(self.segment.name, spill.epoch)) for spill in leased]
+        return [*removed, *super().take_actions()]
+
+
+class PublishesLeavings(WriterCore):
+    """Believes that a lane has filled the spill over which it died."""
+
+    def lane_exited(self, number, now):
+        lane = self.lanes[number]
+        if isinstance(lane.grant, Spill) and not lane.killed:
+            self.from_lane(number, messages.Filled(lane.flight, 1, 1), (), now)
+        super().lane_exited(number, now)
+
+
+class KeepsTensorsOfTheCancelled(WriterCore):
+    def _cancel(self, peer, number, now):
+        if (call := peer.calls.get(number)) is not None:
+            call.transfers.clear()
+        super()._cancel(peer, number, now)
+
+
+class MixesTensorsUp(WriterCore):
+    def tensors(self, number):
+        found = super().tensors(number)
+        return found and next(transfer.frame for transfer in self.transfers if transfer.frame is not None)
+
+
+class NeverSaysThatItFetched(Offers):
+    """A frontend does not tell the writer that it has the tensors that came beside leases."""
+
+    def answered(self, answer, items):
+        actions = super().answered(answer, items)
+        if answer.leased_to is not None:
+            for settle in [action for action in actions if isinstance(action, Settle)]:
+                self.cancel_silently(settle.token)
+        return actions
+
+
 class TellsNothing(Holdings):
     def welcomed(self, life, seconds):
         super().welcomed(life, seconds)
@@ -118,10 +166,22 @@ def unchecked(registration):
     registration.checks_nothing = True
 
 
+#: With room beside the ring, for which there is much use.
+BESIDE = {"requests": 60, "spill": 2 * SPILL, "inline": 2500, "shortage": 0.0, "large": 0.6, "queue_limit": 32}
 SILENCE = ("stop", "stop", "partition", "break")
 RESTARTS = ("crash", "kill", *SILENCE)
-#: As much as a small ring can bear: whatever is free by mistake is soon overwritten.
-BUSY = {"requests": 90, "arena": 4096, "slots": 16, "queue_limit": 32, "high_water": 1000, "lease_seconds": 1.0}
+#: As much as a small ring can bear, with no room beside it: whatever is free by mistake is soon overwritten.
+BUSY = {
+    "requests": 90,
+    "arena": 4096,
+    "slots": 16,
+    "spill": 0,
+    "inline": 0,
+    "large": 0.0,
+    "queue_limit": 32,
+    "high_water": 1000,
+    "lease_seconds": 1.0,
+}
 
 BUGS = {
     "an answer is sent twice": {"core": AnswersTwice},
@@ -142,4 +202,12 @@ BUGS = {
     "a backend takes up again what it has released": {"spoil_backend": with_holdings(Forgets), **BUSY},
     "what is given back ends although its backend has it": {"core": EndsWhatIsGivenBack, **BUSY},
     "a copy is not checked afterwards": {"spoil_backend": unchecked, **BUSY},
+    "spills are removed while they are leased": {"core": RemovesLeasedSpills, **BESIDE},
+    "what a dead lane left of a spill is published": {"core": PublishesLeavings, **BESIDE},
+    "tensors on their way outlive the call that was cancelled": {"core": KeepsTensorsOfTheCancelled, **BESIDE},
+    "another item's tensors are fetched": {"core": MixesTensorsUp, **BESIDE},
+    "a frontend does not say that it has fetched tensors": {
+        "spoil_frontend": with_offers(NeverSaysThatItFetched),
+        **BESIDE,
+    },
 }

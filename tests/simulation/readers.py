@@ -1,9 +1,9 @@
 """Simulated frontends, backends and clients, around the real :class:`WriterLink`, :class:`Registration` and :class:`Shared`.
 
-Frontends serve chats for tensors, for plans, and for addresses leased to a backend. Backends ask for themselves, or are
-handed what a client asked for in their name; they copy slowly, hold views and look again and again, let go, and look once more.
-A client hands an address over again and again, to whatever process has its backend's id then, and gives leases up that it
-has handed over.
+Frontends serve chats for tensors, for plans, and for addresses leased to a backend; what travels inline goes with the answer.
+Backends ask for themselves, or are handed what a client asked for in their name; they copy slowly, hold views and look again
+and again, let go, and look once more. A client hands an address over again and again, to whatever process has its backend's
+id then, and gives leases up that it has handed over.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from mmprep.address import Address
 from mmprep.errors import DeadlineExceeded, LeaseLost, MmprepError, ServiceUnavailable, StaleAddress
 from mmprep.item import Shared
 from mmprep.items import align
+from mmprep.lease_id import lease_incarnation
 from mmprep.registration import Registration
+from mmprep.segment import sibling_name
 from mmprep.wire import messages
 from mmprep_frontend.dispatch import OfferItem, WriterLink
 
@@ -43,11 +45,16 @@ class Asked(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """What a frontend answers: contents, or addresses."""
+    """What a frontend answers, for each medium; ``None`` where the answer has no tensors, or no address."""
 
     metas: list
-    tensors: list | None = None
-    addresses: list | None = None
+    tensors: list
+    addresses: list
+
+    @property
+    def leases(self):
+        """Return the ids of all leases."""
+        return tuple(bytes.fromhex(address.lease) for address in self.addresses if address is not None)
 
 
 class Ticket:
@@ -137,7 +144,12 @@ class Frontend(Looping):
 
     def _start(self):
         self.link = WriterLink(
-            Context(), Runtime(), int(self.id), hasher="sha256", inline_size=0, on_card=lambda _: None
+            Context(),
+            Runtime(),
+            int(self.id),
+            hasher="sha256",
+            inline_size=self.settings.inline,
+            on_card=lambda _: None,
         )
         self.settings.spoil_frontend(self.link)
 
@@ -189,59 +201,64 @@ class Frontend(Looping):
             offered.give_back()
             raise fault.error()
         metas = [item.meta for item in offered.items]
+        nothing = [None] * len(metas)
         if asked.need == "plan":
-            return offered, Answered(metas)
-        if asked.lease is not None:
-            return offered, Answered(metas, addresses=self._addresses(offered, asked))
+            return offered, Answered(metas, nothing, nothing)
+        addresses = nothing if asked.lease is None else [self._address(offered, item, asked) for item in offered.items]
+        travel = [item for item in offered.items if asked.lease is None or item.inline]
         try:
-            return offered, Answered(metas, tensors=await self._tensors(offered))
+            tensors = await self._tensors(offered, travel)
         except BaseException:
             offered.give_back()
             raise
+        return offered, Answered(metas, [tensors.get(id(item)) for item in offered.items], addresses)
 
-    def _addresses(self, offered, asked):
+    def _address(self, offered, item, asked):
+        """As in :mod:`mmprep_frontend.http.chat_answer`."""
         mapping = offered.mapping
-        return [
-            Address(
-                segment=mapping.name,
-                epoch=mapping.epoch,
-                slot=item.slot,
-                offset=item.offset,
-                length=item.length,
-                generation=item.generation,
-                metadata_length=len(item.meta),
-                fields=(),
-                lease=item.lease.hex(),
-                lease_kind=asked.lease.kind,
-                lease_seconds=offered.lease_ms // 1000,
-            )
-            for item in offered.items
-        ]
+        if item.inline:
+            return None
+        return Address(
+            segment=mapping.name if item.spill is None else sibling_name(mapping.name, item.spill),
+            epoch=mapping.epoch if item.spill is None else item.spill.hex(),
+            slot=item.slot,
+            offset=item.offset,
+            length=item.length,
+            generation=item.generation,
+            metadata_length=len(item.meta),
+            fields=(),
+            lease=item.lease.hex(),
+            lease_kind=asked.lease.kind,
+            lease_seconds=offered.lease_ms // 1000,
+        )
 
-    async def _tensors(self, offered):
-        """Copy what is pinned, piece by piece, and check it afterwards."""
+    async def _tensors(self, offered, items):
+        """Copy tensors, piece by piece, and check afterwards what is pinned; returns them by ``id(item)``."""
         connection = self.link._link.connection
+        ring = offered.mapping.name
         uses = [
             self.oracle.use(
-                offered.mapping.name,
+                ring if item.spill is None else sibling_name(ring, item.spill),
                 item.offset,
                 item.length,
                 f"{self} reads what is pinned for it",
                 valid=lambda: self.alive and connection is not None and connection.up and not self.service.harsh,
             )
-            for item in offered.items
+            for item in items
+            if not item.inline
         ]
         try:
-            tensors = []
-            for item in offered.items:
+            tensors = {}
+            for item in items:
                 region = offered.region(item)
                 copied = bytearray()
                 for chunk in range(CHUNKS):
                     start, end = (len(region) * at // CHUNKS for at in (chunk, chunk + 1))
                     copied += region[start:end]
                     await self.nap(0.05)
-                tensors.append(bytes(copied))
-            offered.check()
+                tensors[id(item)] = bytes(copied)
+            if uses:
+                offered.check()
         finally:
             for use in uses:
                 self.oracle.end(use)
@@ -302,8 +319,8 @@ class Caller(Looping):
         tally.end(number, "answered")
         for medium, meta in zip(media, answer.metas, strict=True):
             self.oracle.read(f"{self} (metadata)", medium, meta, medium.meta)
-        if answer.tensors is not None:
-            for medium, tensors in zip(media, answer.tensors, strict=True):
+        for medium, tensors in zip(media, answer.tensors, strict=True):
+            if tensors is not None:
                 self.oracle.read(f"{self} (inline)", medium, tensors, medium.tensors)
         return answer
 
@@ -317,12 +334,11 @@ class Client(Caller):
         self._handed = deque(maxlen=12)
 
     def unwanted(self, asked, outcome):
-        if isinstance(outcome, Answered) and outcome.addresses is not None:
-            self.spawn(self.give_up(asked.lease.backend, outcome.addresses))
+        if isinstance(outcome, Answered) and outcome.leases:
+            self.spawn(self.give_up(asked.lease.backend, outcome.leases))
 
-    async def give_up(self, backend, addresses):
+    async def give_up(self, backend, leases):
         """Release leases that nobody will use, through any frontend."""
-        leases = tuple(bytes.fromhex(address.lease) for address in addresses)
         living = [one for one in self.service.frontends if one.alive and one.link is not None]
         if not living:
             return
@@ -335,7 +351,7 @@ class Client(Caller):
 
     async def request(self, media, need, priority, lease, seconds):
         answer = await self.call(media, need, priority, lease, seconds)
-        if answer is None or answer.addresses is None:
+        if answer is None or not answer.leases:
             return
         self._handed.append((lease.backend, media, answer.addresses))
         self._hand_over(*self._handed[-1])
@@ -343,7 +359,7 @@ class Client(Caller):
             await self.nap(1.0)
             self._hand_over(*self.world.random.choice(self._handed))
         if self.world.chance(0.15):  # the answer came all the same
-            await self.give_up(lease.backend, answer.addresses)
+            await self.give_up(lease.backend, answer.leases)
 
     def _hand_over(self, ident, media, addresses):
         backend = self.service.backends.get(ident)
@@ -372,9 +388,9 @@ class Backend(Caller):
             self.registration._holdings.validate()
 
     def unwanted(self, _, outcome):
-        if isinstance(outcome, Answered) and outcome.addresses is not None:
-            for address in outcome.addresses:
-                self.registration.drop(bytes.fromhex(address.lease))
+        if isinstance(outcome, Answered):
+            for lease in outcome.leases:
+                self.registration.drop(lease)
 
     def given(self, media, addresses):
         if self.registration is None:
@@ -404,21 +420,32 @@ class Backend(Caller):
 
     async def _use_all(self, media, addresses, sent_at):
         """Open all, then use them side by side; those who can't be opened are stale."""
+        pairs = [(medium, at) for medium, at in zip(media, addresses, strict=True) if at is not None]
         items = []
         try:
-            for medium, address in zip(media, addresses, strict=True):
+            for medium, address in pairs:
                 held = self.registration.hold_now(address, sent_at) or await self.registration.hold(address, sent_at)
                 items.append((medium, address, *held))
         except MmprepError as error:
+            if isinstance(error, StaleAddress) and self._must_be_there(pairs[len(items)][1], sent_at):
+                raise Violation(f"{self} was leased {pairs[len(items)][1]}, and finds nothing there") from None
             for *_, lease in items:
                 lease.release()
-            for address in addresses[len(items) :]:  # Backend.open's callers have the addresses, and let go of them
+            for _, address in pairs[len(items) :]:  # Backend.open's callers have the addresses, and let go of them
                 self.registration.drop(bytes.fromhex(address.lease))
             if sent_at is not None and isinstance(error, StaleAddress):
                 raise
             return
         for medium, address, mapping, lease in items:
             self.spawn(self._use(medium, address, mapping, lease))
+
+    def _must_be_there(self, address, sent_at):
+        """Whether the lease of an address that was asked for at ``sent_at`` surely holds, by this process's clock."""
+        writer = self.service.writer
+        if self.service.harsh or not self.clock_is_right or sent_at is None or not writer.alive or writer.core is None:
+            return False
+        granted_by_it = lease_incarnation(bytes.fromhex(address.lease)) == writer.core.ring.incarnation
+        return granted_by_it and self.loop.time() < sent_at + self.settings.lease_seconds
 
     async def _use(self, medium, address, mapping, lease):
         world, random = self.world, self.world.random
@@ -469,7 +496,7 @@ class Backend(Caller):
         """Whether the content must be there, by what the backend was told and by its clock."""
         holdings = self.registration._holdings
         holding = holdings._held.get(lease.id)
-        if self.service.harsh or self.lag or mapping is not self.registration.mapping or holding is None:
+        if self.service.harsh or not self.clock_is_right or mapping is not self.registration.mapping or holding is None:
             return False
         return holding.sure and self.loop.time() < holding.deadline
 
@@ -495,7 +522,7 @@ class Backend(Caller):
             address.offset,
             address.length,
             f"{self} views medium {medium.number}",
-            valid=lambda: self.alive,
+            valid=lambda: self.alive and not mapping.frozen,
         )
         try:
             for _ in range(self.world.random.randint(1, 5)):

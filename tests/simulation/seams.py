@@ -1,7 +1,8 @@
 """Where the real shells of readers meet the simulated world.
 
-:class:`mmprep.registration.Registration` and :class:`mmprep_frontend.dispatch.WriterLink` run as they are. What they reach
-the outside with is replaced for the time of a run: sockets, process locks, shared memory, clock, random source.
+:class:`mmprep.registration.Registration`, :class:`mmprep_frontend.dispatch.WriterLink` and
+:class:`mmprep_frontend.tensors.TensorLink` run as they are. What they reach the outside with is replaced for the time of
+a run: sockets, process locks, shared memory, clock, random source.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from tests.simulation import network
 
 from mmprep import registration
 from mmprep.holdings import Holdings
-from mmprep_frontend import dispatch
+from mmprep_frontend import dispatch, tensors
 
 #: Coarser than the real one, so that a run takes less time.
 UPKEEP_SECONDS = 0.2
@@ -41,8 +42,9 @@ class Lock:
 class Runtime:
     """As much of a :class:`mmprep.runtime.RuntimeDir` as readers use."""
 
-    writer = "writer"
-    writer_bulk = "writer bulk"
+    writer = "control"
+    writer_bulk = "bulk"
+    tensors = "tensors"
 
     def lock_path(self, role, ident):
         return role, ident
@@ -55,24 +57,13 @@ class Context:
         return SimpleNamespace(connect=lambda _: None)
 
 
-class NoTensors:
-    """As a :class:`mmprep_frontend.tensors.TensorLink` where nothing travels inline."""
-
-    async def fetch(self, answers):
-        assert not any(answer.inline for answer in answers)
-        return {}
-
-    def close(self):
-        pass
-
-
 @contextlib.contextmanager
 def simulated(service):
     """Let the readers' shells run in the simulated world of ``service``."""
     world, net = service.world, service.network
 
-    def link(_context, _endpoint, name, **handlers):
-        return network.Link(net, world.current, name, **handlers)
+    def link(_context, endpoint, name, **options):
+        return network.Link(net, world.current, endpoint, name, **options)
 
     def now():
         return world.current.clock()
@@ -93,10 +84,10 @@ def simulated(service):
             "ProcessLock": lambda path: Lock(world, path),
             "holder": world.locks.get,
             "configure": lambda _: None,
-            "TensorLink": lambda *_, **__: NoTensors(),
             "Pump": lambda *_, **__: network.Bulk(net, world.current),
             "os": outside,
         },
+        tensors: {"Link": link, "os": outside},
     }
     former = {place: {name: getattr(place, name) for name in names} for place, names in replaced.items()}
     try:

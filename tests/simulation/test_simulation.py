@@ -6,6 +6,7 @@ test.
 
 import gc
 import logging
+from collections import Counter
 
 import pytest
 from tests.simulation.planted import BUGS
@@ -27,17 +28,25 @@ def _quiet(caplog):
 
 
 def check(seeds, **options):
-    """Run seeds; return how much was read, granted and refused in all of them."""
-    totals = {"reads": 0, "stale": 0, "grants": 0, "answered": 0, "faults": 0}
+    """Run seeds; return how much was read, granted and refused in all of them.
+
+    ``full`` are the seeds in which items went to spills, others travelled inline, and others again were refused.
+    """
+    totals = Counter()
     for seed in seeds:
         outcome = simulate(seed, **options)
         if outcome.failure is not None:
             raise AssertionError(report(seed, **options)) from outcome.failure
-        totals["reads"] += outcome.reads
-        totals["stale"] += outcome.stale
-        totals["grants"] += outcome.grants
-        totals["answered"] += outcome.calls["answered"]
-        totals["faults"] += outcome.faults.total()
+        calls, beside = outcome.calls, outcome.beside
+        totals += Counter(
+            reads=outcome.reads,
+            stale=outcome.stale,
+            grants=outcome.grants,
+            answered=calls["answered"],
+            faults=outcome.faults.total(),
+            full=bool(beside["spills"] and beside["fetched"] and (calls["Busy"] or calls["TooLarge"])),
+            **beside,
+        )
         if seed % 20 == 0:
             gc.collect()
     return totals
@@ -58,6 +67,10 @@ def test_the_service_keeps_its_promises_whatever_happens_to_its_processes_and_co
     assert totals["grants"] > 10 * SEEDS, "hardly anything was computed"
     assert totals["faults"] > 5 * SEEDS, "hardly anything went wrong"
     assert totals["stale"] > 0, "no reader was ever told that something is gone"
+    assert totals["full"] > SEEDS // 4, "there was room for nearly everything, or beside the ring for nearly nothing"
+    assert totals["spills"] > 2 * SEEDS, "hardly anything went beside the ring"
+    assert totals["fetched"] > 2 * SEEDS, "hardly anything travelled inline"
+    assert totals["no memory"] > 0, "there was always memory for another segment"
 
 
 def test_no_byte_is_wrong_and_nothing_stays_even_where_control_messages_are_lost_doubled_and_reordered():

@@ -133,6 +133,11 @@ class Process:
         """Return monotonic seconds as this process sees them."""
         return (self.world.now if self._frozen_at is None else self._frozen_at) - self.lag
 
+    @property
+    def clock_is_right(self):
+        """Whether its clock has never stood still."""
+        return not self.lag and self._frozen_at is None
+
     def after(self, delay, call, *args, kind="timer"):
         self.world.at(delay, self, call, *args, kind=kind)
 
@@ -241,10 +246,14 @@ class Loop(asyncio.AbstractEventLoop):
 
     def create_task(self, coro, *, name=None, context=None):
         if len(self._tasks) > MOST_TASKS:
-            self._tasks = [task for task in self._tasks if not task.done()]
+            self.forget_done()
         task = asyncio.Task(coro, loop=self, name=name, context=context)
         self._tasks.append(task)
         return task
+
+    def forget_done(self):
+        """Let go of the tasks that have ended, and of what their errors refer to."""
+        self._tasks = [task for task in self._tasks if not task.done()]
 
     def bury(self):
         """End the coroutines that will never go on, so that nothing of them is heard later."""

@@ -11,8 +11,9 @@ from tests.simulation.lane import Lane
 from tests.simulation.world import Process, Violation
 
 from mmprep import layout
-from mmprep.errors import Busy, MmprepError, ProtocolError, StartupError
+from mmprep.errors import Busy, MmprepError, ProtocolError, StaleAddress, StartupError
 from mmprep.metrics import Metrics
+from mmprep.segment import sibling_name
 from mmprep.wire import messages
 from mmprep.wire.codec import PROTOCOL, pack, unpack
 from mmprep.wire.outbox import Outbox
@@ -23,7 +24,7 @@ from mmprep_worker.writer import shell
 from mmprep_worker.writer.core import READERS
 from mmprep_worker.writer.pauses import Pauses
 from mmprep_worker.writer.plans import PlanStore
-from mmprep_worker.writer.state import KillLane, ReadersSilent, Send, ToLane
+from mmprep_worker.writer.state import KillLane, ReadersSilent, RemoveSegment, Send, ToLane
 
 BATCH = 16
 #: Seconds for which two lost lanes over one medium refuse it; short, so that a run sees the end of it.
@@ -45,7 +46,7 @@ class Writer(Process):
         self.routes = {}
         self.core = None
         self.lanes = {}
-        self._inboxes = {"lanes": deque(), "control": deque(), "bulk": deque()}
+        self._inboxes = {box: deque() for box in ("lanes", "control", "bulk", "lane tensors", "tensors")}
         self._exits = deque()
         self._warm = {}
         self._start_at = {}
@@ -126,6 +127,7 @@ class Writer(Process):
             task_seconds=settings.task_seconds,
             read=lambda offset, length: bytes(segment.buffer[offset : offset + length]),
             new_id=lambda: random.randbytes(12),
+            inline_bytes=settings.inline,
             awaited=awaited,
             silent_at=now + shell._SILENT_SECONDS,
         )
@@ -149,7 +151,14 @@ class Writer(Process):
         now = self.clock()
         self._start_due(now)
         self._pauses.turned(now, input_ready=any(self._inboxes.values()) or bool(self._exits))
-        for box, handle in (("lanes", self._lane), ("control", self._control), ("bulk", self._bulk)):
+        handlers = {
+            "lanes": self._lane,
+            "control": self._control,
+            "bulk": self._bulk,
+            "lane tensors": self._inlined,
+            "tensors": self._fetch,
+        }
+        for box, handle in handlers.items():
             inbox = self._inboxes[box]
             for _ in range(min(BATCH, len(inbox))):
                 self.point()
@@ -228,11 +237,47 @@ class Writer(Process):
         elif number is not None:
             self.core.from_lane(number, message, frames[2:], self.clock())
 
+    def _inlined(self, frames):
+        lane = frames[0]
+        number = self._warm.get(lane)
+        if number is None:
+            return
+        try:
+            message = unpack(frames[1] if len(frames) == 3 else b"", messages.Inlined)
+        except MmprepError:
+            self.world.say(f"{lane} → writer garbage")
+            self.core.lane_broke_protocol(number)
+            return
+        if self.world.lines is not None:
+            lane.log(frames[1:])
+        self.service.beside["inline"] += 1
+        self.core.from_lane(number, message, frames[2:], self.clock())
+
+    def _fetch(self, frames):
+        fetch = unpack(frames[1], messages.Fetch)
+        tensors = self.core.tensors(fetch.inline)
+        if tensors is None:
+            self.service.beside["gone"] += 1
+            answer = [pack(messages.Failed(fetch.call, messages.Fault.of(StaleAddress("the tensors are gone"))))]
+        else:
+            self.service.beside["fetched"] += 1
+            answer = [pack(messages.Tensors(fetch.call)), tensors]
+        connection = self.routes.get(frames[0])
+        if connection is not None and connection.up:
+            self.point()
+            connection.to_client.send(answer)
+
     def _start_due(self, now):
         for number in [number for number, when in self._start_at.items() if when <= now]:
             self._start_at[number] = float("inf")
             lane = Lane(
-                self.world, self, number, segment=self.segment, oracle=self.oracle, media=self.service.by_digest
+                self.world,
+                self,
+                number,
+                segment=self.segment,
+                segments=self.segments,
+                oracle=self.oracle,
+                media=self.service.by_digest,
             )
             self.lanes[number] = lane
             lane.deaths.append(lambda lane=lane: self.after(self.network.delay(), self._exit_seen, lane, kind="io"))
@@ -287,29 +332,38 @@ class Writer(Process):
                 case KillLane():
                     self.world.say(f"   lane {action.lane} is to be killed")
                     self.service.settings.on_kill(self, action.lane)
+                case RemoveSegment():
+                    self.oracle.removed(action.name)
+                    self.segments.unlink(action.name)
                 case ReadersSilent():
-                    self._start_cold(action)
-                    return
+                    if self._start_cold(action):
+                        return
 
     def _start_cold(self, silent):
         self.world.say(f"   silent: {silent.readers}")
         try:
             found = self.segments.new(self.core.ring.incarnation + 1, self.settings.max_object_size)
         except StartupError:
-            return
+            self.core.go_on_beside(self.clock())
+            self._carry_out()
+            return False
         for lane in list(self.lanes.values()):  # the real one waits for them, and does nothing else meanwhile
             lane.die("is gone, because the cache starts anew")
         self.lanes.clear()
         self._warm.clear()
         self._exits.clear()
+        for spill in self.core.ring.spills:
+            self.point()
+            self.segments.unlink(sibling_name(self.segment.name, spill.epoch))
         former, core = self.segment, self.core
         self._take_segment(found)
         self.core = self._make_core(found, self.clock(), ())
         self.core.succeed(core)
         self.point()
-        self.segments.unlink(former)
+        self.segments.unlink(former.name)
         self._start_at = dict.fromkeys(range(self.settings.lanes), self.clock())
         self._carry_out()
+        return True
 
     def _send_frames(self, peer, frames):
         if self._outbox.holds(peer) or not self._try_send(peer, frames):

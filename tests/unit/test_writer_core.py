@@ -1301,6 +1301,22 @@ def test_a_request_that_alone_uses_up_every_budget_is_told_that_trying_again_is_
     assert world.idle()
 
 
+def test_one_who_joins_what_must_be_apart_is_busy_where_the_ring_could_have_it_later():
+    world = World()
+    for key in FULL[:3]:
+        world.cached(key)
+    world.offer("f0", 1, *FULL[:3])
+    (want,) = world.wants("f0", 1)
+    world.say("f1", messages.Clear(1))
+    world.offer("f1", 2, FULL[2])
+    assert not world.wants("f1", 2), "it waits for the same flight"
+    world.put("f0", want.flight)
+    assert world.place(want.flight, QUARTER - 64) == "nowhere"
+    (alone,) = world.answer("f1", 2)
+    assert (alone.fault.kind, alone.fault.retry_after_ms) == ("Busy", 1000)
+    assert ask(world, 3, FULL[2], QUARTER - 64, name="f1") == "ring"
+
+
 def test_tiny_items_beyond_the_slots_of_the_directory_evict_each_other_and_need_nothing_else():
     world = World(spill=SPILL, inline=SPILL)
     for number in range(3 * GEOMETRY.slots):

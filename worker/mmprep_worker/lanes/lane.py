@@ -164,6 +164,7 @@ class Lane:
             self._send(messages.NoSpill(task))
             return self._granted(task)
         with spill:
+            failpoints.reach("lane.spill.made")
             _fill_spill(spill, prepared, blob, granted)
         return granted
 
@@ -230,6 +231,7 @@ def _fill_spill(spill: Segment, prepared: Prepared, blob: bytes, granted: messag
     start = geometry.arena_offset
     spill.buffer[:PAGE] = pack_header(Header(granted.epoch, granted.incarnation, geometry))
     _fill(spill.buffer[start : start + granted.length], prepared, blob)
+    failpoints.reach("lane.spill.filled")
     record = Record(State.READY, 0, granted.generation, start, len(blob), granted.length, granted.key)
     place = geometry.record_offset(0)
     spill.buffer[place : place + RECORD_SIZE] = pack_record(record)

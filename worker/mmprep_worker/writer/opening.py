@@ -14,7 +14,7 @@ import signal
 import time
 from typing import NamedTuple
 
-from mmprep import layout
+from mmprep import failpoints, layout
 from mmprep.errors import MmprepError, ServiceUnavailable
 from mmprep.runtime import RuntimeDir
 from mmprep.segment import Segment, segment_name, segments_of, unlink
@@ -60,16 +60,21 @@ def open_ring(runtime: RuntimeDir, geometry: layout.Geometry, max_object_size: i
         Lanes of the earlier writer do not end.
     """
     _end_lanes(runtime)
+    failpoints.reach("writer.lanes.ended")
     found = _newest(runtime, geometry)
+    failpoints.reach("writer.ring.chosen")
     for name in segments_of(runtime.runtime_id):
         if found is None or name != found[0].name:
             unlink(name)
+    failpoints.reach("writer.others.removed")
     if found is None:
         return new_ring(runtime, geometry, max_object_size, 1, spill_bytes)
     segment, header = found
     ring = Ring(geometry, header.incarnation + 1, Clock(geometry.slots), max_object_size, spill_bytes=spill_bytes)
     segment.buffer[: layout.PAGE] = layout.pack_header(header._replace(incarnation=ring.incarnation))
+    failpoints.reach("writer.ring.claimed")
     kept = ring.restore(segment.buffer[geometry.directory_offset :][: geometry.slots * layout.RECORD_SIZE])
+    failpoints.reach("writer.ring.restored")
     awaited = tuple((holder.role, holder.id) for holder in runtime.holders() if holder.role in READERS)
     _log.warning("the ring of the writer before is taken over with %d entries", kept)
     return Opened(segment, header.epoch, ring, awaited)
@@ -80,11 +85,14 @@ def new_ring(
 ) -> Opened:
     """Make a segment with an empty ring; raises StartupError where there is not enough shared memory."""
     epoch = os.urandom(layout.EPOCH_SIZE)
+    failpoints.reach("writer.segment.before")
     segment = Segment.create(segment_name(runtime.runtime_id, epoch), geometry.total_size)
+    failpoints.reach("writer.segment.made")
     for slot in range(geometry.slots):
         start = geometry.record_offset(slot)
         segment.buffer[start : start + layout.RECORD_SIZE] = layout.pack_free(slot)
     segment.buffer[: layout.PAGE] = layout.pack_header(layout.Header(epoch, incarnation, geometry))
+    failpoints.reach("writer.segment.ready")
     ring = Ring(geometry, incarnation, Clock(geometry.slots), max_object_size, spill_bytes=spill_bytes)
     return Opened(segment, epoch, ring, ())
 

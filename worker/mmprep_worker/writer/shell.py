@@ -323,6 +323,7 @@ class WriterShell:
             self._core.count_refused("lanes", error)
             self._core.lane_broke_protocol(number)
             return
+        failpoints.reach("writer.inlined.received")
         self._core.from_lane(number, message, frames[2:], time.monotonic())
 
     def _fetch(self, frames: list[bytes]) -> None:
@@ -333,6 +334,7 @@ class WriterShell:
             _log.warning("a message of a frontend was refused: %s", error)
             self._core.count_refused("tensors", error)
             return
+        failpoints.reach("writer.fetch.received")
         tensors = self._core.tensors(fetch.inline)
         gone = messages.Failed(
             fetch.call, messages.Fault.of(StaleAddress("the tensors are gone; ask for the item again"))
@@ -435,13 +437,16 @@ class WriterShell:
         self._pool.stop()
         self._lane_peers.clear()
         self._lane_identities.clear()
+        failpoints.reach("writer.anew.lanes")
         self._remove_spills()
+        failpoints.reach("writer.anew.spills")
         previous, core = self._segment, self._core
         self._segment = opened.segment
         self._core = self._make_core(opened, time.monotonic(), core.metrics)
         self._core.succeed(core)
         previous.unlink()
         previous.close()
+        failpoints.reach("writer.anew.ring")
         self._pool = LanePool(self._settings.lanes, self._lane_config, time.monotonic())
         self._carry_out()
         return True

@@ -27,7 +27,7 @@ from mmprep_worker.ring.ring import Grant, Ring
 from mmprep_worker.ring.spills import Spill
 from mmprep_worker.scheduling import flight as flight_events
 from mmprep_worker.scheduling.admission import CRASHED, Admission
-from mmprep_worker.scheduling.flight import Call, Flight
+from mmprep_worker.scheduling.flight import Call, Flight, Need
 from mmprep_worker.scheduling.flights import Flights
 from mmprep_worker.scheduling.queue import Entry as Queued
 from mmprep_worker.scheduling.queue import FairQueue
@@ -267,9 +267,7 @@ class Tasks:
             or self._inline(number, lane, flight, meta, tensor_len)
             or (in_ring and not all(fitting) and self._in_ring(number, lane, flight, meta, tensor_len))
         )
-        return (
-            [] if granted else self._deny(number, lane, flight, self._no_room(flight, in_ring, len(meta), tensor_len))
-        )
+        return [] if granted else self._deny(number, lane, flight, self._no_room(flight, len(meta), tensor_len))
 
     def _in_ring(self, number: int, lane: LaneState, flight: Flight, meta: bytes, tensor_len: int) -> bool:
         grant = self._ring.grant(flight.key, len(meta), tensor_len)
@@ -309,19 +307,22 @@ class Tasks:
         self._ring.abort_spill(spill)
         if self._inline(number, lane, flight, spill.meta, tensor_len):
             return []
-        return self._deny(number, lane, flight, self._no_room(flight, False, spill.meta_len, tensor_len))
+        return self._deny(number, lane, flight, self._no_room(flight, spill.meta_len, tensor_len))
 
-    def _no_room(self, flight: Flight, in_ring: bool, meta_len: int, tensor_len: int) -> errors.MmprepError:
-        """Return the error for those who wait: to be tried again, unless nothing that others let go of could help."""
-        if in_ring or any(self._could_fit(self._calls[call], meta_len, tensor_len) for call in flight.waiters):
+    def _no_room(self, flight: Flight, meta_len: int, tensor_len: int) -> errors.MmprepError:
+        """Return the error for those who wait: to be tried again, unless nothing that others let go of could help any."""
+        if any(self._could_fit(self._calls[w.call], w.need, meta_len, tensor_len) for w in flight.waiters.values()):
             return errors.Busy("the cache is full of content in use; try again later", retry_after=1.0)
         return errors.TooLarge(
             f"the processed item has {tensor_len} bytes, more than there can be room for beside the request's other items: "
             "send smaller or fewer media, or raise --cache-size, --spill-size or --inline-size"
         )
 
-    def _could_fit(self, pending: PendingCall, meta_len: int, tensor_len: int) -> bool:
-        """Whether there could be room apart from the ring beside what the call itself holds, or what is filled for it."""
+    def _could_fit(self, pending: PendingCall, need: Need, meta_len: int, tensor_len: int) -> bool:
+        """Whether there could be room for a call beside what it holds itself, or what is filled for it."""
+        length = align(meta_len) + tensor_len
+        if need == "tensors" and length <= self._ring.max_object_size and self._holds.may_fit(pending, align(length)):
+            return True
         spilled, inline = self._holds.apart(pending)
         for lane in self.lanes:
             if lane.flight in pending.by_flight:
