@@ -365,7 +365,7 @@ class Service:
             dtype=dtype,
             options=b"",
         )
-        cost = max(4096, len(medium.data) * _PIXELS_A_BYTE)
+        cost = max(4096, medium.pixels or len(medium.data) * _PIXELS_A_BYTE)
         return OfferItem(key, part.modality, medium.data, medium.digest, msgspec.msgpack.encode((dtype,)), cost)
 
     def _expand(self, prompt: EncodedPrompt, items: Sequence[RenderedItem]) -> Expanded:

@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from tests.pictures import SIGNATURE, bmp, chunk, drawn, encoded, samples, tiff
+from tests.pictures import SIGNATURE, avif_grid, bmp, chunk, drawn, encoded, samples, tiff
 
 from mmprep.errors import DecodeError, TooLarge, UnsupportedMedia
 from mmprep.picture_header import read_picture_header
@@ -109,6 +109,12 @@ def test_a_png_of_empty_chunks_of_pixels_is_refused():
         opened(with_chunks(between=chunk(b"IDAT", b"") * 30_000))
 
 
+def test_what_stands_behind_a_png_is_none_of_its_chunks():
+    data = with_chunks()
+    for behind in (bytes(1 << 20), chunk(b"tEXt", b"a\0b") * 2000, b"<html>" * 100_000):
+        assert np.array_equal(opened(data + behind).rgb(), opened(data).rgb())
+
+
 def test_text_and_profiles_of_a_png_that_unpack_to_much_are_refused():
     much = zlib.compress(bytes(3 << 20), 9)
     for kind, content in ((b"zTXt", b"a\0\0" + much), (b"iTXt", b"a\0\1\0\0\0" + much), (b"iCCP", b"a\0\0" + much)):
@@ -177,6 +183,19 @@ def test_a_large_bmp_with_run_lengths_is_refused_as_its_decoder_is_slow():
 def test_a_bmp_with_more_run_lengths_than_pixels_is_refused(one):
     with pytest.raises(DecodeError, match="more run lengths than pixels"):
         opened(bmp(8, one * 10_000, size=(16, 16), compression=1, palette=PALETTE))
+
+
+# --- AVIF -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_avif_of_more_cells_than_cameras_write_is_refused():
+    cell = encoded(drawn(64, 64), "AVIF", subsampling="4:4:4", max_threads=1)
+    single = opened(cell).rgb()
+    pixels = opened(avif_grid(cell, 64, 6, 8, (512, 384))).rgb()
+    assert np.array_equal(pixels, np.tile(single, (6, 8, 1)))
+    assert opened(avif_grid(cell, 64, 31, 33, (2112, 1984))).width == 2112
+    with pytest.raises(DecodeError, match="more than 1024 parts"):
+        opened(avif_grid(cell, 64, 32, 32, (2048, 2048)))
 
 
 # --- all --------------------------------------------------------------------------------------------------------------

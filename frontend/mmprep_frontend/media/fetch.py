@@ -37,6 +37,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from mmprep.errors import Busy, FetchBadGateway, FetchError, FetchTimeout, MmprepError, ServiceUnavailable, TooLarge
+from mmprep_frontend.media.allowance import Hold
 from mmprep_frontend.media.policy import Target, UrlPolicy
 from mmprep_frontend.media.retry import RetryPolicy, read_retry_after
 from mmprep_frontend.media.storing import Keeping, Validators, keeping, read_validators
@@ -204,7 +205,9 @@ class Fetcher:
         await self._closing.close()
         self._resolver.close()
 
-    async def fetch(self, url: str, *, param: str | None = None, timeout: float | None = None) -> bytes:
+    async def fetch(
+        self, url: str, *, param: str | None = None, timeout: float | None = None, hold: Hold | None = None
+    ) -> bytes:
         """Return the bytes that lie at ``url``. Where the last who waits for them is cancelled, the connection closes.
 
         Parameters
@@ -215,6 +218,9 @@ class Fetcher:
             The place in the request; every error names it.
         timeout:
             Seconds that are left for it, where that is less than the fetcher's own.
+        hold:
+            Told the bytes of the medium as far as they are known: as the host announces them, and as they come. What it
+            raises is raised here, and whoever else waits for the same URL goes on.
 
         Raises
         ------
@@ -233,7 +239,7 @@ class Fetcher:
         mmprep.errors.ServiceUnavailable
             The fetcher was closed meanwhile.
         """
-        reply = await self.ask(url, param=param, timeout=timeout)
+        reply = await self.ask(url, param=param, timeout=timeout, hold=hold)
         assert reply.data is not None
         return reply.data
 
@@ -244,6 +250,7 @@ class Fetcher:
         param: str | None = None,
         timeout: float | None = None,
         condition: Condition | None = None,
+        hold: Hold | None = None,
     ) -> Reply:
         """Return what lies at ``url`` with what its host says about keeping it; errors as of :meth:`fetch`.
 
@@ -255,14 +262,16 @@ class Fetcher:
         seconds = self._timeout if timeout is None else min(timeout, self._timeout)
         deadline = asyncio.get_running_loop().time() + seconds
         try:
-            return await self._share(self._policy.judge_url(url), deadline, condition)
+            return await self._share(self._policy.judge_url(url), deadline, condition, hold)
         except MmprepError as error:
             if param is not None:
                 error.at(param)
             raise
 
-    async def _share(self, target: Target, deadline: float, condition: Condition | None) -> Reply:
-        """Wait for the flight to ``target`` until ``deadline``; start it where there is none."""
+    async def _share(self, target: Target, deadline: float, condition: Condition | None, hold: Hold | None) -> Reply:
+        """Wait for the flight to ``target`` until ``deadline``, or until it is too large for who waits; start it where
+        there is none.
+        """
         course = (target.url, condition)
         flight = self._flights.get(course)
         if flight is None:
@@ -271,14 +280,26 @@ class Fetcher:
             flight.task.add_done_callback(lambda _: self._landed(course, flight))
         flight.waiting += 1
         flight.deadline = max(flight.deadline, deadline)
+        beyond: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         try:
-            await asyncio.wait((flight.task,), timeout=deadline - asyncio.get_running_loop().time())
+            if hold is not None:
+                flight.watch(beyond, hold)
+            await asyncio.wait(
+                (flight.task, beyond),
+                timeout=deadline - asyncio.get_running_loop().time(),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
         finally:
             flight.waiting -= 1
+            flight.watching.pop(beyond, None)
+            if beyond.done():
+                beyond.exception()  # looked at, even where who waited was cancelled
             if not flight.waiting and not flight.task.done():
                 # Who comes now must not join what is being given up.
                 self._landed(course, flight)
                 flight.task.cancel()
+        if beyond.done():
+            beyond.result()
         if not flight.task.done():
             raise flight.too_late()
         if flight.task.cancelled():
@@ -302,7 +323,7 @@ class Fetcher:
                 flight.queued = True
                 async with self._slots.hold(target.host):
                     flight.queued = False
-                    answer = await self._hop(target, hops, condition)
+                    answer = await self._hop(target, hops, condition, flight)
             except _PassingError as passing:
                 failed += 1
                 flight.error = passing.error
@@ -323,7 +344,9 @@ class Fetcher:
             target = answer
             hops += (target.url,)
 
-    async def _hop(self, target: Target, hops: tuple[str, ...], condition: Condition | None) -> Reply | Target:
+    async def _hop(
+        self, target: Target, hops: tuple[str, ...], condition: Condition | None, flight: _Flight
+    ) -> Reply | Target:
         """Ask one host once; return the medium, or where it redirects to."""
         # Nobody but who gave it is told what is at hand.
         headers = condition.validators.condition() if condition and condition.url == target.url else {}
@@ -336,7 +359,7 @@ class Fetcher:
                 if response.status == _NOT_MODIFIED and headers:
                     return Reply(None, hops, validators, kept if "Cache-Control" in response.headers else None)
                 _check_status(response)
-                return Reply(await self._read(response), hops, validators, kept)
+                return Reply(await self._read(response, flight), hops, validators, kept)
         except TimeoutError:
             raise _silence() from None
         except aiohttp.ClientConnectorDNSError:
@@ -352,10 +375,12 @@ class Fetcher:
                 FetchBadGateway("the connection to the medium's host broke before the medium was complete")
             ) from None
 
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+    async def _read(self, response: aiohttp.ClientResponse, flight: _Flight) -> bytes:
         inflater = _inflater(response.headers.get("Content-Encoding", "identity"))
-        if (response.content_length or 0) > self._max_bytes:
+        announced = response.content_length or 0
+        if announced > self._max_bytes:
             raise self._too_large()
+        flight.grew(announced)
         pieces: list[bytes] = []
         size = 0
         async for chunk in response.content.iter_any():
@@ -363,6 +388,8 @@ class Fetcher:
                 size += len(piece)
                 if size > self._max_bytes:
                     raise self._too_large()
+                if size > announced:
+                    flight.grew(size)
                 pieces.append(piece)
                 if inflater:
                     await asyncio.sleep(0)
@@ -398,6 +425,7 @@ class _Flight:
     waiting: how many wait.
     queued: whether it has no connection yet.
     error: how the last try failed.
+    watching: who is told how large it is, by what tells him that it is too large for him.
     """
 
     task: asyncio.Task[Reply]
@@ -407,6 +435,27 @@ class _Flight:
         self.waiting = 0
         self.queued = True
         self.error: MmprepError | None = None
+        self.watching: dict[asyncio.Future[None], Hold] = {}
+        self._size = 0
+
+    def watch(self, beyond: asyncio.Future[None], hold: Hold) -> None:
+        """Tell ``hold`` of the size from now on; what it raises becomes the exception of ``beyond``."""
+        self.watching[beyond] = hold
+        self._tell(beyond, hold)
+
+    def grew(self, size: int) -> None:
+        """The medium has so many bytes at least."""
+        self._size = size
+        for beyond, hold in self.watching.items():
+            self._tell(beyond, hold)
+
+    def _tell(self, beyond: asyncio.Future[None], hold: Hold) -> None:
+        if beyond.done():
+            return
+        try:
+            hold(self._size)
+        except MmprepError as error:
+            beyond.set_exception(error)
 
     def too_late(self) -> BaseException:
         """Return what to tell one whose time is over: what the host said, where it has said something."""

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from mmprep.errors import Busy, FetchError, Forbidden, TooLarge
+from mmprep_frontend.media.allowance import Hold
 from mmprep_frontend.media.sources import FileSource
 
 #: Bytes of one read.
@@ -69,8 +70,13 @@ class LocalFiles:
             param=source.param,
         )
 
-    async def read(self, source: FileSource) -> bytes:
+    async def read(self, source: FileSource, *, hold: Hold | None = None) -> bytes:
         """Return the bytes of the file.
+
+        Parameters
+        ----------
+        hold:
+            Told the file's size before it is read, on a thread; what it raises is raised here.
 
         Raises
         ------
@@ -84,13 +90,13 @@ class LocalFiles:
             The process has no descriptors left.
         """
         names = self.beneath(source)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._read, names, source.param)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._read, names, source.param, hold)
 
-    def _read(self, names: Sequence[bytes], param: str | None) -> bytes:
+    def _read(self, names: Sequence[bytes], param: str | None, hold: Hold | None) -> bytes:
         try:
             file = _open_beneath(self._root, names)
             try:
-                return self._content(file, param)
+                return self._content(file, param, hold)
             finally:
                 os.close(file)
         except OSError as error:
@@ -98,9 +104,12 @@ class LocalFiles:
                 raise Busy("too many files are open at the moment; try again", param=param, retry_after=1.0) from None
             raise FetchError(_UNREADABLE, param=param) from None
 
-    def _content(self, file: int, param: str | None) -> bytes:
-        if os.fstat(file).st_size > self._max_bytes:
+    def _content(self, file: int, param: str | None, hold: Hold | None) -> bytes:
+        size = os.fstat(file).st_size
+        if size > self._max_bytes:
             raise self._too_large(param)
+        if hold is not None:
+            hold(size)
         pieces: list[bytes] = []
         left = self._max_bytes + 1  # the file may have grown since
         while left and (piece := os.read(file, min(left, _PIECE))):

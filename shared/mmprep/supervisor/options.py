@@ -26,8 +26,10 @@ class ServeOptions(msgspec.Struct, frozen=True):
     spill_size: int
     inline_size: int
     max_media_size: int
+    max_request_media_size: int
     max_body_size: int
     max_image_pixels: int
+    max_request_image_pixels: int
     image_background: tuple[int, int, int] | None
     max_model_len: int | None
     limit_mm_per_prompt: dict[str, int]
@@ -87,6 +89,9 @@ class ServeOptions(msgspec.Struct, frozen=True):
             max_model_len=self.max_model_len,
             limit_mm_per_prompt=self.limit_mm_per_prompt,
             max_media_size=self.max_media_size,
+            max_request_media_size=self.max_request_media_size,
+            max_image_pixels=self.max_image_pixels,
+            max_request_image_pixels=self.max_request_image_pixels,
             max_body_size=self.max_body_size,
             inline_size=self.inline_size,
             request_timeout=self.request_timeout,

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Final
 
 from mmprep.errors import DecodeError, TooLarge, UnsupportedMedia
-from mmprep.picture_header import Data, PictureHeader, TiffTags, frame_of, jpeg_segments
+from mmprep.picture_header import Boxes, Data, PictureHeader, TiffTags, frame_of, jpeg_segments
 
 #: Scans of a JPEG, each of which costs a pass over all pixels, however short it is. libjpeg writes 10 to 18, others some more.
 MOST_SCANS: Final = 64
@@ -23,10 +23,12 @@ MOST_CHUNKS: Final = 1000
 #: Chunks of a PNG that do, of all its frames, and the bytes for which it may have one more.
 MOST_PIXEL_CHUNKS: Final = 20_000
 CHUNK_BYTES: Final = 1024
-#: Strips or tiles of a TIFF: a row of a picture of the largest side that is common, four times.
-MOST_STRIPS: Final = 1 << 18
+#: Strips or tiles of a TIFF: rows of the tallest picture that other formats know.
+MOST_STRIPS: Final = 1 << 16
 #: How often the strips of a TIFF may cover it: its channels may be stored apart.
 MOST_LAYERS: Final = 5
+#: Items of an AVIF, of which a grid has one for each cell: each costs its decoder a millisecond, however small it is.
+MOST_ITEMS: Final = 1024
 #: Pixels of a run-length encoded BMP, which Pillow decodes in Python.
 MOST_RUN_PIXELS: Final = 1 << 24
 
@@ -104,9 +106,9 @@ def _scans(data: Data) -> Iterator[int]:
 
 
 def png_chunks(data: Data) -> Iterator[bytes]:
-    """Yield the kinds of a PNG's chunks."""
-    position = 8
-    while position + 8 <= len(data):
+    """Yield the kinds of a PNG's chunks, up to its end; the file may go on behind it."""
+    position, kind = 8, b""
+    while kind != b"IEND" and position + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
         yield kind
         position += length + 12
@@ -165,9 +167,22 @@ def _check_bmp(header: PictureHeader, data: Data) -> None:
         raise DecodeError("the picture is broken: this BMP has more run lengths than pixels")
 
 
+# --- AVIF -------------------------------------------------------------------------------------------------------------
+
+
+def _check_avif(_header: PictureHeader, data: Data) -> None:
+    boxes = Boxes(data)
+    for meta in boxes.named(b"meta", 0, len(data)):
+        for listed in boxes.within(meta, b"iinf", skip=4):
+            form = ">H" if data[listed.start] == 0 else ">I"
+            if struct.unpack_from(form, data, listed.start + 4)[0] > MOST_ITEMS:
+                raise DecodeError(f"the picture has more than {MOST_ITEMS} parts; send an AVIF of larger cells")
+
+
 _CHECKS: Final[dict[str, Callable[[PictureHeader, Data], None]]] = {
     "JPEG": _check_jpeg,
     "PNG": _check_png,
     "TIFF": _check_tiff,
     "BMP": _check_bmp,
+    "AVIF": _check_avif,
 }
