@@ -11,7 +11,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Final
+from typing import Final, NamedTuple
 
 from mmprep.errors import DecodeError, TooLarge, UnsupportedMedia
 from mmprep.picture_header import Boxes, Data, PictureHeader, TiffTags, frame_of, jpeg_segments
@@ -37,6 +37,8 @@ MOST_RUN_PIXELS: Final = 1 << 24
 _COMPRESSIONS = frozenset((1, 2, 3, 4, 5, 7, 8, 32773, 32946, 34925, 50000))
 _COMPRESSION, _STRIP_OFFSETS, _TILE_OFFSETS = 259, 273, 324
 _SOS = 0xDA
+#: Frames whose scan holds everything where it holds all components.
+_SEQUENTIAL = frozenset((0xC0, 0xC1, 0xC9))
 _SCAN = re.compile(rb"\xff\xda")
 #: What ends the coded pixels of a scan: a marker that is neither padding nor a restart.
 _END_OF_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
@@ -74,32 +76,34 @@ def check_effort(header: PictureHeader, data: Data) -> None:
 
 
 def _check_jpeg(_header: PictureHeader, data: Data) -> None:
+    first = _next_scan(data, 2)
+    if first is None or first.whole:
+        return
     if sum(1 for _ in islice(_SCAN.finditer(data), MOST_SCANS + 1)) <= MOST_SCANS:
         return  # as nearly all: not even with what looks like scans in metadata, or behind the picture
-    scans = sum(1 for _ in islice(_scans(data), MOST_SCANS + 1))
-    if scans > MOST_SCANS:
-        raise DecodeError(f"the picture has more than {MOST_SCANS} scans; send a JPEG that is encoded anew")
+    scans, scan = 1, first
+    while (end := _END_OF_SCAN.search(data, scan.end)) and (found := _next_scan(data, end.start())):
+        scans, scan = scans + 1, found
+        if scans > MOST_SCANS:
+            raise DecodeError(f"the picture has more than {MOST_SCANS} scans; send a JPEG that is encoded anew")
 
 
-def _scans(data: Data) -> Iterator[int]:
-    """Yield where each scan begins, in the first picture of the file."""
-    at, components, several = 2, 0, False
-    while True:
-        last = None
-        for segment in jpeg_segments(data, at):
-            last = segment
-            if frame_of(segment):
-                components = data[segment.start + 5]
-                several = segment.marker not in {0xC0, 0xC1, 0xC9}
-        if last is None or last.marker != _SOS:
-            return
-        yield last.start
-        if not several and data[last.start] == components:
-            return  # a sequential frame whose first scan holds everything has no other
-        end = _END_OF_SCAN.search(data, last.end)
-        if end is None:
-            return
-        at, several = end.start(), True
+class _Scan(NamedTuple):
+    """Where the header of a scan ends, and whether the scan holds all of its picture."""
+
+    end: int
+    whole: bool
+
+
+def _next_scan(data: Data, at: int) -> _Scan | None:
+    """Return the next scan of the first picture in the file; ``None`` where that ends before."""
+    components = 0
+    for segment in jpeg_segments(data, at):
+        if frame_of(segment):
+            components = 0 if segment.marker not in _SEQUENTIAL else data[segment.start + 5]
+        elif segment.marker == _SOS:
+            return _Scan(segment.end, data[segment.start] == components)
+    return None
 
 
 # --- PNG --------------------------------------------------------------------------------------------------------------
