@@ -386,6 +386,58 @@ def _webps() -> Iterator[tuple[str, bytes]]:
     yield "with metadata", encoded(drawn(), "WEBP", exif=exif(1), icc_profile=bytes(200), xmp=b"<x/>")
 
 
+def box(kind: bytes, *content: bytes) -> bytes:
+    """Return a box of the ISO base media file format."""
+    return struct.pack(">I4s", 8 + sum(map(len, content)), kind) + b"".join(content)
+
+
+def _within(data: bytes, *path: bytes) -> bytes:
+    """Return the first box at a path of kinds, whole."""
+    at, end = 0, len(data)
+    for number, kind in enumerate(path):
+        while data[at + 4 : at + 8] != kind:
+            at += int.from_bytes(data[at : at + 4], "big")
+            assert at < end
+        end = at + int.from_bytes(data[at : at + 4], "big")
+        if number < len(path) - 1:
+            at += 12 if kind == b"meta" else 8
+    return data[at:end]
+
+
+def avif_grid(cell: bytes, side: int, rows: int, columns: int, size: tuple[int, int]) -> bytes:
+    """Return an AVIF of ``size`` whose pixels are those of one AVIF of ``side`` by ``side``, side by side."""
+    coded = _within(cell, b"mdat")[8:]
+    cells = range(2, 2 + rows * columns)
+    grid = struct.pack(">BBBBII", 0, 1, rows - 1, columns - 1, *size)
+    entries = [(1, b"grid"), *((number, b"av01") for number in cells)]
+    infos = [box(b"infe", b"\2\0\0\0" + struct.pack(">HH4s", number, 0, kind) + b"\0") for number, kind in entries]
+    uses = struct.pack(f">HH{len(cells)}H", 1, len(cells), *cells)
+    kept = [_within(cell, b"meta", b"iprp", b"ipco", kind) for kind in (b"pixi", b"av1C")]
+    sizes = [box(b"ispe", bytes(4) + struct.pack(">II", *each)) for each in (size, (side, side))]
+    uses_of = [struct.pack(">HB", 1, 2) + b"\1\3", *(struct.pack(">HB", number, 3) + b"\2\3\x84" for number in cells)]
+
+    def whole(at: int) -> bytes:
+        """Return everything before the coded pixels, where these begin at ``at``."""
+        places = [(1, at, len(grid)), *((number, at + len(grid), len(coded)) for number in cells)]
+        listed = b"".join(struct.pack(">HHHII", number, 0, 1, *place) for number, *place in places)
+        return box(b"ftyp", b"avif", bytes(4), b"avifmif1miaf") + box(
+            b"meta",
+            bytes(4),
+            box(b"hdlr", bytes(8), b"pict", bytes(13)),
+            box(b"pitm", bytes(4), b"\0\1"),
+            box(b"iloc", bytes(4), b"\x44\0", struct.pack(">H", len(places)), listed),
+            box(b"iinf", bytes(4), struct.pack(">H", len(infos)), *infos),
+            box(b"iref", bytes(4), box(b"dimg", uses)),
+            box(
+                b"iprp",
+                box(b"ipco", *sizes, *kept),
+                box(b"ipma", bytes(4), struct.pack(">I", len(uses_of)), *uses_of),
+            ),
+        )
+
+    return whole(len(whole(0)) + 8) + box(b"mdat", grid, coded)
+
+
 def _avifs() -> Iterator[tuple[str, bytes]]:
     frames = [drawn(seed=number) for number in range(3)]
     yield "RGB", encoded(drawn(), "AVIF", max_threads=1)
@@ -393,6 +445,8 @@ def _avifs() -> Iterator[tuple[str, bytes]]:
     yield "RGBA", encoded(translucent(), "AVIF", max_threads=1)
     yield "grey", encoded(drawn().convert("L"), "AVIF", max_threads=1)
     yield "animated", encoded(frames[0], "AVIF", save_all=True, append_images=frames[1:], max_threads=1)
+    cell = encoded(drawn(64, 64), "AVIF", subsampling="4:4:4", max_threads=1)
+    yield "grid", avif_grid(cell, 64, 1, 1, (WIDTH, HEIGHT))
 
 
 _MAKERS = {"JPEG": _jpegs, "PNG": _pngs, "GIF": _gifs, "WEBP": _webps, "BMP": _bmps, "TIFF": _tiffs}

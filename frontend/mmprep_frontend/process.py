@@ -27,6 +27,7 @@ from mmprep_frontend.http.app import make_app
 from mmprep_frontend.http.door import HttpDoor
 from mmprep_frontend.http.keyring import Keyring
 from mmprep_frontend.http.server import HttpServer, serve_http
+from mmprep_frontend.media.allowance import MediaLimits
 from mmprep_frontend.media.cache import MediaCache
 from mmprep_frontend.media.cache_disk import CacheDisk
 from mmprep_frontend.media.fetch import Fetcher
@@ -96,7 +97,12 @@ class Frontend:
             intake=Intake(
                 self._fetcher,
                 hasher,
-                settings.max_media_size,
+                MediaLimits(
+                    settings.max_media_size,
+                    settings.max_request_media_size,
+                    settings.max_image_pixels,
+                    settings.max_request_image_pixels,
+                ),
                 self._threads,
                 lambda seconds: self._metrics.observe("mmprep_stage_seconds", seconds, stage="fetch"),
                 files=self._files,

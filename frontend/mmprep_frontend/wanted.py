@@ -16,8 +16,8 @@ from mmprep_frontend.media.intake import Medium
 from mmprep_frontend.media.keys import alias, variant
 from mmprep_frontend.render.conversation import MediaPart
 
-#: What one medium is estimated to cost, in pixels: the least, and for each encoded byte. A second of video is as much
-#: as a large picture, so every video is slow work.
+#: What one medium is estimated to cost, in pixels: the least, and for each encoded byte where its pixels are not known. A
+#: second of video is as much as a large picture, so every video is slow work.
 _COST = {"image": (4096, 4), "video": (HEAVY_COST, 40), "audio": (65_536, 1)}
 
 
@@ -75,13 +75,14 @@ def wanted(
         assert name is not None, "a part without data and uuid was not refused"
         return Recalled(name, processed, part.modality)
     least, a_byte = _COST[part.modality]
+    pixels = medium.pixels if part.modality == "image" else 0
     return OfferItem(
         key=item_key(processed, medium.digest),
         modality=part.modality,
         medium=medium.data,
         digest=medium.digest,
         options=msgspec.msgpack.encode(ItemOptions(resolved, options)),
-        cost=max(least, len(medium.data) * a_byte),
+        cost=max(least, pixels or len(medium.data) * a_byte),
         alias=None if name is None else Alias(name, medium.digest),
     )
 

@@ -15,7 +15,7 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple, TypeAlias
 
-from mmprep.errors import DecodeError, UnsupportedMedia
+from mmprep.errors import DecodeError, TooLarge, UnsupportedMedia
 
 Data: TypeAlias = bytes | memoryview
 
@@ -80,6 +80,15 @@ def read_picture_header(data: Data) -> PictureHeader:
     if not width or not height:
         raise DecodeError("the picture is broken: its header says that it has no pixels")
     return PictureHeader(name, width, height)
+
+
+def check_pixels(pixels: int, most: int, *, param: str | None = None) -> None:
+    """Refuse a picture that has more pixels than one may have, ``--max-image-pixels``; raises TooLarge."""
+    if pixels > most:
+        raise TooLarge(
+            f"the picture has {pixels} pixels, above the limit of {most} (--max-image-pixels); send a smaller one",
+            param=param,
+        )
 
 
 def _format(data: Data) -> str:
@@ -271,20 +280,22 @@ def _tiff(data: Data) -> tuple[int, int]:
 # --- AVIF (ISO/IEC 14496-12, 23008-12) --------------------------------------------------------------------------------
 
 
-class _Box(NamedTuple):
+class Box(NamedTuple):
+    """One box of a file: its kind, and where its content lies."""
+
     kind: bytes
     start: int
     end: int
 
 
-class _Boxes:
+class Boxes:
     """The boxes of one file, of which so many are looked at and no more."""
 
     def __init__(self, data: Data) -> None:
         self.data = data
         self._left = MOST_STEPS
 
-    def named(self, kind: bytes, start: int, end: int) -> Iterator[_Box]:
+    def named(self, kind: bytes, start: int, end: int) -> Iterator[Box]:
         """Yield the boxes of one kind from ``start`` to ``end``."""
         while start + 8 <= end:
             if not self._left:
@@ -299,10 +310,10 @@ class _Boxes:
             if stop < content:
                 raise DecodeError("the picture is broken: a part of this AVIF is shorter than its own header")
             if found == kind:
-                yield _Box(found, content, min(stop, end))
+                yield Box(found, content, min(stop, end))
             start = stop
 
-    def within(self, parent: _Box, kind: bytes, *, skip: int = 0) -> Iterator[_Box]:
+    def within(self, parent: Box, kind: bytes, *, skip: int = 0) -> Iterator[Box]:
         """Yield the boxes of one kind in another one, behind ``skip`` bytes."""
         return self.named(kind, parent.start + skip, parent.end)
 
@@ -315,12 +326,12 @@ def _brands(data: Data) -> set[bytes]:
 
 def _avif(data: Data) -> tuple[int, int]:
     """Return the largest size that any of the file's pictures or tracks has: the first one's is none larger."""
-    boxes = _Boxes(data)
+    boxes = Boxes(data)
     sizes = [(0, 0), *_extents(boxes), *_track_sizes(boxes)]
     return max(sizes, key=lambda size: size[0] * size[1])
 
 
-def _extents(boxes: _Boxes) -> Iterator[tuple[int, int]]:
+def _extents(boxes: Boxes) -> Iterator[tuple[int, int]]:
     for meta in boxes.named(b"meta", 0, len(boxes.data)):
         for properties in boxes.within(meta, b"iprp", skip=4):
             for container in boxes.within(properties, b"ipco"):
@@ -328,7 +339,7 @@ def _extents(boxes: _Boxes) -> Iterator[tuple[int, int]]:
                     yield struct.unpack_from(">II", boxes.data, extent.start + 4)
 
 
-def _track_sizes(boxes: _Boxes) -> Iterator[tuple[int, int]]:
+def _track_sizes(boxes: Boxes) -> Iterator[tuple[int, int]]:
     for movie in boxes.named(b"moov", 0, len(boxes.data)):
         for track in boxes.within(movie, b"trak"):
             for header in boxes.within(track, b"tkhd"):

@@ -59,6 +59,9 @@ class FrontendSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_model_len: int | None
     limit_mm_per_prompt: dict[str, int]
     max_media_size: int
+    max_request_media_size: int
+    max_image_pixels: int
+    max_request_image_pixels: int
     max_body_size: int
     inline_size: int
     request_timeout: float

@@ -6,15 +6,13 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Sequence
-from functools import partial
 from random import Random
 from typing import Any, NamedTuple, get_args
 
 import msgpack
 import msgspec
-from tests.fuzz import pictures, recordings, videos
-from tests.fuzz.child import Child
 from tests.fuzz.fuzzing import Target, outcome_of
+from tests.fuzz.media import MEDIA
 from tests.fuzz.mutate import LONGEST, mutate_bytes, mutate_plain
 from tests.fuzz.schema import Strict, fits, info, sample
 from tests.wire_strategies import LINKS
@@ -478,55 +476,5 @@ def _believed(address: Address, record: bytes) -> None:
             size *= dimension
         assert 0 <= field.offset <= field.offset + size <= length, "a field reaches out of the extent"
 
-
-# --- decoders of media ------------------------------------------------------------------------------------------------
-
-#: Bytes of data that a decoder's process may have: an eighth of what a lane gets, for inputs of some kB.
-MEDIA_MEMORY = 512 << 20
-
-
-class Media:
-    """Media in a decoder that runs in a process of its own.
-
-    Parameters
-    ----------
-    name:
-        Of the target.
-    decode:
-        What runs there, as ``module:function``; see :mod:`tests.fuzz.child`.
-    corpus, mutate:
-        As for every target.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        decode: str,
-        corpus: Callable[[], list[bytes]],
-        mutate: Callable[[Random, bytes, Sequence[bytes]], bytes],
-    ) -> None:
-        self.name = name
-        self.corpus = corpus
-        self.mutate = mutate
-        self._child = Child(decode, MEDIA_MEMORY)
-
-    def run(self, data: bytes) -> str:
-        return self._child.run(data)
-
-    def close(self) -> None:
-        self._child.close()
-
-
-PICTURES = "tests.fuzz.pictures:decode"
-#: Pictures of all formats, those of one at a time, videos and recordings.
-MEDIA = (
-    Media("pictures", PICTURES, pictures.corpus, pictures.mutate),
-    *(
-        Media(name.lower(), PICTURES, partial(pictures.corpus, name), pictures.mutate)
-        for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-    ),
-    Media("videos", "tests.fuzz.videos:decode", videos.corpus, videos.mutate),
-    Media("recordings", "tests.fuzz.recordings:decode", recordings.corpus, recordings.mutate),
-)
 
 TARGETS: dict[str, Target] = {target.name: target for target in (Wire(), Directory(), AddressOf(), *MEDIA)}

@@ -11,7 +11,9 @@ import pytest
 from tests.fuzz import fuzzing, pictures, recordings
 from tests.fuzz.__main__ import main
 from tests.fuzz.fuzzing import MEMORY, Finding, execute, fuzz, time_limit
-from tests.fuzz.targets import MEDIA_MEMORY, TARGETS, Media
+from tests.fuzz.media import MEMORY as MEDIA_MEMORY
+from tests.fuzz.media import Media
+from tests.fuzz.targets import TARGETS
 
 from mmprep import layout
 from mmprep.errors import FetchError, TooLarge

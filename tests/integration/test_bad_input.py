@@ -25,18 +25,24 @@ from tests.integration.service import (
     text,
     user,
 )
+from tests.pictures import FOREIGN, chunk, drawn, samples, tiff
 
 from mmprep import embedded
 
 CHAT = "/v1/chat/completions/render"
 COMPLETIONS = "/v1/completions/render"
 PART = "messages[0].content[0].image_url"
+JPEG = (DATA / "rocket.jpg").read_bytes()
+PNG = (DATA / "cat.png").read_bytes()
 MAX_LENGTH = 3000
 #: Characters: so many tokens of the longest one of the embedded vocabulary, 69.
 MOST_TEXT = MAX_LENGTH * 69
 MOST_COUNTED = 1 << 20
 MAX_BODY = 4 << 20
 MAX_MEDIUM = 2 << 20
+#: Of all media of a request: bytes, and pixels.
+MAX_MEDIA = 5 << 19
+MAX_PIXELS = 50_000_000
 
 #: What no answer may hold: places on this machine, internals, addresses of objects and of hosts.
 FORBIDDEN = re.compile(
@@ -54,7 +60,8 @@ def service(tmp_path_factory):
     template.write_text("{%- if without_media -%}none{%- else -%}" + own + "{%- endif -%}")
     limits = ("--limit-mm-per-prompt", "image=3", "--max-model-len", MAX_LENGTH)
     sizes = ("--max-body-size", MAX_BODY, "--max-media-size", MAX_MEDIUM, "--cache-size", "64MiB")
-    with serving(*limits, *sizes, "--chat-template", template) as running:
+    sums = ("--max-request-media-size", MAX_MEDIA, "--max-request-image-pixels", MAX_PIXELS)
+    with serving(*limits, *sizes, *sums, "--chat-template", template) as running:
         yield running
 
 
@@ -62,10 +69,6 @@ def encoded(picture, kind="PNG", **options):
     into = io.BytesIO()
     picture.save(into, kind, **options)
     return into.getvalue()
-
-
-def chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def png_header(width, height):
@@ -85,6 +88,19 @@ def bomb():
     data = b"".join(packer.compress(rows) for _ in range(200)) + packer.flush()
     header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def packed_text():
+    """Return a PNG with a text of 60 MB that is packed into 60 kB."""
+    text = b"a\0\0" + zlib.compress(bytes(60_000_000), 9)
+    return PNG[:33] + chunk(b"zTXt", text) + PNG[33:]
+
+
+def many_scans():
+    """Return a JPEG with a hundred scans too many."""
+    progressive = samples()["JPEG", "progressive grey"]
+    start = progressive.rindex(b"\xff\xda")
+    return progressive[:start] + progressive[start:-2] * 100 + b"\xff\xd9"
 
 
 def grey(width, height):
@@ -114,8 +130,6 @@ class Case(NamedTuple):
     path: str = CHAT
 
 
-JPEG = (DATA / "rocket.jpg").read_bytes()
-PNG = (DATA / "cat.png").read_bytes()
 HELLO = [{"role": "user", "content": "Hello"}]
 BAD = "BadRequestError"
 
@@ -218,6 +232,57 @@ CASES = {
     "a uuid that is none": Case(
         chat(user({**photo("cat.png"), "uuid": {}})), 400, BAD, "messages[0].content[0].uuid", "string"
     ),
+    "all media above --max-request-media-size": Case(
+        chat(user(*[image(bytes(MAX_MEDIA // 2 + 1))] * 2)),
+        413,
+        "PayloadTooLargeError",
+        "messages[0].content[1].image_url",
+        "more than 2,621,440 bytes together.*--max-request-media-size",
+    ),
+    "all pictures above --max-request-image-pixels": Case(
+        chat(user(photo("cat.png"), image(png_header(6000, 5000)), image(png_header(5000, 4000)))),
+        413,
+        "PayloadTooLargeError",
+        "messages[0].content[2].image_url",
+        "more than 50,000,000 pixels together.*--max-request-image-pixels",
+    ),
+    "the same to count tokens": Case(
+        chat(user(*[image(png_header(6000, 5000))] * 2)),
+        413,
+        "PayloadTooLargeError",
+        "messages[0].content[1].image_url",
+        "--max-request-image-pixels",
+        "/tokenize",
+    ),
+    **{
+        f"no picture: {name}": Case(
+            chat(user(image(data, "png"))), 415, "UnsupportedMediaError", PART, "send one of JPEG, PNG"
+        )
+        for name, data in FOREIGN.items()
+        if data
+    },
+    **{
+        f"{kind}, cut off": Case(
+            chat(user(image(data[: len(data) * 3 // 5]))), 422, "UnprocessableEntityError", PART, "broken or truncated"
+        )
+        for kind, data in ((kind, samples()[kind, "RGB"]) for kind in ("PNG", "WEBP", "BMP", "TIFF", "AVIF"))
+    },
+    "GIF, cut off": Case(
+        chat(user(image(samples()["GIF", "animated"][:1000]))), 422, "UnprocessableEntityError", PART, "broken"
+    ),
+    "a JPEG with too many scans": Case(
+        chat(user(image(many_scans()))), 422, "UnprocessableEntityError", PART, "more than 64 scans"
+    ),
+    "a PNG with text that unpacks to much": Case(
+        chat(user(image(packed_text()))), 422, "UnprocessableEntityError", PART, "too large"
+    ),
+    "a TIFF with an old compression": Case(
+        chat(user(image(tiff(np.zeros((9, 9, 3), np.uint8), photometric=2, tags=[(259, "H", (6,))])))),
+        415,
+        "UnsupportedMediaError",
+        PART,
+        "compression 6",
+    ),
     # places that are not read from
     "file": Case(chat(with_url("file:///etc/passwd")), 400, BAD, PART, "file: URLs are only read by a service that"),
     "ftp": Case(chat(with_url("ftp://example.com/a.png")), 400, BAD, PART, "ftp: URLs"),
@@ -317,6 +382,29 @@ def test_many_prompts_are_answered_in_their_order_by_their_own_ids(service):
 def test_a_picture_of_one_pixel_is_a_picture(service):
     answer = service.render(user(image(grey(1, 1)), text("?")))
     assert decode_item(answer["features"]["kwargs_data"]["image"][0])["image_grid_thw"].array.tolist() == [1, 4, 4]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
+def test_a_picture_is_read_by_its_content_whatever_its_type_says(service, kind):
+    data = encoded(drawn(320, 200), kind)
+    answers = [service.render(user(image(data, named), text("?"))) for named in ("jpeg", "png", "svg+xml")]
+    assert all(answer["features"] == answers[0]["features"] for answer in answers)
+
+
+def test_a_picture_that_is_also_html_is_read_as_a_picture(service):
+    page = b"<!-- --><html><script>alert(1)</script></html>"
+    for data in (JPEG + page, encoded(drawn(64, 64), "JPEG", comment=page), PNG + page):
+        assert service.render(user(image(data, "html"), text("?")))["features"]["mm_hashes"]["image"]
+
+
+def test_the_limits_of_a_request_are_reached_and_not_passed(service):
+    half = png_header(5000, 5000)
+    answer = service.chat(user(image(half), image(half)))
+    assert (answer.status, answer.error["type"]) == (422, "UnprocessableEntityError"), (
+        "a lane says what is wrong with it"
+    )
+    filled = PNG + bytes(MAX_MEDIA // 2 - len(PNG))
+    assert service.chat(user(image(filled), image(filled), text("?"))).status == 200
 
 
 def test_a_wrong_method_and_an_unknown_path_are_answered_in_the_same_form(service):

@@ -896,6 +896,106 @@ def test_a_flight_outlives_the_deadline_of_the_one_who_started_it(run: Run) -> N
     run(main())
 
 
+def at_most(limit: int, sizes: list[int] | None = None) -> Callable[[int], None]:
+    """Return what lets a medium have so many bytes, and notes what it is told."""
+
+    def hold(size: int) -> None:
+        if sizes is not None:
+            sizes.append(size)
+        if size > limit:
+            raise TooLarge(f"above {limit}", param=PARAM)
+
+    return hold
+
+
+def test_a_medium_that_is_announced_with_more_than_who_asks_may_have_is_not_read(run: Run) -> None:
+    async def main() -> None:
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {LIMIT}\r\n\r\n".encode()
+        async with serving_raw(raw_answer(head)) as port, fetching() as (fetcher, _, _):
+            error = await refused(fetcher, f"http://media.test:{port}/", hold=at_most(LIMIT - 1))
+            assert error.message == f"above {LIMIT - 1}"
+
+    run(main())
+
+
+def test_who_may_not_have_so_much_leaves_and_the_others_get_the_medium(run: Run) -> None:
+    async def main() -> None:
+        begun, out = asyncio.Event(), asyncio.Event()
+        sizes: list[int] = []
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            response = web.StreamResponse()
+            await response.prepare(request)
+            await response.write(MEDIUM[:2000])
+            begun.set()
+            await out.wait()
+            await response.write(MEDIUM[2000:])
+            return response
+
+        async with serving(handler) as port, fetching() as (fetcher, _, _):
+            url = f"http://media.test:{port}/"
+            free = asyncio.create_task(get(fetcher, url))
+            told = asyncio.create_task(get(fetcher, url, hold=at_most(LIMIT, sizes)))
+            bound = asyncio.create_task(refused(fetcher, url, hold=at_most(1500)))
+            await begun.wait()
+            assert type(await bound) is TooLarge
+            # One who comes later is told at once what is known already.
+            assert type(await refused(fetcher, url, hold=at_most(1999))) is TooLarge
+            late = asyncio.create_task(refused(fetcher, url, hold=at_most(2500)))
+            out.set()
+            assert await asyncio.gather(free, told) == [MEDIUM] * 2
+            assert type(await late) is TooLarge
+            assert sizes == sorted(sizes)
+            assert sizes[-1] == len(MEDIUM)
+
+    run(main())
+
+
+def test_where_the_last_who_waits_may_not_have_so_much_the_host_is_hung_up_on(run: Run) -> None:
+    async def main() -> None:
+        hung_up = asyncio.Event()
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            response = web.StreamResponse()
+            await response.prepare(request)
+            try:
+                while True:
+                    await response.write(b"x" * 1000)
+            finally:
+                hung_up.set()
+
+        async with serving(handler) as port, fetching(max_bytes=1 << 40) as (fetcher, _, _):
+            url = f"http://media.test:{port}/"
+            limits = (3000, 50_000)
+            errors = await asyncio.gather(*(refused(fetcher, url, hold=at_most(limit)) for limit in limits))
+            assert [error.message for error in errors] == ["above 3000", "above 50000"]
+            await hung_up.wait()
+
+    run(main())
+
+
+def test_another_try_is_counted_anew(run: Run) -> None:
+    async def main() -> None:
+        sizes: list[int] = []
+        asked = 0
+
+        async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal asked
+            await drain_head(reader)
+            asked += 1
+            length = 5000 if asked == 1 else 700
+            writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n".encode() + bytes(700))
+            writer.close()
+            await writer.wait_closed()
+
+        async with serving_raw(handler) as port, fetching() as (fetcher, _, _):
+            assert await get(fetcher, f"http://media.test:{port}/", hold=at_most(5000, sizes)) == bytes(700)
+            assert sizes[-1] == 700
+            assert max(sizes) == 5000
+
+    run(main())
+
+
 def test_whether_another_try_fits_is_judged_by_the_latest_deadline(run: Run) -> None:
     async def main() -> None:
         host = Failing(1, status=503, headers={"Retry-After": "1"})

@@ -1,5 +1,6 @@
 """Media at URLs and in files: what the media's host does decides the answer. That private addresses are refused: test_bad_input."""
 
+import base64
 import contextlib
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -8,6 +9,8 @@ import pytest
 from tests.integration.service import DATA, photo, serving, text, user
 
 MAX_MEDIUM = 1 << 20
+#: Of all media of a request.
+MAX_MEDIA = 1_500_000
 PART = "messages[0].content[1].image_url"
 SECONDS = 3
 
@@ -47,6 +50,11 @@ class Host(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(bytes(1000))
             self.close_connection = True
+        elif self.path.startswith("/announced/"):
+            self.send_response(200)
+            self.send_header("Content-Length", name)
+            self.end_headers()
+            self.server.over.wait()
         elif self.path == "/text":
             self._answer(200, b"no picture")
         else:
@@ -79,6 +87,7 @@ def host():
 def service(host):
     local = ("--allowed-local-media-path", DATA)
     options = (*local, "--allow-private-networks", "--max-media-size", MAX_MEDIUM, "--request-timeout", f"{SECONDS}s")
+    options += ("--max-request-media-size", MAX_MEDIA)
     # After the host in the order of fixtures, so before it in the order of ends.
     with serving(*options, "--frontends", 1, "--cache-size", "32MiB") as running:
         assert host.asked == []
@@ -180,6 +189,34 @@ def test_what_the_host_does_decides_the_answer(service, host, path, expected):
     assert words in error["message"]
     for secret in ("127.0.0.1", str(host.server_port), "what the host says"):
         assert secret not in error["message"]
+
+
+def both(*urls):
+    return user(*({"type": "image_url", "image_url": {"url": url}} for url in urls), text("?"))
+
+
+def test_media_that_are_announced_with_too_much_together_are_refused_before_they_come(service, host):
+    answer = service.chat(both(f"{host.url}/announced/800000", f"{host.url}/announced/800001"))
+    error = answer.error
+    assert (answer.status, error["type"]) == (413, "PayloadTooLargeError"), error
+    assert error["param"] in {f"messages[0].content[{number}].image_url" for number in (0, 1)}
+    assert "more than 1,500,000 bytes together" in error["message"]
+    assert "--max-request-media-size" in error["message"]
+
+
+def test_media_of_all_sources_count_together(service, host):
+    cat = (DATA / "cat.png").read_bytes()
+    filled = base64.b64encode(cat + bytes(1_000_000 - len(cat))).decode()
+    sent, file = f"data:image/png;base64,{filled}", f"file://{DATA}/cat.png"
+    assert service.chat(both(sent, f"{host.url}/announced/400000"), deadline_ms=500).status in {408, 504}
+    for url in (f"{host.url}/announced/600000", f"{host.url}/endless"):
+        answer = service.chat(both(sent, url))
+        assert (answer.status, answer.error["param"]) == (413, "messages[0].content[1].image_url")
+        assert "--max-request-media-size" in answer.error["message"]
+    most = (MAX_MEDIA - 1_000_000) // len(cat)
+    assert service.chat(both(sent, *[file] * most)).status == 200
+    answer = service.chat(both(sent, *[file] * (most + 1)))
+    assert (answer.status, answer.error["type"]) == (413, "PayloadTooLargeError")
 
 
 def test_a_host_that_refuses_connections_is_a_bad_gateway(service):

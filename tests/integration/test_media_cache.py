@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 
 import pytest
-from tests.integration.media_host import media_host
+from tests.integration.media_host import CAT, media_host
 from tests.integration.service import eventually, mmprep, photo, serving, text, user
 
 SMALL = ("--allow-private-networks", "--cache-size", "32MiB", "--frontends", 1)
@@ -102,6 +102,22 @@ def test_hits_still_meet_the_policy_and_the_size_of_today(host, tmp_path):
     with serving("--cache-size", "32MiB", "--frontends", 1, "--media-cache-dir", tmp_path) as service:
         assert service.chat(at(direct)).status == 400
         assert counted(service)["hits"] == 0
+
+
+def test_hits_count_for_what_a_request_may_have(host, tmp_path):
+    most = ("--max-request-media-size", 2 * len(CAT))
+    urls = [f"{host.url}/{name}/cat.png" for name in "abc"]
+    with serving(*SMALL, *most, "--media-cache-dir", tmp_path) as service:
+        for number, url in enumerate(urls, 1):
+            service.render(at(url))
+            eventually(lambda number=number: len(bodies(tmp_path)) == number, "the picture on the disk")
+        asked = len(host.asked)
+        parts = [part for url in urls for part in at(url)[0]["content"][1:]]
+        assert service.chat(user(text("?"), *parts[:2])).status == 200
+        answer = service.chat(user(text("?"), *parts))
+        assert (answer.status, answer.error["type"]) == (413, "PayloadTooLargeError")
+        assert "--max-request-media-size" in answer.error["message"]
+        assert len(host.asked) == asked
 
 
 def test_a_directory_that_cannot_be_is_a_miss(host):

@@ -127,6 +127,7 @@ def test_what_a_fetched_medium_lies_under_is_sha256_of_scope_url_and_reach():
     encoded = (4).to_bytes(8, "little") + b"".join(len(part).to_bytes(8, "little") + part for part in parts)
     key = fetched_key(scope=bytes(32), url="http://a/b", allow_private=False)
     assert key == hashlib.sha256(encoded).digest()
+    assert key.hex() == "c87c3fc522a502fa7f7dcba8d1b4f351c8bec216fcb3c75c55c1314004827075"
     others = {
         fetched_key(scope=b"1" * 32, url="http://a/b", allow_private=False),
         fetched_key(scope=bytes(32), url="http://a/c", allow_private=False),

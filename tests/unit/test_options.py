@@ -29,8 +29,10 @@ WRONG = {
     "request-timeout": ["0s", "1y", "25h"],
     "drain-timeout": ["-1s", "later"],
     "max-media-size": ["0", "huge", "1000PB"],
+    "max-request-media-size": ["0", "1023", "65TiB", "much", ""],
     "max-body-size": ["0", "huge"],
     "max-image-pixels": ["0", "many"],
+    "max-request-image-pixels": ["0", "-1", "1e9", "many", ""],
     "max-video-frames": ["0", "65537", "all"],
     "max-video-duration": ["0s", "2d", "long"],
     "max-audio-duration": ["0s", "2d", ""],
@@ -82,6 +84,7 @@ def test_without_anything_the_defaults_are_those_of_the_interface():
     assert (options.lease_seconds, options.request_timeout, options.drain_timeout) == (30.0, 60.0, 10.0)
     assert options.max_media_size == 256 << 20
     assert (options.lane_memory, options.task_timeout) == (4 << 30, 25.0)
+    assert (options.max_request_media_size, options.max_request_image_pixels) == (512 << 20, 500_000_000)
     assert (options.max_image_pixels, options.image_background) == (178_956_970, (255, 255, 255))
     assert options.served_model_name == "mmprep-demo"
     assert options.lanes >= 2
@@ -295,6 +298,8 @@ def test_the_parts_of_writer_and_frontend_follow_from_the_options(tmp_path):
     writer, frontend = options.writer(tmp_path), options.frontend(1, tmp_path, 99)
     assert writer.queue_bytes >= writer.max_media_size == frontend.max_media_size == 2 << 30
     assert (writer.spill_size, writer.inline_size, frontend.inline_size) == (3 << 20, 256 << 20, 256 << 20)
+    assert writer.max_image_pixels == frontend.max_image_pixels == 178_956_970
+    assert (frontend.max_request_media_size, frontend.max_request_image_pixels) == (512 << 20, 500_000_000)
     assert (frontend.fetch_timeout, frontend.port, frontend.index) == (10.0, 99, 1)
 
 

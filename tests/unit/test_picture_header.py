@@ -11,6 +11,8 @@ from mmprep.errors import DecodeError, UnsupportedMedia
 from mmprep.picture_header import MOST_STEPS, MOST_TAGS, PictureHeader, read_picture_header
 
 SAMPLES = samples()
+#: Samples of another size. The grid is cut out of a larger cell, which is what its decoder has to decode.
+OTHERS = {("GIF", "a frame out of its screen"): (12, 12), ("AVIF", "grid"): (64, 64)}
 
 
 def box(kind, content):
@@ -28,7 +30,7 @@ def with_extents(*sizes):
 
 @pytest.mark.parametrize(("key", "data"), SAMPLES.items(), ids=map(" ".join, SAMPLES))
 def test_format_and_size_are_read_of_every_sample(key, data):
-    size = (12, 12) if key == ("GIF", "a frame out of its screen") else (WIDTH, HEIGHT)
+    size = OTHERS.get(key, (WIDTH, HEIGHT))
     for given_as in (data, memoryview(data)):
         assert read_picture_header(given_as) == PictureHeader(key[0], *size)
 
@@ -40,10 +42,10 @@ def test_what_is_no_picture_is_unsupported(name):
 
 
 @pytest.mark.parametrize("data", SAMPLES.values(), ids=map(" ".join, SAMPLES))
-def test_a_header_cut_off_anywhere_is_an_error_or_says_the_same(data):
+def test_a_header_cut_off_anywhere_is_an_error_or_says_no_more(data):
     for kept in range(min(len(data), 400)):
         try:
-            assert read_picture_header(data[:kept])[1:] == read_picture_header(data)[1:]
+            assert read_picture_header(data[:kept]).pixels <= read_picture_header(data).pixels
         except DecodeError:
             assert kept >= 2
         except UnsupportedMedia:

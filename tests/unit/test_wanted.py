@@ -79,3 +79,10 @@ def test_within_a_request_a_uuid_alone_is_the_medium_that_came_last_with_it_befo
     parts = [part("u"), part("u"), part("v"), part("u"), part("u"), part(), part("u", "video")]
     media = [None, CAT, None, None, DOG, CAT, None]
     assert recalled_within(parts, media) == [None, CAT, None, CAT, DOG, CAT, None]
+
+
+def test_only_a_picture_costs_the_pixels_of_its_header():
+    known = Medium(b"cat", b"c" * 32, 0.0, pixels=1_000_000)
+    assert asked(part(), known).cost == 1_000_000
+    assert asked(part(), CAT).cost == 4096
+    assert asked(part(modality="video"), known).cost == asked(part(modality="video"), CAT).cost

@@ -20,6 +20,7 @@ from typing import Any, Final
 from mmprep.digest import HashName
 from mmprep.errors import Busy, MmprepError
 from mmprep.metrics import Metrics
+from mmprep_frontend.media.allowance import Hold
 from mmprep_frontend.media.cache_disk import CacheDisk, Damaged, Found
 from mmprep_frontend.media.cache_index import Change, Kept
 from mmprep_frontend.media.exchange import Condition, Reply
@@ -122,13 +123,17 @@ class MediaCache:
         self._warned = False
         self._later(disk.sweep, self._swept)
 
-    async def fetch(self, url: str, *, scope: bytes, param: str | None, timeout: float) -> Fetched:
+    async def fetch(
+        self, url: str, *, scope: bytes, param: str | None, timeout: float, hold: Hold | None = None
+    ) -> Fetched:
         """Return the medium at ``url``; errors as of :meth:`Fetcher.fetch`.
 
         Parameters
         ----------
         scope:
             From :func:`mmprep_frontend.media.keys.scope`; others never see what is kept for it.
+        hold:
+            As for :meth:`Fetcher.fetch`, where a host is asked.
         """
         deadline = self._loop.time() + timeout
         try:
@@ -150,7 +155,7 @@ class MediaCache:
         fetched = self._disk.now()
         try:
             reply = await self._fetcher.fetch(
-                url, param=param, timeout=max(0.001, deadline - self._loop.time()), condition=condition
+                url, param=param, timeout=max(0.001, deadline - self._loop.time()), condition=condition, hold=hold
             )
         except BaseException:
             self._metrics.count("mmprep_media_cache_misses_total", 1)

@@ -151,7 +151,9 @@ class Exchange:
         await self._keeping.close()
         await self._closing.close()
 
-    async def ask(self, hops: tuple[Target, ...], condition: Condition | None) -> Reply | Target:
+    async def ask(
+        self, hops: tuple[Target, ...], condition: Condition | None, grew: Callable[[int], None]
+    ) -> Reply | Target:
         """Ask one host once; return the medium, or where it redirects to.
 
         Parameters
@@ -160,6 +162,8 @@ class Exchange:
             What is asked, as the policy judged it, behind what led to it.
         condition:
             What is at hand. Nobody but who gave it is told.
+        grew:
+            Told how many bytes the medium has at least: as the host announces them, and as they come.
 
         Raises
         ------
@@ -181,7 +185,7 @@ class Exchange:
                 if response.status == _NOT_MODIFIED and headers:
                     return Reply(None, hops, validators, kept if "Cache-Control" in response.headers else None)
                 _check_status(response)
-                read = await self._read(response)
+                read = await self._read(response, grew)
                 return Reply(read.data, hops, validators, kept, read.share)
         except TimeoutError:
             raise silence() from None
@@ -198,15 +202,20 @@ class Exchange:
                 FetchBadGateway("the connection to the medium's host broke before the medium was complete")
             ) from None
 
-    async def _read(self, response: aiohttp.ClientResponse) -> Loaded:
+    async def _read(self, response: aiohttp.ClientResponse, grew: Callable[[int], None]) -> Loaded:
         undo = inflater(response.headers.get("Content-Encoding", "identity"))
-        if (response.content_length or 0) > self._max_bytes:
+        announced = response.content_length or 0
+        if announced > self._max_bytes:
             raise self._too_large()
+        grew(announced)
         with self._memory.pieces() as pieces:
             async for chunk in response.content.iter_any():
                 for piece in undo.pieces(chunk) if undo else (chunk,):
-                    if pieces.nbytes + len(piece) > self._max_bytes:
+                    size = pieces.nbytes + len(piece)
+                    if size > self._max_bytes:
                         raise self._too_large()
+                    if size > announced:
+                        grew(size)
                     pieces.add(piece)
                     if undo:
                         await asyncio.sleep(0)

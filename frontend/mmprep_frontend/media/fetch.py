@@ -21,6 +21,7 @@ from typing import Final, Self, TypeAlias
 
 from mmprep.errors import FetchError, MmprepError, ServiceUnavailable
 from mmprep.metrics import Metrics
+from mmprep_frontend.media.allowance import Hold
 from mmprep_frontend.media.exchange import Condition, Exchange, OpenSocket, PassingError, Reply, silence
 from mmprep_frontend.media.memory import MediaMemory
 from mmprep_frontend.media.names import Resolver, SystemResolver
@@ -126,6 +127,7 @@ class Fetcher:
         param: str | None = None,
         timeout: float | None = None,
         condition: Condition | None = None,
+        hold: Hold | None = None,
     ) -> Reply:
         """Return what lies at ``url``, with what its host says about keeping it.
 
@@ -141,6 +143,9 @@ class Fetcher:
             Seconds that are left for it, where that is less than the fetcher's own.
         condition:
             What is at hand; the host is asked only where the way still leads to the same URL.
+        hold:
+            Told the bytes of the medium as far as they are known: as the host announces them, and as they come. What it
+            raises is raised here, and whoever else waits for the same URL goes on.
 
         Raises
         ------
@@ -162,14 +167,16 @@ class Fetcher:
         seconds = self._timeout if timeout is None else min(timeout, self._timeout)
         deadline = asyncio.get_running_loop().time() + seconds
         try:
-            return await self._share(self._policy.judge_url(url), deadline, condition)
+            return await self._share(self._policy.judge_url(url), deadline, condition, hold)
         except MmprepError as error:
             if param is not None:
                 error.at(param)
             raise
 
-    async def _share(self, target: Target, deadline: float, condition: Condition | None) -> Reply:
-        """Wait for the flight to ``target`` until ``deadline``; start it where there is none."""
+    async def _share(self, target: Target, deadline: float, condition: Condition | None, hold: Hold | None) -> Reply:
+        """Wait for the flight to ``target`` until ``deadline``, or until it is too large for who waits; start it where
+        there is none.
+        """
         course = (target.url, condition)
         flight = self._flights.get(course)
         if flight is None:
@@ -180,14 +187,26 @@ class Fetcher:
             self._metrics.count("mmprep_fetch_joins_total")
         flight.waiting += 1
         flight.deadline = max(flight.deadline, deadline)
+        beyond: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         try:
-            await asyncio.wait((flight.task,), timeout=deadline - asyncio.get_running_loop().time())
+            if hold is not None:
+                flight.watch(beyond, hold)
+            await asyncio.wait(
+                (flight.task, beyond),
+                timeout=deadline - asyncio.get_running_loop().time(),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
         finally:
             flight.waiting -= 1
+            flight.watching.pop(beyond, None)
+            if beyond.done():
+                beyond.exception()  # looked at, even where who waited was cancelled
             if not flight.waiting and not flight.task.done():
                 # Who comes now must not join what is being given up.
                 self._landed(course, flight)
                 flight.task.cancel()
+        if beyond.done():
+            beyond.result()
         if not flight.task.done():
             raise flight.too_late()
         if flight.task.cancelled():
@@ -211,7 +230,7 @@ class Fetcher:
                 flight.queued = True
                 async with self._slots.hold(hops[-1].host):
                     flight.queued = False
-                    answer = await self._exchange.ask(hops, condition)
+                    answer = await self._exchange.ask(hops, condition, flight.grew)
             except PassingError as passing:
                 failed += 1
                 flight.error = passing.error
@@ -242,6 +261,7 @@ class _Flight:
     waiting: how many wait.
     queued: whether it has no connection yet.
     error: how the last try failed.
+    watching: who is told how large it is, by what tells him that it is too large for him.
     """
 
     task: asyncio.Task[Reply]
@@ -251,6 +271,27 @@ class _Flight:
         self.waiting = 0
         self.queued = True
         self.error: MmprepError | None = None
+        self.watching: dict[asyncio.Future[None], Hold] = {}
+        self._size = 0
+
+    def watch(self, beyond: asyncio.Future[None], hold: Hold) -> None:
+        """Tell ``hold`` of the size from now on; what it raises becomes the exception of ``beyond``."""
+        self.watching[beyond] = hold
+        self._tell(beyond, hold)
+
+    def grew(self, size: int) -> None:
+        """The medium has so many bytes at least."""
+        self._size = size
+        for beyond, hold in self.watching.items():
+            self._tell(beyond, hold)
+
+    def _tell(self, beyond: asyncio.Future[None], hold: Hold) -> None:
+        if beyond.done():
+            return
+        try:
+            hold(self._size)
+        except MmprepError as error:
+            beyond.set_exception(error)
 
     def too_late(self) -> BaseException:
         """Return what to tell one whose time is over: what the host said, where it has said something."""

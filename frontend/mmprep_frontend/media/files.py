@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from mmprep.errors import Busy, FetchError, Forbidden, TooLarge
+from mmprep_frontend.media.allowance import Hold
 from mmprep_frontend.media.memory import Loaded, MediaMemory
 from mmprep_frontend.media.sources import FileSource
 
@@ -73,8 +74,13 @@ class LocalFiles:
             param=source.param,
         )
 
-    async def read(self, source: FileSource) -> Loaded:
+    async def read(self, source: FileSource, *, hold: Hold | None = None) -> Loaded:
         """Return the bytes of the file.
+
+        Parameters
+        ----------
+        hold:
+            Told the file's size before it is read, on a thread; what it raises is raised here.
 
         Raises
         ------
@@ -88,17 +94,17 @@ class LocalFiles:
             The process has no descriptors left, or media take too much memory.
         """
         names = self.beneath(source)
-        reading = asyncio.get_running_loop().run_in_executor(self._threads, self._read, names, source.param)
+        reading = asyncio.get_running_loop().run_in_executor(self._threads, self._read, names, source.param, hold)
         try:
             return await reading
         except Busy as error:
             raise error.at(source.param) if source.param is not None else error from None
 
-    def _read(self, names: Sequence[bytes], param: str | None) -> Loaded:
+    def _read(self, names: Sequence[bytes], param: str | None, hold: Hold | None) -> Loaded:
         try:
             file = _open_beneath(self._root, names)
             try:
-                return self._content(file, param)
+                return self._content(file, param, hold)
             finally:
                 os.close(file)
         except OSError as error:
@@ -106,9 +112,12 @@ class LocalFiles:
                 raise Busy("too many files are open at the moment; try again", retry_after=1.0) from None
             raise FetchError(_UNREADABLE, param=param) from None
 
-    def _content(self, file: int, param: str | None) -> Loaded:
-        if os.fstat(file).st_size > self._max_bytes:
+    def _content(self, file: int, param: str | None, hold: Hold | None) -> Loaded:
+        size = os.fstat(file).st_size
+        if size > self._max_bytes:
             raise self._too_large(param)
+        if hold is not None:
+            hold(size)
         with self._memory.pieces() as pieces:
             while piece := os.read(file, _PIECE):
                 if pieces.nbytes + len(piece) > self._max_bytes:  # it may have grown since

@@ -2,6 +2,7 @@
 
 Small data URLs are decoded and hashed in the request's one hop to the executor, together with the template; large ones in
 a hop of their own beside it, on other threads. Fetches start at once, on the loop; files are read on threads of their own.
+What all media of a request have together is bounded by its :mod:`allowance <mmprep_frontend.media.allowance>`.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from mmprep.digest import Hasher
 from mmprep.errors import InvalidRequest, TooLarge
-from mmprep_frontend.media.cache import Keepable, MediaCache
+from mmprep_frontend.media.allowance import Allowance, Hold, MediaLimits
+from mmprep_frontend.media.cache import Fetched, Keepable, MediaCache
 from mmprep_frontend.media.fetch import Fetcher
 from mmprep_frontend.media.files import LocalFiles
-from mmprep_frontend.media.memory import Loaded, Share
+from mmprep_frontend.media.memory import Share
 from mmprep_frontend.media.sources import DataSource, FileSource, HttpSource, inline_source, parse_source
 from mmprep_frontend.render.conversation import MediaPart
 
@@ -43,6 +46,7 @@ class Medium:
     seconds: that reading base64 and hashing took.
     keepable: where the disk cache may want it once it was decoded.
     share: counts the bytes, where they came from elsewhere than from the request.
+    pixels: that the picture's header announces; 0 where it is none, or a broken one.
     """
 
     data: bytes | memoryview
@@ -50,13 +54,20 @@ class Medium:
     seconds: float
     keepable: Keepable | None = None
     share: Share | None = None
+    pixels: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """A medium that travelled with the request as a frame of its own."""
+    """A medium that travelled with the request as a frame of its own.
+
+    Attributes
+    ----------
+    param: the place in the request, for errors.
+    """
 
     data: memoryview
+    param: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +76,15 @@ class Absent:
 
 
 Source = DataSource | HttpSource | FileSource | Attached | Absent
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What the media of one request share: the end of their time, whose they are, and what they may have together."""
+
+    deadline: float
+    scope: bytes
+    allowance: Allowance
 
 
 class Intake:
@@ -76,8 +96,8 @@ class Intake:
         For http(s).
     hasher:
         The content hash.
-    max_bytes:
-        Of one medium.
+    limits:
+        Of one medium, and of all of a request.
     threads:
         For decoding and hashing beside the render thread.
     on_fetched:
@@ -92,7 +112,7 @@ class Intake:
         self,
         fetcher: Fetcher,
         hasher: Hasher,
-        max_bytes: int,
+        limits: MediaLimits,
         threads: ThreadPoolExecutor,
         on_fetched: Callable[[float], None],
         *,
@@ -104,12 +124,21 @@ class Intake:
         self._on_fetched = on_fetched
         self._fetcher = fetcher
         self._hasher = hasher
-        self._max_bytes = max_bytes
+        self._limits = limits
         self._threads = threads
 
     def sources(self, parts: Sequence[MediaPart], attachments: Sequence[memoryview]) -> list[Source]:
         """Return where each part's bytes are, if anywhere; raises InvalidRequest or TooLarge that names the part."""
-        return [self._source(part, attachments) for part in parts]
+        sources = [self._source(part, attachments) for part in parts]
+        self._allowance(sources, parts)
+        return sources
+
+    def _allowance(self, sources: Sequence[Source], parts: Sequence[MediaPart]) -> Allowance:
+        """Return a request's allowance, of which the bytes that it holds itself have taken their part."""
+        allowance = Allowance(self._limits)
+        for number, (source, part) in enumerate(zip(sources, parts, strict=True)):
+            allowance.hold(number, part.param, size(source))
+        return allowance
 
     def _source(self, part: MediaPart, attachments: Sequence[memoryview]) -> Source:
         if not part.url:
@@ -119,16 +148,17 @@ class Intake:
             if not number.isdecimal() or int(number) >= len(attachments):
                 raise InvalidRequest("the part names an attachment that the request does not have", param=part.param)
             data = attachments[int(number)]
-            if len(data) > self._max_bytes:
+            if len(data) > self._limits.medium_bytes:
                 raise TooLarge(
-                    f"the medium is larger than {self._max_bytes:,} bytes, this service's limit (--max-media-size)",
+                    f"the medium is larger than {self._limits.medium_bytes:,} bytes, this service's limit "
+                    "(--max-media-size)",
                     param=part.param,
                 )
-            return Attached(data)
+            return Attached(data, part.param)
         if part.bare:
-            return inline_source(part.url, param=part.param, max_bytes=self._max_bytes)
+            return inline_source(part.url, param=part.param, max_bytes=self._limits.medium_bytes)
         source = parse_source(
-            part.url, param=part.param, max_bytes=self._max_bytes, local_files=self._files is not None
+            part.url, param=part.param, max_bytes=self._limits.medium_bytes, local_files=self._files is not None
         )
         if isinstance(source, FileSource):
             assert self._files is not None
@@ -137,7 +167,8 @@ class Intake:
 
     def read_now(self, sources: Sequence[Source]) -> list[Medium | None]:
         """Return the media whose bytes are at hand, on the calling thread; ``None`` for the others."""
-        return [self._decode(source) for source in sources]
+        allowance = Allowance(self._limits)
+        return [self._decode(source, allowance) for source in sources]
 
     def decoded(self, medium: Medium) -> None:
         """Note that a medium turned out to be one."""
@@ -152,63 +183,63 @@ class Intake:
         Those whose data are absent stay ``None``.
         ``scope`` is whose media of the disk cache may be used.
         """
+        reading = _Reading(deadline, scope, self._allowance(sources, parts))
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._one(source, part, deadline, scope))
-                    for source, part in zip(sources, parts, strict=True)
+                    group.create_task(self._one(number, source, part.param, reading))
+                    for number, (source, part) in enumerate(zip(sources, parts, strict=True))
                 ]
         except BaseExceptionGroup as failures:
             raise first_error(failures) from None
         return [task.result() for task in tasks]
 
-    async def _one(self, source: Source, part: MediaPart, deadline: float, scope: bytes) -> Medium | None:
-        loop = asyncio.get_running_loop()
+    async def _one(self, number: int, source: Source, param: str | None, reading: _Reading) -> Medium | None:
+        loop, allowance = asyncio.get_running_loop(), reading.allowance
         if isinstance(source, Absent):
             return None
-        if isinstance(source, HttpSource) and self._cache is not None:
-            return await self._through(self._cache, source, part, deadline, scope)
-        if isinstance(source, HttpSource | FileSource):
-            started = time.monotonic()
-            loaded = await self._fetched(source, part, _for_hosts(deadline - loop.time()))
-            self._on_fetched(time.monotonic() - started)
-            hashed = await loop.run_in_executor(self._threads, self._hashed, loaded.data)
-            return replace(hashed, share=loaded.share)
-        return await loop.run_in_executor(self._threads, self._decode, source)
-
-    async def _through(
-        self, cache: MediaCache, source: HttpSource, part: MediaPart, deadline: float, scope: bytes
-    ) -> Medium:
-        loop, started = asyncio.get_running_loop(), time.monotonic()
-        seconds = _for_hosts(deadline - loop.time())
-        fetched = await cache.fetch(source.url, scope=scope, param=part.param, timeout=seconds)
+        if isinstance(source, DataSource | Attached):
+            return await loop.run_in_executor(self._threads, self._decode, source, allowance)
+        hold, started = partial(allowance.hold, number, param), time.monotonic()
+        fetched = await self._fetched(source, param, reading, hold)
         if fetched.asked:
             self._on_fetched(time.monotonic() - started)
+        hold(len(fetched.data))
         if fetched.digest is not None and fetched.hash_name == self._hasher.name:
-            return Medium(fetched.data, fetched.digest, 0.0, share=fetched.share)
-        medium = await loop.run_in_executor(self._threads, self._hashed, fetched.data)
-        return replace(medium, keepable=fetched.keepable, share=fetched.share)
+            pixels = allowance.take_pixels(fetched.data, param)
+            return Medium(fetched.data, fetched.digest, 0.0, share=fetched.share, pixels=pixels)
+        hashing = loop.run_in_executor(self._threads, self._hashed, fetched.data, allowance, param)
+        return replace(await hashing, keepable=fetched.keepable, share=fetched.share)
 
-    async def _fetched(self, source: HttpSource | FileSource, part: MediaPart, seconds: float) -> Loaded:
-        if isinstance(source, HttpSource):
-            reply = await self._fetcher.fetch(source.url, param=part.param, timeout=seconds)
-            assert reply.data is not None
-            assert reply.share is not None
-            return Loaded(reply.data, reply.share)
-        assert self._files is not None
-        return await self._files.read(source)
+    async def _fetched(
+        self, source: HttpSource | FileSource, param: str | None, reading: _Reading, hold: Hold
+    ) -> Fetched:
+        if isinstance(source, FileSource):
+            assert self._files is not None
+            loaded = await self._files.read(source, hold=hold)
+            return Fetched(loaded.data, None, None, True, None, loaded.share)
+        seconds = _for_hosts(reading.deadline - asyncio.get_running_loop().time())
+        if self._cache is not None:
+            return await self._cache.fetch(source.url, scope=reading.scope, param=param, timeout=seconds, hold=hold)
+        reply = await self._fetcher.fetch(source.url, param=param, timeout=seconds, hold=hold)
+        assert reply.data is not None
+        return Fetched(reply.data, None, None, True, None, reply.share)
 
-    def _decode(self, source: Source) -> Medium | None:
+    def _decode(self, source: Source, allowance: Allowance) -> Medium | None:
         if isinstance(source, HttpSource | FileSource | Absent):
             return None
         started = time.monotonic()
-        return self._hashed(source.decode() if isinstance(source, DataSource) else source.data, started)
+        data = source.decode() if isinstance(source, DataSource) else source.data
+        return self._hashed(data, allowance, source.param, started)
 
-    def _hashed(self, data: bytes | memoryview, started: float | None = None) -> Medium:
+    def _hashed(
+        self, data: bytes | memoryview, allowance: Allowance, param: str | None, started: float | None = None
+    ) -> Medium:
         if started is None:
             started = time.monotonic()
+        pixels = allowance.take_pixels(data, param)
         digest = self._hasher.content_digest(data)
-        return Medium(data, digest, time.monotonic() - started)
+        return Medium(data, digest, time.monotonic() - started, pixels=pixels)
 
 
 def _for_hosts(seconds: float) -> float:

@@ -196,8 +196,10 @@ OPTIONS = (
     Option("request-timeout", _duration("100ms", "1d"), "60s", "longest time for one request"),
     Option("drain-timeout", _duration("0s", "1d"), "10s", "time for requests under way when the service stops"),
     Option("max-media-size", _size("1KiB", "64GiB"), "256MiB", "largest medium, encoded"),
+    Option("max-request-media-size", _size("1KiB", "64TiB"), "512MiB", "all media of one request, encoded"),
     Option("max-body-size", _size("1KiB", "64GiB"), "384MiB", "largest request body"),
     Option("max-image-pixels", _whole(1, 1 << 31), "178956970", "most pixels of one picture, or of a video's frame"),
+    Option("max-request-image-pixels", _whole(1, 1 << 40), "500000000", "pixels of all pictures of one request"),
     Option(
         "image-background", _colour, "#ffffff", "colour that transparency of pictures is put on; none: it is dropped"
     ),

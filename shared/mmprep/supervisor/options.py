@@ -29,8 +29,10 @@ class ServeOptions(msgspec.Struct, frozen=True):
     spill_size: int
     inline_size: int
     max_media_size: int
+    max_request_media_size: int
     max_body_size: int
     max_image_pixels: int
+    max_request_image_pixels: int
     max_video_frames: int
     max_video_duration: float
     max_audio_duration: float
@@ -120,6 +122,9 @@ class ServeOptions(msgspec.Struct, frozen=True):
             max_model_len=self.max_model_len,
             limit_mm_per_prompt=self.limit_mm_per_prompt,
             max_media_size=self.max_media_size,
+            max_request_media_size=self.max_request_media_size,
+            max_image_pixels=self.max_image_pixels,
+            max_request_image_pixels=self.max_request_image_pixels,
             max_body_size=self.max_body_size,
             inline_size=self.inline_size,
             request_timeout=self.request_timeout,

@@ -28,9 +28,9 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, features
 
-from mmprep.errors import DecodeError, MmprepError, TooLarge, UnsupportedMedia
+from mmprep.errors import DecodeError, MmprepError, UnsupportedMedia
 from mmprep.picture_header import FORMATS as KNOWN
-from mmprep.picture_header import PictureHeader, read_picture_header
+from mmprep.picture_header import PictureHeader, check_pixels, read_picture_header
 from mmprep_worker.images.effort import check_effort, check_tiles, png_chunks
 
 #: Raise it whenever the same file would give other pixels; it is part of every key.
@@ -45,6 +45,8 @@ WHITE: Final = (255, 255, 255)
 #: Pillow's names of the libraries whose versions may change pixels.
 _LIBRARIES = ("libjpeg_turbo", "jpg", "webp", "avif", "libtiff", "littlecms2")
 _STANDARD_ERROR = 2
+#: Memory for a pixel, in bytes, without which libraries fail that do not say then what they lack.
+_LEAST_BYTES = {"WEBP": 16, "AVIF": 8}
 #: Rows that are converted at a time: bounds the memory beside Pillow's own buffer and the result.
 _STRIP = 64
 #: How libraries below Pillow say that they found no memory; -9 is Pillow's own number for it.
@@ -154,12 +156,16 @@ def open_picture(data: bytes | memoryview, *, max_pixels: int) -> Picture:
         One of them, with a broken header, or in far more parts than a picture of its size has.
     TooLarge
         More pixels than ``max_pixels``, or than a slow decoder may be given.
+    MemoryError
+        The decoder would find too little memory, as far as that is known before.
     """
     header = read_picture_header(data)
     if header.format not in FORMATS:
         raise UnsupportedMedia(f"this service reads no {header.format}; send one of {', '.join(FORMATS)}")
-    _check_size(header.pixels, max_pixels)
+    check_pixels(header.pixels, max_pixels)
     check_effort(header, data)
+    if header.format in _LEAST_BYTES:
+        np.empty((header.pixels, _LEAST_BYTES[header.format]), np.uint8)  # raises MemoryError
     with _limited(max_pixels):
         image = Image.open(io.BytesIO(data), formats=(header.format,))
         _check_agreement(image, header)
@@ -172,13 +178,6 @@ def _check_agreement(image: ImageFile.ImageFile, header: PictureHeader) -> None:
         raise DecodeError("the picture is broken: its header says two different sizes")
     if image.format == "TIFF":
         check_tiles((tile.extents or (0, 0, *image.size) for tile in image.tile), header.pixels)
-
-
-def _check_size(pixels: int, max_pixels: int) -> None:
-    if pixels > max_pixels:
-        raise TooLarge(
-            f"the picture has {pixels} pixels, above the limit of {max_pixels} (--max-image-pixels); send a smaller one"
-        )
 
 
 @contextmanager
@@ -194,7 +193,7 @@ def _limited(max_pixels: int) -> Iterator[None]:
             yield
         except Image.DecompressionBombError as error:
             number = re.search(r"\((\d+) pixels\)", str(error))
-            _check_size(int(number[1]) if number else 2 * max_pixels + 1, max_pixels)
+            check_pixels(int(number[1]) if number else 2 * max_pixels + 1, max_pixels)
             raise
         except UnidentifiedImageError:
             raise DecodeError("the picture is broken or truncated: its header cannot be read") from None
@@ -283,9 +282,17 @@ def _plain(strip: Image.Image) -> NDArray[np.uint8]:
 
 
 def _plain_on(strip: Image.Image, background: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Return a strip with transparency on its background, as transformers does it."""
-    below = Image.new("RGBA", strip.size, (*background, 255))
-    return np.asarray(Image.alpha_composite(below, strip.convert("RGBA")).convert("RGB"))
+    """Return a strip with transparency on its background, each channel rounded to the nearest.
+
+    transformers does the same in another way, ``alpha_composite``, with the same bits and in twice the time.
+    """
+    rgba = strip.convert("RGBA")
+    alpha = rgba.getchannel("A")
+    if alpha.getextrema() == (255, 255):
+        return np.asarray(rgba.convert("RGB"))
+    below = Image.new("RGB", strip.size, background)
+    below.paste(rgba, mask=alpha)
+    return np.asarray(below)
 
 
 def _deep_grey(strip: Image.Image) -> NDArray[np.uint8]:

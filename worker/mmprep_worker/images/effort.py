@@ -11,10 +11,10 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Final
+from typing import Final, NamedTuple
 
 from mmprep.errors import DecodeError, TooLarge, UnsupportedMedia
-from mmprep.picture_header import Data, PictureHeader, TiffTags, frame_of, jpeg_segments
+from mmprep.picture_header import Boxes, Data, PictureHeader, TiffTags, frame_of, jpeg_segments
 
 #: Scans of a JPEG, each of which costs a pass over all pixels, however short it is. libjpeg writes 10 to 18, others some more.
 MOST_SCANS: Final = 64
@@ -23,10 +23,12 @@ MOST_CHUNKS: Final = 1000
 #: Chunks of a PNG that do, of all its frames, and the bytes for which it may have one more.
 MOST_PIXEL_CHUNKS: Final = 20_000
 CHUNK_BYTES: Final = 1024
-#: Strips or tiles of a TIFF: a row of a picture of the largest side that is common, four times.
-MOST_STRIPS: Final = 1 << 18
+#: Strips or tiles of a TIFF: rows of the tallest picture that other formats know.
+MOST_STRIPS: Final = 1 << 16
 #: How often the strips of a TIFF may cover it: its channels may be stored apart.
 MOST_LAYERS: Final = 5
+#: Items of an AVIF, of which a grid has one for each cell: each costs its decoder a millisecond, however small it is.
+MOST_ITEMS: Final = 1024
 #: Pixels of a run-length encoded BMP, which Pillow decodes in Python.
 MOST_RUN_PIXELS: Final = 1 << 24
 
@@ -35,6 +37,8 @@ MOST_RUN_PIXELS: Final = 1 << 24
 _COMPRESSIONS = frozenset((1, 2, 3, 4, 5, 7, 8, 32773, 32946, 34925, 50000))
 _COMPRESSION, _STRIP_OFFSETS, _TILE_OFFSETS = 259, 273, 324
 _SOS = 0xDA
+#: Frames whose scan holds everything where it holds all components.
+_SEQUENTIAL = frozenset((0xC0, 0xC1, 0xC9))
 _SCAN = re.compile(rb"\xff\xda")
 #: What ends the coded pixels of a scan: a marker that is neither padding nor a restart.
 _END_OF_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
@@ -72,41 +76,43 @@ def check_effort(header: PictureHeader, data: Data) -> None:
 
 
 def _check_jpeg(_header: PictureHeader, data: Data) -> None:
+    first = _next_scan(data, 2)
+    if first is None or first.whole:
+        return
     if sum(1 for _ in islice(_SCAN.finditer(data), MOST_SCANS + 1)) <= MOST_SCANS:
         return  # as nearly all: not even with what looks like scans in metadata, or behind the picture
-    scans = sum(1 for _ in islice(_scans(data), MOST_SCANS + 1))
-    if scans > MOST_SCANS:
-        raise DecodeError(f"the picture has more than {MOST_SCANS} scans; send a JPEG that is encoded anew")
+    scans, scan = 1, first
+    while (end := _END_OF_SCAN.search(data, scan.end)) and (found := _next_scan(data, end.start())):
+        scans, scan = scans + 1, found
+        if scans > MOST_SCANS:
+            raise DecodeError(f"the picture has more than {MOST_SCANS} scans; send a JPEG that is encoded anew")
 
 
-def _scans(data: Data) -> Iterator[int]:
-    """Yield where each scan begins, in the first picture of the file."""
-    at, components, several = 2, 0, False
-    while True:
-        last = None
-        for segment in jpeg_segments(data, at):
-            last = segment
-            if frame_of(segment):
-                components = data[segment.start + 5]
-                several = segment.marker not in {0xC0, 0xC1, 0xC9}
-        if last is None or last.marker != _SOS:
-            return
-        yield last.start
-        if not several and data[last.start] == components:
-            return  # a sequential frame whose first scan holds everything has no other
-        end = _END_OF_SCAN.search(data, last.end)
-        if end is None:
-            return
-        at, several = end.start(), True
+class _Scan(NamedTuple):
+    """Where the header of a scan ends, and whether the scan holds all of its picture."""
+
+    end: int
+    whole: bool
+
+
+def _next_scan(data: Data, at: int) -> _Scan | None:
+    """Return the next scan of the first picture in the file; ``None`` where that ends before."""
+    components = 0
+    for segment in jpeg_segments(data, at):
+        if frame_of(segment):
+            components = 0 if segment.marker not in _SEQUENTIAL else data[segment.start + 5]
+        elif segment.marker == _SOS:
+            return _Scan(segment.end, data[segment.start] == components)
+    return None
 
 
 # --- PNG --------------------------------------------------------------------------------------------------------------
 
 
 def png_chunks(data: Data) -> Iterator[bytes]:
-    """Yield the kinds of a PNG's chunks."""
-    position = 8
-    while position + 8 <= len(data):
+    """Yield the kinds of a PNG's chunks, up to its end; the file may go on behind it."""
+    position, kind = 8, b""
+    while kind != b"IEND" and position + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
         yield kind
         position += length + 12
@@ -165,9 +171,22 @@ def _check_bmp(header: PictureHeader, data: Data) -> None:
         raise DecodeError("the picture is broken: this BMP has more run lengths than pixels")
 
 
+# --- AVIF -------------------------------------------------------------------------------------------------------------
+
+
+def _check_avif(_header: PictureHeader, data: Data) -> None:
+    boxes = Boxes(data)
+    for meta in boxes.named(b"meta", 0, len(data)):
+        for listed in boxes.within(meta, b"iinf", skip=4):
+            form = ">H" if data[listed.start] == 0 else ">I"
+            if struct.unpack_from(form, data, listed.start + 4)[0] > MOST_ITEMS:
+                raise DecodeError(f"the picture has more than {MOST_ITEMS} parts; send an AVIF of larger cells")
+
+
 _CHECKS: Final[dict[str, Callable[[PictureHeader, Data], None]]] = {
     "JPEG": _check_jpeg,
     "PNG": _check_png,
     "TIFF": _check_tiff,
     "BMP": _check_bmp,
+    "AVIF": _check_avif,
 }
