@@ -13,6 +13,7 @@ from mmprep.errors import TooLarge
 from mmprep_frontend.media.allowance import MediaLimits
 from mmprep_frontend.media.files import LocalFiles
 from mmprep_frontend.media.intake import Intake
+from mmprep_frontend.media.memory import MediaMemory
 from mmprep_frontend.render.conversation import MediaPart
 
 PICTURES = [samples()[key] for key in (("PNG", "RGB"), ("JPEG", "4:2:0"), ("WEBP", "RGBA"))]
@@ -30,7 +31,7 @@ def sent(data):
 @pytest.fixture
 def intake(tmp_path):
     """Give what makes an intake for two pictures; none of it fetches."""
-    threads, files = ThreadPoolExecutor(2), LocalFiles(str(tmp_path), 10_000)
+    threads, files = ThreadPoolExecutor(2), LocalFiles(str(tmp_path), 10_000, MediaMemory(1 << 20))
 
     def make(*, request_bytes=100_000, request_pixels=2 * PIXELS):
         limits = MediaLimits(10_000, request_bytes, 10**6, request_pixels)
