@@ -16,23 +16,28 @@ from typing import Any
 
 from mmprep.bench.pictures import distinct
 from mmprep.bench.running import read_orders, say_answer, say_ready
-from mmprep.client import AsyncClient
+from mmprep.client import AsyncClient, Payload
 
 _TEXT = "What is on this picture? Answer in one sentence."
 
 
 class Load:
-    """Some requests in flight, for some seconds.
+    """Some requests in flight, for some seconds or so many of them.
 
     Parameters
     ----------
     picture:
-        Gives the bytes of the next request's picture.
+        Gives the bytes of the next request's picture, or its URL.
+    payload:
+        What is asked for.
     """
 
-    def __init__(self, client: AsyncClient, picture: Callable[[], bytes]) -> None:
+    def __init__(
+        self, client: AsyncClient, picture: Callable[[], bytes] | Callable[[], str], *, payload: Payload = "shm"
+    ) -> None:
         self._client = client
         self._picture = picture
+        self._payload: Payload = payload
         self.latencies: list[float] = []
         self.hits = 0
 
@@ -40,7 +45,7 @@ class Load:
         """Send one request and wait for its answer."""
         content = [{"type": "image_url", "image_url": {"url": self._picture()}}, {"type": "text", "text": _TEXT}]
         started = time.perf_counter()
-        result = await self._client.chat([{"role": "user", "content": content}])
+        result = await self._client.chat([{"role": "user", "content": content}], payload=self._payload)
         self.latencies.append(time.perf_counter() - started)
         self.hits += result.items["image"][0].cached
         result.release()
@@ -48,9 +53,16 @@ class Load:
     async def run(self, in_flight: int, *, seconds: float) -> None:
         """Keep ``in_flight`` requests under way for ``seconds``."""
         end = time.perf_counter() + seconds
+        await self._keep(in_flight, lambda: time.perf_counter() < end)
 
+    async def some(self, requests: int, *, in_flight: int) -> None:
+        """Send so many requests, ``in_flight`` at a time."""
+        left = iter(range(requests))
+        await self._keep(in_flight, lambda: next(left, None) is not None)
+
+    async def _keep(self, in_flight: int, more: Callable[[], bool]) -> None:
         async def keep_asking() -> None:
-            while time.perf_counter() < end:
+            while more():
                 await self.one()
 
         async with asyncio.TaskGroup() as group:
