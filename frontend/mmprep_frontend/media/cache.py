@@ -67,7 +67,7 @@ class Fetched:
     digest, hash_name: of the bytes, where they were checked already.
     asked: whether a host was asked.
     keepable: where it is to be offered to the cache.
-    share: counts the bytes.
+    held: to be kept with the bytes; it counts them.
     """
 
     data: bytes
@@ -75,7 +75,7 @@ class Fetched:
     hash_name: HashName | None
     asked: bool
     keepable: Keepable | None
-    share: Share | None
+    held: Reply | Share
 
 
 class MediaCache:
@@ -160,7 +160,7 @@ class MediaCache:
             self._renew(found.kept, reply)
             return self._hit(found, asked=True)
         self._metrics.count("mmprep_media_cache_misses_total", 1)
-        return Fetched(reply.data, None, None, True, self._keepable(key, found, reply, fetched), reply.share)
+        return Fetched(reply.data, None, None, True, self._keepable(key, found, reply, fetched), reply)
 
     def keep(self, keepable: Keepable, data: bytes | memoryview, digest: bytes, hash_name: HashName) -> None:
         """Keep a medium that was fetched and decoded; returns at once, and may do nothing.

@@ -16,6 +16,7 @@ from typing import Any
 from mmprep.digest import Hasher
 from mmprep.errors import InvalidRequest, TooLarge
 from mmprep_frontend.media.cache import Keepable, MediaCache
+from mmprep_frontend.media.exchange import Reply
 from mmprep_frontend.media.fetch import Fetcher
 from mmprep_frontend.media.files import LocalFiles
 from mmprep_frontend.media.memory import Loaded, Share
@@ -42,14 +43,14 @@ class Medium:
     ----------
     seconds: that reading base64 and hashing took.
     keepable: where the disk cache may want it once it was decoded.
-    share: counts the bytes, where they came from elsewhere than from the request.
+    held: counts the bytes, as long as it lives, where they came from elsewhere than from the request.
     """
 
     data: bytes | memoryview
     digest: bytes
     seconds: float
     keepable: Keepable | None = None
-    share: Share | None = None
+    held: Reply | Loaded | Share | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +171,11 @@ class Intake:
             return await self._through(self._cache, source, part, deadline, scope)
         if isinstance(source, HttpSource | FileSource):
             started = time.monotonic()
-            loaded = await self._fetched(source, part, _for_hosts(deadline - loop.time()))
+            fetched = await self._fetched(source, part, _for_hosts(deadline - loop.time()))
             self._on_fetched(time.monotonic() - started)
-            hashed = await loop.run_in_executor(self._threads, self._hashed, loaded.data)
-            return replace(hashed, share=loaded.share)
+            assert fetched.data is not None
+            hashed = await loop.run_in_executor(self._threads, self._hashed, fetched.data)
+            return replace(hashed, held=fetched)
         return await loop.run_in_executor(self._threads, self._decode, source)
 
     async def _through(
@@ -185,16 +187,13 @@ class Intake:
         if fetched.asked:
             self._on_fetched(time.monotonic() - started)
         if fetched.digest is not None and fetched.hash_name == self._hasher.name:
-            return Medium(fetched.data, fetched.digest, 0.0, share=fetched.share)
+            return Medium(fetched.data, fetched.digest, 0.0, held=fetched.held)
         medium = await loop.run_in_executor(self._threads, self._hashed, fetched.data)
-        return replace(medium, keepable=fetched.keepable, share=fetched.share)
+        return replace(medium, keepable=fetched.keepable, held=fetched.held)
 
-    async def _fetched(self, source: HttpSource | FileSource, part: MediaPart, seconds: float) -> Loaded:
+    async def _fetched(self, source: HttpSource | FileSource, part: MediaPart, seconds: float) -> Reply | Loaded:
         if isinstance(source, HttpSource):
-            reply = await self._fetcher.fetch(source.url, param=part.param, timeout=seconds)
-            assert reply.data is not None
-            assert reply.share is not None
-            return Loaded(reply.data, reply.share)
+            return await self._fetcher.fetch(source.url, param=part.param, timeout=seconds)
         assert self._files is not None
         return await self._files.read(source)
 
