@@ -49,7 +49,8 @@ def test_cold_requests_never_hit_and_cached_ones_always_do(run):
         assert {"frontends", "writer", "lanes", "client"} <= set(row["cpu_ms_per_request"])
         assert row["health_ms"]["questions"] > 0
     (size,) = part["cached_by_size"]
-    assert min(size["bytes"], size["moved_and_hashed_ms"], size["latency_ms"]) > 0
+    assert min(size["bytes"], size["latency_ms"]) > 0
+    assert size["moved_and_hashed_ms"] >= 0, "a difference of medians, and as little as none where others disturb"
 
 
 def test_tensors_are_handed_over_by_address_and_inline(run):
