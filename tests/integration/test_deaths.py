@@ -244,6 +244,6 @@ def test_a_reader_that_dies_leaves_no_lease_and_disturbs_nobody(broken, clients,
 
 
 def test_every_point_has_a_test_that_kills_there():
-    points = REQUEST | SPILL | INLINE | RELEASE | TAKEOVER | ANEW
-    reached = {point.partition("[")[0] for point in points.values()} | set(BACKEND)
+    tables = (REQUEST, SPILL, INLINE, RELEASE, TAKEOVER, ANEW)
+    reached = {point.partition("[")[0] for table in tables for point in table.values()} | set(BACKEND)
     assert set(POINTS) <= reached

@@ -105,7 +105,7 @@ EXPECTED = {
     "broken gzip": (422, BROKEN, "compressed"),
     "too large by its length": (413, LARGE, "--max-media-size"),
     "half a picture": (422, BROKEN, ""),
-    "a picture's first bytes": (415, "UnsupportedMediaError", ""),
+    "a picture's first bytes": (422, "UnprocessableEntityError", "truncated"),
     "a decompression bomb": (413, LARGE, "--max-image-pixels"),
     "back again": (422, BROKEN, "redirects more than"),
     "to a file": (422, BROKEN, "http or https"),

@@ -210,6 +210,8 @@ class FlightsMachine(RuleBasedStateMachine):
         flight_id = self.choose(self.lanes, pick)
         lane, uploader = self.lanes.pop(flight_id), self.uploaders.pop(flight_id)
         was_owed = uploader in self.owed[flight_id]
+        if was_owed:
+            self.owed[flight_id][uploader].sends = True  # also if it has left and come again, without the bytes
         actions = self.flights.refused(flight_id, lane, self.now)
         self.carry_out(actions)
         assert uploader not in self.owed.get(flight_id, {})
@@ -248,7 +250,6 @@ class FlightsMachine(RuleBasedStateMachine):
                 case Expire(call, flight_id):
                     assert self.owed[flight_id].pop(call).deadline <= self.now, "expired too early"
                 case Fail(flight_id, calls, error, ended):
-                    assert calls
                     for call in calls:
                         owed = self.owed[flight_id].pop(call)  # a second outcome is a KeyError
                         unsent = isinstance(error, errors.NotFound | errors.DeadlineExceeded | errors.ProtocolError)

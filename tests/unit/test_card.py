@@ -1,17 +1,14 @@
 """In which dtype a modality's tensors come, where requests and the service want one that only another modality has."""
 
-from types import SimpleNamespace
-
 import msgspec
 import pytest
 
 from mmprep.card import ItemOptions, ModelCard, Placeholder
-from mmprep.digest import Hasher
 from mmprep.errors import InvalidRequest, StartupError
 from mmprep_frontend.media.intake import Medium
 from mmprep_frontend.process import _check_dtype
 from mmprep_frontend.render.conversation import MediaPart
-from mmprep_frontend.service import Service, Terms
+from mmprep_frontend.wanted import wanted as wanted_item
 
 PIXELS = ("uint8", "float32", "bfloat16", "float16")
 FEATURES = ("float32", "bfloat16")
@@ -28,12 +25,9 @@ SOUND = card(audio=FEATURES)
 
 def offered(model_card, modality, wanted):
     """Return the dtype that a frontend asks the writer for."""
-    service = SimpleNamespace(_hasher=Hasher("blake3"))
     part = MediaPart(modality, "data:,", "messages[0].content[0]")
-    terms = Terms("tensors", None, wanted, {}, None, 0, 0.0)
-    item = Service._offer_item(
-        service, SimpleNamespace(card=model_card), bytes(32), part, Medium(b"medium", bytes(32), 0.0), terms
-    )
+    medium = Medium(b"medium", bytes(32), 0.0)
+    item = wanted_item(part, medium, card=model_card, scope=bytes(32), hash_name="blake3", dtype=wanted, io={})
     return msgspec.msgpack.decode(item.options, type=ItemOptions).dtype
 
 

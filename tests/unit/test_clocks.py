@@ -23,7 +23,8 @@ WALL_CLOCKS = {
 SHOWN = {
     "frontend/mmprep_frontend/http/door.py": 1,  # "created" of /v1/models
     "frontend/mmprep_frontend/media/cache_disk.py": 1,  # when a body was written, perhaps before a restart
-    "frontend/mmprep_frontend/media/fetch.py": 1,  # a Retry-After that is a date
+    "frontend/mmprep_frontend/media/cache_desk.py": 1,  # how old what lies in the disk cache is
+    "frontend/mmprep_frontend/media/exchange.py": 1,  # a Retry-After that is a date
     "frontend/mmprep_frontend/render/bounded_jinja.py": 1,  # strftime_now of chat templates
     "shared/mmprep/chaos/__main__.py": 1,  # a seed
 }

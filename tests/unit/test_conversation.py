@@ -209,7 +209,7 @@ def test_what_a_tool_answered_is_one_text_unless_there_is_more_to_it(content_for
     assert answered("") == ""
     assert answered(texts) == "a\nb"
     if content_format != "string":
-        assert answered([texts[0], PICTURE]) == [texts[0], {"type": "image"}]
+        assert answered([texts[0], PICTURE]) == [texts[0], {"type": "image", "image": ""}]
 
 
 def test_a_coding_clients_line_is_left_out_of_what_the_system_says(model):

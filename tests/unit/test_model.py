@@ -43,7 +43,7 @@ def test_a_prompt_that_may_differ_next_time_or_tells_offsets_has_no_key(model):
     def key(**fields):
         body = {"messages": [{"role": "user", "content": "x"}], **fields}
         request = parse(json.dumps(body).encode(), "chat", templates=True)
-        return model.prompt_key(model.walk(request, {}), request, 100)
+        return model.prompt_key(model.walk(request, {}), request, 100, bytes(32))
 
     assert key() is not None
     assert key(chat_template="{{ messages[0].content }}") is not None

@@ -353,7 +353,7 @@ COSTLY = {
     ),
     "beginnings of pages behind an Ogg": (OGG + b"OggS" * 50_000, "no page of the Ogg begins at byte"),
     "beginnings of pages within a page": (
-        OGG + (ogg_checksum(OGG[:5] + b"\0" + OGG[6:26] + b"\xff" + b"\xff" * 255 + b"OggS" * 16_256 + b"O")),
+        OGG + (ogg_checksum(OGG[:5] + b"\0" + OGG[6:26] + b"\xff" + b"\xff" * 255 + b"OggS" * 16_256 + b"O")) + OGG,
         "beginnings of pages within",
     ),
 }

@@ -252,7 +252,6 @@ def test_an_effort_is_the_templates():
         ({"input": [message("wizard", "x")]}, "input[0].role"),
         ({"input": [{"role": "user"}]}, "input[0].content"),
         ({"input": [message("user", [IN_TEXT, {"type": "input_file", "file_id": "f"}])]}, "input[0].content[1].type"),
-        ({"input": [message("user", [{"type": "input_image", "file_id": "f"}])]}, "input[0].content[0].image_url"),
         ({"input": [message("user", [{"type": "input_image", "image_url": 3}])]}, "input[0].content[0].image_url"),
         ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input[0].call_id"),
         ({"input": [{**CALL, "arguments": {}}]}, "input[0].arguments"),

@@ -40,6 +40,9 @@ class Connection(web.RequestHandler):
 
     def watch(self, unread: Callable[[], None]) -> None:
         """Call ``unread`` where the client hangs up before it has read all that was sent so far, and says nothing more."""
+        if self.transport is None:  # the client has gone meanwhile
+            unread()
+            return
         if self._unread is None:
             self._unread = deque(maxlen=_MOST_WATCHED)
         self._unread.append(unread)

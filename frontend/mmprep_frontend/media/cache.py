@@ -26,7 +26,7 @@ from mmprep_frontend.media.cache_index import Change, Kept
 from mmprep_frontend.media.exchange import Condition, Reply
 from mmprep_frontend.media.fetch import Fetcher
 from mmprep_frontend.media.keys import fetched_key, url_digest
-from mmprep_frontend.media.memory import MediaMemory, Share
+from mmprep_frontend.media.memory import Loaded, MediaMemory, Share
 from mmprep_frontend.media.policy import UrlPolicy
 
 _log = logging.getLogger("mmprep.frontend")
@@ -68,7 +68,7 @@ class Fetched:
     digest, hash_name: of the bytes, where they were checked already.
     asked: whether a host was asked.
     keepable: where it is to be offered to the cache.
-    share: counts the bytes.
+    held: to be kept with the bytes; it counts them.
     """
 
     data: bytes
@@ -76,7 +76,7 @@ class Fetched:
     hash_name: HashName | None
     asked: bool
     keepable: Keepable | None
-    share: Share | None
+    held: Reply | Loaded | Share
 
 
 class MediaCache:
@@ -165,7 +165,7 @@ class MediaCache:
             self._renew(found.kept, reply)
             return self._hit(found, asked=True)
         self._metrics.count("mmprep_media_cache_misses_total", 1)
-        return Fetched(reply.data, None, None, True, self._keepable(key, found, reply, fetched), reply.share)
+        return Fetched(reply.data, None, None, True, self._keepable(key, found, reply, fetched), reply)
 
     def keep(self, keepable: Keepable, data: bytes | memoryview, digest: bytes, hash_name: HashName) -> None:
         """Keep a medium that was fetched and decoded; returns at once, and may do nothing.

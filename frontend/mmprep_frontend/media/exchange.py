@@ -50,9 +50,9 @@ class Condition:
     validators: Validators
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Reply:
-    """What came of a fetch.
+    """What came of a fetch; whoever uses the bytes keeps it, since it counts them.
 
     Attributes
     ----------

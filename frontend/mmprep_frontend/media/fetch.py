@@ -5,8 +5,9 @@ to the connection, so that there is no second resolution which could answer othe
 judged like a first URL; :mod:`mmprep_frontend.media.exchange` asks one host once.
 
 Who asks for a URL that is on its way already waits for that one flight. It goes on while anybody waits, so its deadline is
-the latest of theirs; everybody leaves at their own. A host that fails or is overloaded, and a connection that is lost,
-get another try, as :mod:`mmprep_frontend.media.retry` decides.
+the latest of theirs; everybody leaves at their own. Who comes a moment after it has landed gets the same bytes, as long as
+somebody still has them and the host lets them be kept: requests that come at once are not all read at once. A host that
+fails or is overloaded, and a connection that is lost, get another try, as :mod:`mmprep_frontend.media.retry` decides.
 
 Bounds: bytes (announced and counted, after decompression), time (total, connecting, between two reads), redirects,
 tries, connections in all and per host, idle ones, and fetches that wait for one.
@@ -18,6 +19,7 @@ import asyncio
 import random
 from collections.abc import Callable
 from typing import Final, Self, TypeAlias
+from weakref import ref
 
 from mmprep.errors import FetchError, MmprepError, ServiceUnavailable
 from mmprep.metrics import Metrics
@@ -56,6 +58,8 @@ class Fetcher:
         At most so many in use at a time. None is kept for later while twice ``connections`` are open.
     waiting:
         At most so many fetches wait for a connection; the next one is refused at once.
+    recent:
+        Seconds for which what has landed, and is in use, is also given to who asks then.
     retry:
         Which failures get another try, and when.
     chance:
@@ -79,6 +83,7 @@ class Fetcher:
         connections: int = 64,
         connections_per_host: int = 16,
         waiting: int = 1024,
+        recent: float = 1.0,
         retry: RetryPolicy | None = None,
         chance: Callable[[], float] = random.random,
         resolver: Resolver | None = None,
@@ -89,6 +94,9 @@ class Fetcher:
         self._metrics = metrics
         self._slots = Slots(connections, connections_per_host, waiting)
         self._flights: dict[_Course, _Flight] = {}
+        self._recent = recent
+        #: What has landed and is in use, and when it did.
+        self._in_use: dict[_Course, tuple[ref[Reply], float]] = {}
         self._retry = retry or RetryPolicy()
         self._chance = chance
         self._resolver = resolver or SystemResolver()
@@ -178,6 +186,9 @@ class Fetcher:
         there is none.
         """
         course = (target.url, condition)
+        if (reply := self._just_landed(course)) is not None:
+            self._metrics.count("mmprep_fetch_joins_total")
+            return reply
         flight = self._flights.get(course)
         if flight is None:
             flight = self._flights[course] = _Flight(deadline)
@@ -219,8 +230,28 @@ class Fetcher:
     def _landed(self, course: _Course, flight: _Flight) -> None:
         if self._flights.get(course) is flight:
             del self._flights[course]
-        if flight.task.done():
-            self._metrics.count("mmprep_fetches_total", outcome=_outcome(flight.task))
+        if not flight.task.done():
+            return
+        outcome = _outcome(flight.task)
+        self._metrics.count("mmprep_fetches_total", outcome=outcome)
+        if outcome == "ok":
+            self._remember(course, flight.task.result())
+
+    def _remember(self, course: _Course, reply: Reply) -> None:
+        """Let those who come in the next moment have a reply, unless its host wants to be asked each time."""
+        if reply.keeping != "ttl":
+            return
+
+        def forget(gone: ref[Reply]) -> None:
+            if self._in_use.get(course, (None,))[0] is gone:
+                del self._in_use[course]
+
+        self._in_use[course] = ref(reply, forget), asyncio.get_running_loop().time()
+
+    def _just_landed(self, course: _Course) -> Reply | None:
+        reply, landed = self._in_use.get(course, (None, 0.0))
+        in_time = asyncio.get_running_loop().time() - landed < self._recent
+        return reply() if reply is not None and in_time else None
 
     async def _fly(self, target: Target, flight: _Flight, condition: Condition | None) -> Reply:
         failed = 0

@@ -19,9 +19,10 @@ from mmprep.digest import Hasher
 from mmprep.errors import InvalidRequest, TooLarge
 from mmprep_frontend.media.allowance import Allowance, Hold, MediaLimits
 from mmprep_frontend.media.cache import Fetched, Keepable, MediaCache
+from mmprep_frontend.media.exchange import Reply
 from mmprep_frontend.media.fetch import Fetcher
 from mmprep_frontend.media.files import LocalFiles
-from mmprep_frontend.media.memory import Share
+from mmprep_frontend.media.memory import Loaded, Share
 from mmprep_frontend.media.sources import DataSource, FileSource, HttpSource, inline_source, parse_source
 from mmprep_frontend.render.conversation import MediaPart
 
@@ -45,7 +46,7 @@ class Medium:
     ----------
     seconds: that reading base64 and hashing took.
     keepable: where the disk cache may want it once it was decoded.
-    share: counts the bytes, where they came from elsewhere than from the request.
+    held: counts the bytes, as long as it lives, where they came from elsewhere than from the request.
     pixels: that the picture's header announces; 0 where it is none, or a broken one.
     """
 
@@ -53,7 +54,7 @@ class Medium:
     digest: bytes
     seconds: float
     keepable: Keepable | None = None
-    share: Share | None = None
+    held: Reply | Loaded | Share | None = None
     pixels: int = 0
 
 
@@ -207,9 +208,9 @@ class Intake:
         hold(len(fetched.data))
         if fetched.digest is not None and fetched.hash_name == self._hasher.name:
             pixels = allowance.take_pixels(fetched.data, param)
-            return Medium(fetched.data, fetched.digest, 0.0, share=fetched.share, pixels=pixels)
+            return Medium(fetched.data, fetched.digest, 0.0, held=fetched.held, pixels=pixels)
         hashing = loop.run_in_executor(self._threads, self._hashed, fetched.data, allowance, param)
-        return replace(await hashing, keepable=fetched.keepable, share=fetched.share)
+        return replace(await hashing, keepable=fetched.keepable, held=fetched.held)
 
     async def _fetched(
         self, source: HttpSource | FileSource, param: str | None, reading: _Reading, hold: Hold
@@ -217,13 +218,13 @@ class Intake:
         if isinstance(source, FileSource):
             assert self._files is not None
             loaded = await self._files.read(source, hold=hold)
-            return Fetched(loaded.data, None, None, True, None, loaded.share)
+            return Fetched(loaded.data, None, None, True, None, loaded)
         seconds = _for_hosts(reading.deadline - asyncio.get_running_loop().time())
         if self._cache is not None:
             return await self._cache.fetch(source.url, scope=reading.scope, param=param, timeout=seconds, hold=hold)
         reply = await self._fetcher.fetch(source.url, param=param, timeout=seconds, hold=hold)
         assert reply.data is not None
-        return Fetched(reply.data, None, None, True, None, reply.share)
+        return Fetched(reply.data, None, None, True, None, reply)
 
     def _decode(self, source: Source, allowance: Allowance) -> Medium | None:
         if isinstance(source, HttpSource | FileSource | Absent):

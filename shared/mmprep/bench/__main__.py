@@ -13,13 +13,13 @@ from typing import Any, get_args
 import msgspec
 
 from mmprep import __version__
-from mmprep.bench import handover, pictures, report, throughput
+from mmprep.bench import fetching, handover, pictures, report, throughput
 from mmprep.bench.processes import machine_facts, memory
 from mmprep.bench.running import Mode, Service, full_size_model, service
 from mmprep.bench.throughput import Run
 from mmprep.errors import MmprepError
 
-PARTS = ("throughput", "handover", "memory", "startup")
+PARTS = ("throughput", "handover", "memory", "startup", "fetch")
 _LANES = 2
 
 
@@ -31,6 +31,7 @@ class Plan(msgspec.Struct, frozen=True):
     #: Only with one frontend: large pictures take long.
     large: tuple[Run, ...]
     tensors: tuple[handover.Tensor, ...]
+    fetch: fetching.Amount
     repeats: int
     starts: int
     memory_seconds: float
@@ -49,6 +50,7 @@ FULL = Plan(
         Run(pictures.TWELVE_MEGAPIXELS, "cached", 8, 6.0),
     ),
     tensors=handover.TENSORS,
+    fetch=fetching.FULL,
     repeats=21,
     starts=3,
     memory_seconds=3.0,
@@ -59,6 +61,7 @@ QUICK = Plan(
     runs=_runs(pictures.VGA, 0.5),
     large=(),
     tensors=handover.TENSORS[:1],
+    fetch=fetching.QUICK,
     repeats=3,
     starts=1,
     memory_seconds=0.5,
@@ -70,25 +73,35 @@ def _tell(line: str) -> None:
     sys.stderr.flush()
 
 
-def _measure(plan: Plan, wanted: list[str], directory: Path, other_model: Path | None) -> dict[str, Any]:
+def _measure(plan: Plan, wanted: set[str], directory: Path, other_model: Path | None) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     model = full_size_model(directory / "mmprep-demo")
     if "startup" in wanted:
         _tell("start-up")
         parts["startup"] = _startup(model, directory, plan.starts)
+    if "fetch" in wanted:
+        _tell("fetching")
+        parts["fetch"] = fetching.measure(model, directory, plan.fetch)
+    if {"throughput", "handover", "memory"} & wanted:
+        parts |= _loaded(plan, wanted, model, directory, other_model)
+    return parts
+
+
+def _loaded(plan: Plan, wanted: set[str], model: Path, directory: Path, other_model: Path | None) -> dict[str, Any]:
+    """Return the parts that are taken from services under the same load."""
+    parts: dict[str, Any] = {}
     runs, memories = [], []
-    if {"throughput", "handover", "memory"} & set(wanted):
-        paths = throughput.write_pictures(directory, list(dict.fromkeys(r.size for r in plan.runs + plan.large)))
-        costs = throughput.moving_bytes(paths, f"ipc://{directory}/echo.sock")
-        for frontends in plan.frontends:
-            with service(model, frontends=frontends, lanes=_LANES) as running:
-                if "throughput" in wanted:
-                    runs += _throughput(running, frontends, plan, paths)
-                if "memory" in wanted and frontends == plan.frontends[-1]:
-                    memories.append(_memory(running, "embedded", frontends, plan, paths))
-                if "handover" in wanted and frontends == plan.frontends[0]:
-                    _tell("hand-over")
-                    parts["handover"] = handover.measure(running, directory, plan.tensors, plan.repeats)
+    paths = throughput.write_pictures(directory, list(dict.fromkeys(r.size for r in plan.runs + plan.large)))
+    costs = throughput.moving_bytes(paths, f"ipc://{directory}/echo.sock")
+    for frontends in plan.frontends:
+        with service(model, frontends=frontends, lanes=_LANES) as running:
+            if "throughput" in wanted:
+                runs += _throughput(running, frontends, plan, paths)
+            if "memory" in wanted and frontends == plan.frontends[-1]:
+                memories.append(_memory(running, "embedded", frontends, plan, paths))
+            if "handover" in wanted and frontends == plan.frontends[0]:
+                _tell("hand-over")
+                parts["handover"] = handover.measure(running, directory, plan.tensors, plan.repeats)
     if "memory" in wanted and other_model is not None:
         copied = full_size_model(directory / "other" / other_model.name, other_model)
         with service(copied, frontends=plan.frontends[-1], lanes=_LANES) as running:
@@ -144,8 +157,8 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help="which, of %(default)s")
     parser.add_argument("--quick", action="store_true", help="a smoke run of some seconds a part")
     parsed = parser.parse_args()
-    wanted = parsed.parts.split(",")
-    if not set(wanted) <= set(PARTS):
+    wanted = set(parsed.parts.split(","))
+    if not wanted <= set(PARTS):
         parser.error(f"--parts: known are {', '.join(PARTS)}")
     if parsed.model is not None and not (parsed.model / "preprocessor_config.json").is_file():
         parser.error("--model: not the directory of a model of the Qwen2-VL family")

@@ -17,23 +17,26 @@ from typing import Any
 
 from mmprep.bench.pictures import distinct
 from mmprep.bench.running import Mode, read_orders, say_answer, say_ready
-from mmprep.client import AsyncClient
+from mmprep.client import AsyncClient, Payload
 
 _TEXT = "What is on this picture? Answer in one sentence."
 
 
 class Load:
-    """Some requests in flight, for some seconds.
+    """Some requests in flight, for some seconds or so many of them.
 
     Parameters
     ----------
     part:
         Gives the part with the next request's picture.
+    payload:
+        What is asked for.
     """
 
-    def __init__(self, client: AsyncClient, part: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, client: AsyncClient, part: Callable[[], dict[str, Any]], *, payload: Payload = "shm") -> None:
         self._client = client
         self._part = part
+        self._payload: Payload = payload
         self.latencies: list[float] = []
         self.hits = 0
 
@@ -41,7 +44,7 @@ class Load:
         """Send one request, with the next picture or that of ``part``, and wait for its answer."""
         content = [part or self._part(), {"type": "text", "text": _TEXT}]
         started = time.perf_counter()
-        result = await self._client.chat([{"role": "user", "content": content}])
+        result = await self._client.chat([{"role": "user", "content": content}], payload=self._payload)
         self.latencies.append(time.perf_counter() - started)
         self.hits += result.items["image"][0].cached
         result.release()
@@ -49,9 +52,16 @@ class Load:
     async def run(self, in_flight: int, *, seconds: float) -> None:
         """Keep ``in_flight`` requests under way for ``seconds``."""
         end = time.perf_counter() + seconds
+        await self._keep(in_flight, lambda: time.perf_counter() < end)
 
+    async def some(self, requests: int, *, in_flight: int) -> None:
+        """Send so many requests, ``in_flight`` at a time."""
+        left = iter(range(requests))
+        await self._keep(in_flight, lambda: next(left, None) is not None)
+
+    async def _keep(self, in_flight: int, more: Callable[[], bool]) -> None:
         async def keep_asking() -> None:
-            while time.perf_counter() < end:
+            while more():
                 await self.one()
 
         async with asyncio.TaskGroup() as group:
@@ -66,14 +76,14 @@ async def _measure(orders: dict[str, Any], pictures: list[bytes]) -> None:
     names = itertools.cycle(map(str, range(len(pictures))))
     cold = orders["mode"] == "cold"
     parts: dict[Mode, Callable[[], dict[str, Any]]] = {
-        "cold": lambda: _part(distinct(next(source), next(numbers))),
-        "cached": lambda: _part(next(source)),
-        "by uuid": lambda: _part(None, next(names)),
+        "cold": lambda: part_of(distinct(next(source), next(numbers))),
+        "cached": lambda: part_of(next(source)),
+        "by uuid": lambda: part_of(None, next(names)),
     }
     async with AsyncClient(f"ipc://{orders['runtime_dir']}", request_timeout=120.0) as client:
         load = Load(client, parts[orders["mode"]])
         for _ in range(orders["warm_up"] if cold else 2 * len(pictures)):
-            await load.one(None if cold else _part(next(source), next(names)))
+            await load.one(None if cold else part_of(next(source), next(names)))
         load.latencies.clear()
         load.hits = 0
         await asyncio.to_thread(say_ready)
@@ -89,7 +99,8 @@ async def _measure(orders: dict[str, Any], pictures: list[bytes]) -> None:
         )
 
 
-def _part(picture: bytes | None, uuid: str | None = None) -> dict[str, Any]:
+def part_of(picture: bytes | str | None, uuid: str | None = None) -> dict[str, Any]:
+    """Return the part with a picture, as bytes or as its URL, or with its name alone."""
     return {"type": "image_url", "image_url": {"url": picture}, "uuid": uuid}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,22 @@ def memory(pid: int) -> Memory:
     rollup = _kib(f"/proc/{pid}/smaps_rollup")
     status = _kib(f"/proc/{pid}/status")
     return Memory(rollup["Rss"], rollup["Pss"], status["RssAnon"] + status["RssFile"], status["RssShmem"])
+
+
+def forget_peak(pid: int) -> None:
+    """Let the peak of a process's resident memory be what it is now."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak(pid: int) -> int:
+    """Return the most bytes that were resident in a process since :func:`forget_peak`, pages of the ring included."""
+    return _kib(f"/proc/{pid}/status")["VmHWM"]
+
+
+def pin(pid: int, cores: Iterable[int]) -> None:
+    """Let all threads of a process, and those that they will start, run on these cores alone."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(task.name), cores)
 
 
 def _kib(path: str) -> dict[str, int]:

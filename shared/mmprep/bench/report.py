@@ -88,11 +88,25 @@ def _memory(part: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield _target(what, limit, largest / _MIB, at_most=True)
 
 
+def _fetch(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for row in part["distinct"]:
+        what = f"{row['urls']} URLs of {row['size']}, one core"
+        yield _target(f"{what}: fetches/s", 300, row["per_second"], at_most=False)
+        yield _target(f"{what}: /health p99 ms", 20, row["health_ms"]["p99"], at_most=True)
+    for row in part["same"]:
+        what = f"one URL, {row['requests']} requests at once, {row['frontends']} frontends"
+        yield _target(f"{what}: downloads", 1, row["downloads"], at_most=True)
+        yield _target(f"{what}: /health p99 ms", 20, row["health_ms"]["p99"], at_most=True)
+    hits = part["hits"]
+    yield _target(f"hit of the disk cache, {hits['size']}: median ms", 1, hits["in_loop_ms"]["p50"], at_most=True)
+
+
 _JUDGES: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = {
     "kernel": _kernel,
     "throughput": _throughput,
     "handover": _handover,
     "memory": _memory,
+    "fetch": _fetch,
 }
 
 
@@ -223,10 +237,55 @@ def _startup_table(part: dict[str, list[float]]) -> str:
     return _table("start-up, seconds to ready", ["cache of compiled code", "seconds"], rows)
 
 
+def _fetch_table(part: dict[str, Any]) -> str:
+    latency, health = ("p50", "p99"), ("p50", "p99", "max")
+    rows = [
+        [row["size"], row["bytes"], row["urls"], row["per_second"], row["frontend_cpu_ms"]]
+        + [row["latency_ms"][name] for name in latency]
+        + [round(row[name] / _MIB, 1) for name in ("rss_before", "rss_peak")]
+        + [row["health_ms"][name] for name in health]
+        + [row["other_cores_busy"]]
+        for row in part["distinct"]
+    ]
+    head = [
+        "size",
+        "bytes",
+        "urls",
+        "urls/s",
+        "cpu ms",
+        "p50",
+        "p99",
+        "MiB before",
+        "MiB peak",
+        "health p50",
+        "p99",
+        "max",
+    ]
+    text = [_table("distinct URLs, one frontend on one core; ms", [*head, "others"], rows)]
+    rows = [
+        [row["frontends"], row["requests"], row["downloads"]]
+        + [row["latency_ms"][name] for name in latency]
+        + [row["health_ms"][name] for name in health]
+        for row in part["same"]
+    ]
+    head = ["frontends", "requests", "downloads", "p50", "p99", "health p50", "p99", "max"]
+    text.append(_table("one URL, all requests at once; ms", head, rows))
+    hits = part["hits"]
+    rows = [
+        [where, hits["size"], hits["bytes"], hits["hits"], *(hits[times][name] for name in ("p50", "p95", "p99"))]
+        for where, times in (("in a loop", "in_loop_ms"), ("whole request", "latency_ms"))
+    ]
+    text.append(
+        _table("hits of the disk cache, one at a time; ms", ["", "size", "bytes", "hits", "p50", "p95", "p99"], rows)
+    )
+    return "\n\n".join(text)
+
+
 _TABLES: dict[str, Callable[[Any], str]] = {
     "kernel": _kernel_table,
     "throughput": _throughput_table,
     "handover": _handover_table,
     "memory": _memory_table,
     "startup": _startup_table,
+    "fetch": _fetch_table,
 }

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, Self
 
@@ -108,9 +108,20 @@ class Service:
 
 @contextlib.contextmanager
 def service(
-    model: Path, *, frontends: int, lanes: int, cache_size: str = "1GiB", environment: Mapping[str, str] | None = None
+    model: Path,
+    *,
+    frontends: int,
+    lanes: int,
+    cache_size: str = "1GiB",
+    options: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Service]:
     """Start a service, give it, and stop it.
+
+    Parameters
+    ----------
+    options:
+        More options of ``mmprep serve``.
 
     Raises
     ------
@@ -121,6 +132,7 @@ def service(
         runtime_dir = f"{directory}/r"
         command = [sys.executable, "-m", "mmprep.cli", "serve", str(model), "--runtime-dir", runtime_dir]
         command += ["--port", "0", "--frontends", str(frontends), "--lanes", str(lanes), "--cache-size", cache_size]
+        command += options
         started = time.monotonic()
         process = subprocess.Popen(
             command,
