@@ -22,7 +22,7 @@ from mmprep_frontend.media.intake import Intake, Medium, Source
 from mmprep_frontend.render.bounds import TextBounds
 from mmprep_frontend.render.conversation import Conversation, walk
 from mmprep_frontend.render.prompt_cache import PromptCache
-from mmprep_frontend.render.requests import ChatRequest, CompletionRequest, TokenizeRequest, parse, wants_offsets
+from mmprep_frontend.render.requests import ChatRequest, CompletionRequest, TokenizeRequest, wants_offsets
 from mmprep_frontend.render.sampling import NO_DEFAULTS, Defaults, read_defaults
 from mmprep_frontend.render.sentinels import Sentinels
 from mmprep_frontend.render.template import ChatTemplate, load_sources
@@ -87,17 +87,6 @@ class ServedModel:
                     param=part.param,
                 )
         return conversation
-
-    def warm_up(self) -> None:
-        """Render and tokenize once, so that the first request pays for nothing lazy; on the render thread.
-
-        A template may refuse the conversation that is tried here: that is its right, and no reason not to start.
-        """
-        with contextlib.suppress(InvalidRequest):
-            request = parse(b'{"messages":[{"role":"user","content":"Hello"}]}', "chat")
-            self.encode_chat(self.walk(request, {}), request)
-        self.tokenizer.decode(self.tokenizer.encode_text("Hello", add_special_tokens=True).token_ids)
-        self.stages.clear()
 
     def encode_chat(self, conversation: Conversation, request: ChatRequest | TokenizeRequest) -> EncodedPrompt:
         """Render and tokenize; on the render thread."""

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import zmq
 import mmprep
 from mmprep.card import ModelCard
 from mmprep.digest import Hasher
-from mmprep.errors import MmprepError, StartupError
+from mmprep.errors import MmprepError, ServiceUnavailable, StartupError
 from mmprep.metrics import Metrics, ProcessReport
 from mmprep.runtime import RuntimeDir
 from mmprep.settings import CANNOT_START, FrontendSettings, read_settings
@@ -35,12 +36,13 @@ from mmprep_frontend.media.files import LocalFiles
 from mmprep_frontend.media.intake import Intake
 from mmprep_frontend.media.memory import MediaMemory
 from mmprep_frontend.media.policy import UrlPolicy
-from mmprep_frontend.model import load_model
+from mmprep_frontend.model import ServedModel, load_model
 from mmprep_frontend.native import NativeDoor
 from mmprep_frontend.room import Room
 from mmprep_frontend.service import Service
 from mmprep_frontend.supervision import SupervisorLink
 from mmprep_frontend.texts import Texts
+from mmprep_frontend.warmup import warm_up
 
 _log = logging.getLogger("mmprep.frontend")
 
@@ -70,7 +72,7 @@ class Frontend:
         self._stop = asyncio.Event()
         self._loading: asyncio.Task[None] | None = None
         self._native: NativeDoor | None = None
-        hasher = Hasher(settings.hash)  # type: ignore[arg-type]
+        hasher = self._hasher = Hasher(settings.hash)  # type: ignore[arg-type]
         policy = UrlPolicy(settings.allowed_media_domains, settings.allow_private_networks)
         largest = settings.max_media_size
         self._memory = MediaMemory(max(_MEDIA, largest))
@@ -92,22 +94,23 @@ class Frontend:
             inline_size=settings.inline_size,
             on_card=self._on_card,
         )
+        self._intake = Intake(
+            self._fetcher,
+            hasher,
+            MediaLimits(
+                settings.max_media_size,
+                settings.max_request_media_size,
+                settings.max_image_pixels,
+                settings.max_request_image_pixels,
+            ),
+            self._threads,
+            lambda seconds: self._metrics.observe("mmprep_stage_seconds", seconds, stage="fetch"),
+            files=self._files,
+            cache=self._cache,
+        )
         self._service = Service(
             writer=self._writer,
-            intake=Intake(
-                self._fetcher,
-                hasher,
-                MediaLimits(
-                    settings.max_media_size,
-                    settings.max_request_media_size,
-                    settings.max_image_pixels,
-                    settings.max_request_image_pixels,
-                ),
-                self._threads,
-                lambda seconds: self._metrics.observe("mmprep_stage_seconds", seconds, stage="fetch"),
-                files=self._files,
-                cache=self._cache,
-            ),
+            intake=self._intake,
             hasher=hasher,
             metrics=self._metrics,
             render_thread=self._render_thread,
@@ -177,12 +180,14 @@ class Frontend:
     def _not_ready(self) -> str | None:
         refusal = self._refusal()
         if refusal is None and not self._writer.warm:
-            return "the preprocessing worker is being replaced"
+            return self._writer.cold or "the preprocessing worker is being replaced"
         return refusal
 
     def _refusal(self) -> str | None:
         """Return why requests are refused. While the worker is being replaced they wait, within their deadlines."""
-        return "the service is stopping" if self._draining else self._reason
+        if self._draining:
+            return "the service is stopping"
+        return None if self._reason is None else self._writer.cold or self._reason
 
     def _on_card(self, card: ModelCard) -> None:
         if self._service.model is not None and self._service.model.card == card:
@@ -205,7 +210,7 @@ class Frontend:
                     template=settings.chat_template,
                 ),
             )
-            await asyncio.get_running_loop().run_in_executor(self._render_thread, model.warm_up)
+            await self._warm_up(model)
         except MmprepError as error:
             self._reason = str(error)
             self._supervisor.say(messages.StateChange(False, self._reason[:2000], isinstance(error, StartupError)))
@@ -220,6 +225,16 @@ class Frontend:
         if self._native is not None:
             self._native.open()
         self._supervisor.say(messages.StateChange(True, ""))
+
+    async def _warm_up(self, model: ServedModel) -> None:
+        """Warm up on the render thread; raises ServiceUnavailable with what ``/ready`` is to say."""
+        work = partial(warm_up, model, self._intake, self._hasher, self._settings.limit_mm_per_prompt)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._render_thread, work)
+        except Exception as error:  # noqa: BLE001 -- whatever it is, readiness must say so
+            _log.exception("the frontend does not get warm")
+            why = f"a frontend cannot be warmed up ({type(error).__name__}); its log says more"
+            raise ServiceUnavailable(why) from None
 
     def _report(self) -> ProcessReport:
         self._metrics.gauge("mmprep_inflight", self._service.inflight)

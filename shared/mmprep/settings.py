@@ -35,6 +35,7 @@ class WriterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_video_frames: int
     max_video_duration: float
     max_audio_duration: float
+    modalities: tuple[str, ...]
     image_background: tuple[int, int, int] | None
     queue_limit: int
     queue_bytes: int

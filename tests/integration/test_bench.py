@@ -73,7 +73,9 @@ def test_memory_is_told_for_every_process_with_and_without_the_ring(run):
 def test_start_up_is_measured_with_an_empty_and_a_filled_cache_of_compiled_code(run):
     startup = run[0]["parts"]["startup"]
     assert set(startup) == {"empty", "filled"}
-    assert all(seconds > 0 for measured in startup.values() for seconds in measured)
+    for start in (start for starts in startup.values() for start in starts):
+        assert min(start["seconds"], start["first_ms"], start["later_ms"]) > 0
+        assert start["first_by_later"] == pytest.approx(start["first_ms"] / start["later_ms"], rel=0.01, abs=0.01)
 
 
 def test_fetching_is_measured_with_what_the_media_host_was_asked(run):

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import msgspec
 
 from mmprep import __version__
-from mmprep.bench import fetching, handover, pictures, report, throughput
+from mmprep.bench import fetching, first, handover, pictures, report, throughput
 from mmprep.bench.processes import machine_facts, memory
 from mmprep.bench.running import Mode, Service, full_size_model, service
 from mmprep.bench.throughput import Run
@@ -137,15 +137,19 @@ def _memory(running: Service, model: str, frontends: int, plan: Plan, paths: dic
     return {"model": model, "frontends": frontends, "ring_bytes": running.ring()["capacity"], "processes": processes}
 
 
-def _startup(model: Path, directory: Path, repeats: int) -> dict[str, list[float]]:
-    """Return seconds to ready with an empty cache of compiled code, and with the one that this has filled."""
-    seconds: dict[str, list[float]] = {"empty": [], "filled": []}
+def _startup(model: Path, directory: Path, repeats: int) -> dict[str, list[dict[str, float]]]:
+    """Return what starts took with an empty cache of compiled code, and with the one that this has filled.
+
+    Each tells the seconds to ready, and the first cold request's time beside that of later ones.
+    """
+    picture = pictures.jpeg(pictures.VGA)
+    starts: dict[str, list[dict[str, float]]] = {"empty": [], "filled": []}
     for repeat in range(repeats):
         environment = {"NUMBA_CACHE_DIR": str(directory / f"compiled-{repeat}")}
-        for measured in seconds.values():
+        for measured in starts.values():
             with service(model, frontends=2, lanes=_LANES, environment=environment) as running:
-                measured.append(round(running.ready_seconds, 2))
-    return seconds
+                measured.append({"seconds": round(running.ready_seconds, 2)} | first.measure(running, picture))
+    return starts
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from mmprep.bench.figures import median
 from mmprep.bench.pictures import FULL_HD, TWELVE_MEGAPIXELS, VGA
 
 _MIB = 1 << 20
@@ -88,6 +89,14 @@ def _memory(part: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield _target(what, limit, largest / _MIB, at_most=True)
 
 
+def _startup(part: dict[str, list[dict[str, float]]]) -> Iterator[dict[str, Any]]:
+    for cache, starts in part.items():
+        seconds = median([start["seconds"] for start in starts])
+        yield _target(f"{cache} cache of compiled code: seconds to ready", 5, seconds, at_most=True)
+        ratio = median([start["first_by_later"] for start in starts])
+        yield _target(f"{cache} cache of compiled code: first cold request by later ones", 1.5, ratio, at_most=True)
+
+
 def _fetch(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for row in part["distinct"]:
         what = f"{row['urls']} URLs of {row['size']}, one core"
@@ -106,6 +115,7 @@ _JUDGES: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = {
     "throughput": _throughput,
     "handover": _handover,
     "memory": _memory,
+    "startup": _startup,
     "fetch": _fetch,
 }
 
@@ -232,9 +242,11 @@ def _memory_table(part: list[dict[str, Any]]) -> str:
     return _table("memory after the load, MiB", ["model", "process", "private", "ring touched", "rss", "pss"], rows)
 
 
-def _startup_table(part: dict[str, list[float]]) -> str:
-    rows = [[cache, " ".join(map(str, sorted(seconds)))] for cache, seconds in part.items()]
-    return _table("start-up, seconds to ready", ["cache of compiled code", "seconds"], rows)
+def _startup_table(part: dict[str, list[dict[str, float]]]) -> str:
+    columns = ("seconds", "first_ms", "later_ms", "first_by_later")
+    rows = [[cache, *(start[column] for column in columns)] for cache, starts in part.items() for start in starts]
+    head = ["cache of compiled code", "s to ready", "first request ms", "later", "first by later"]
+    return _table("start-up, and the first cold request after it", head, rows)
 
 
 def _fetch_table(part: dict[str, Any]) -> str:

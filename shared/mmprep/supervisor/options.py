@@ -85,6 +85,7 @@ class ServeOptions(msgspec.Struct, frozen=True):
             max_video_frames=self.max_video_frames,
             max_video_duration=self.max_video_duration,
             max_audio_duration=self.max_audio_duration,
+            modalities=tuple(name for name, limit in self.limit_mm_per_prompt.items() if limit > 0),
             image_background=self.image_background,
             queue_limit=self.queue_limit,
             queue_bytes=max(self.max_media_size, 1 << 30),

@@ -125,6 +125,12 @@ class Card(Wire, frozen=True):
     card: bytes
 
 
+class NotWarm(Wire, frozen=True):
+    """A lane's warm-up has failed and is tried again; ``why`` is what ``/ready`` says until :class:`Card` comes."""
+
+    why: ShortText
+
+
 class Alias(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A caller's name for content, from :func:`mmprep_frontend.media.keys.alias`, and the digest of that content."""
 
@@ -394,6 +400,7 @@ FromWriter: TypeAlias = (
     WriterWelcome
     | Refused
     | Card
+    | NotWarm
     | Wants
     | Answer
     | Failed
@@ -450,11 +457,15 @@ class LaneReady(Wire, frozen=True):
 
 
 class LaneBroken(Wire, frozen=True):
-    """The lane cannot start; the message is for the person who runs the service."""
+    """The lane cannot start; the message is for the person who runs the service.
+
+    ``lasting``: the next start would meet the same, as a file that is missing. Else its warm-up has failed.
+    """
 
     lane: Natural
     token: Digest
     fault: Fault
+    lasting: bool
 
 
 class Task(Wire, frozen=True):

@@ -24,7 +24,15 @@ import zmq
 from mmprep import failpoints
 from mmprep.card import ItemOptions
 from mmprep.digest import Hasher
-from mmprep.errors import DecodeError, InternalError, MmprepError, ProtocolError, StartupError, TooLarge
+from mmprep.errors import (
+    DecodeError,
+    InternalError,
+    MmprepError,
+    ProtocolError,
+    ServiceUnavailable,
+    StartupError,
+    TooLarge,
+)
 from mmprep.items import DTYPE_SIZES, ItemMeta, align, field_array, region_size
 from mmprep.layout import PAGE, RECORD_SIZE, Geometry, Header, Record, State, pack_header, pack_record
 from mmprep.process_lock import ProcessLock
@@ -36,7 +44,7 @@ from mmprep.wire.frames import send_frames
 from mmprep.wire.sockets import configure
 from mmprep_worker.lanes.config import LaneConfig
 from mmprep_worker.lanes.garbage import garbage
-from mmprep_worker.lanes.warmup import warm_up
+from mmprep_worker.lanes.warmup import ColdError, warm_up
 from mmprep_worker.models.family import Family, Prepared
 from mmprep_worker.models.registry import load_family
 
@@ -77,16 +85,19 @@ class Lane:
         token = bytes.fromhex(self._config.token)
         try:
             family = load_family(Path(self._config.model), self._config.limits, self._config.image_background)
-            warm_up(family)
         except MmprepError as error:
             self._broken(token, error)
             return
-        except (WriterGoneError, zmq.ZMQError):
-            raise
         except Exception as error:  # noqa: BLE001 -- whatever it is, the next start would meet it too
             _log.exception("lane %d cannot start", self._config.lane)
             why = f"a lane cannot start ({type(error).__name__}); what it said stands above"
             self._broken(token, StartupError(why))
+            return
+        try:
+            warm_up(family, self._config.modalities)
+        except ColdError as error:
+            _log.error("lane %d does not get warm", self._config.lane, exc_info=error.__cause__)
+            self._broken(token, ServiceUnavailable(str(error)), lasting=False)
             return
         _log.info("lane %d is warm", self._config.lane)
         card = msgspec.msgpack.encode(family.card)
@@ -97,9 +108,9 @@ class Lane:
             failpoints.reach("lane.task.received")
             self._work(family, task, frames[1])
 
-    def _broken(self, token: bytes, error: MmprepError) -> None:
+    def _broken(self, token: bytes, error: MmprepError, *, lasting: bool = True) -> None:
         """Tell why this lane will not work, and wait for the end."""
-        self._send(messages.LaneBroken(self._config.lane, token, messages.Fault.of(error)))
+        self._send(messages.LaneBroken(self._config.lane, token, messages.Fault.of(error), lasting))
         self._receive()
 
     # --- one task -------------------------------------------------------------------------------------------------
