@@ -228,7 +228,8 @@ class Frontend:
 
     async def _warm_up(self, model: ServedModel) -> None:
         """Warm up on the render thread; raises ServiceUnavailable with what ``/ready`` is to say."""
-        work = partial(warm_up, model, self._intake, self._hasher, self._settings.limit_mm_per_prompt)
+        limits, threads = self._settings.limit_mm_per_prompt, [self._threads] * _THREADS
+        work = partial(warm_up, model, self._intake, self._hasher, limits, threads)
         try:
             await asyncio.get_running_loop().run_in_executor(self._render_thread, work)
         except Exception as error:  # noqa: BLE001 -- whatever it is, readiness must say so

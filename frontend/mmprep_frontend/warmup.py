@@ -8,7 +8,8 @@ neither the writer, the counters nor any cache sees anything of it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from typing import Any
 
 import msgspec
@@ -32,6 +33,8 @@ from mmprep_frontend.wanted import wanted
 _WORDS = "Hello"
 _PAYLOADS = ("tensors", "none")
 _TOKENS = 4
+#: Bytes of a made-up item's tensors, as many as a picture of 640x480 has in uint8.
+_BYTES = 1 << 21
 #: The smallest GIF: one pixel. Of other modalities nothing here looks into the bytes.
 _GIF = "R0lGODlhAQABAIAAAP///wAAACwAAAAAAQABAAACAkQBADs="
 _TOOL = {
@@ -40,15 +43,25 @@ _TOOL = {
 }
 
 
-def warm_up(model: ServedModel, intake: Intake, hasher: Hasher, limits: Mapping[str, int]) -> None:
+def warm_up(
+    model: ServedModel, intake: Intake, hasher: Hasher, limits: Mapping[str, int], threads: Sequence[Executor]
+) -> None:
     """Render what requests can ask for; on the render thread.
 
     A template may refuse a conversation that is tried here: that is its right, and no reason not to start.
+
+    Parameters
+    ----------
+    threads:
+        That encode answers, one for each that there is: each gets the memory that an answer takes.
     """
     allowed = {modality: limit for modality, limit in limits.items() if limit > 0}
     for body in _bodies(model.card, allowed):
         with contextlib.suppress(InvalidRequest):
-            _render(model, intake, hasher, allowed, parse(body, "chat"))
+            chat = _render(model, intake, hasher, allowed, parse(body, "chat"))
+            encoding = [thread.submit(encode_chat_answer, chat, model, "warm-up") for thread in threads]
+            for encoded in encoding:
+                encoded.result()
     model.tokenizer.decode(model.tokenizer.encode_text(_WORDS, add_special_tokens=True).token_ids)
     model.stages.clear()
 
@@ -69,7 +82,9 @@ def _body(content: Any, **fields: Any) -> bytes:
     return msgspec.json.encode({"messages": [{"role": "user", "content": content}], **fields})
 
 
-def _render(model: ServedModel, intake: Intake, hasher: Hasher, limits: dict[str, int], request: ChatRequest) -> None:
+def _render(
+    model: ServedModel, intake: Intake, hasher: Hasher, limits: dict[str, int], request: ChatRequest
+) -> RenderedChat:
     conversation = model.walk(request, limits)
     prompt = model.encode_chat(conversation, request)
     media = intake.read_now(intake.sources(conversation.media, ()))
@@ -81,8 +96,7 @@ def _render(model: ServedModel, intake: Intake, hasher: Hasher, limits: dict[str
     plans: dict[str, list[Plan]] = {}
     for item in items:
         plans.setdefault(item.part.modality, []).append(item.meta.plan)
-    chat = RenderedChat(request, prompt, expand(prompt.token_ids, prompt.placeholders, plans), items=items)
-    encode_chat_answer(chat, model, "warm-up")
+    return RenderedChat(request, prompt, expand(prompt.token_ids, prompt.placeholders, plans), items=items)
 
 
 def _item(card: ModelCard, hasher: Hasher, part: MediaPart, medium: Medium) -> RenderedItem:
@@ -91,7 +105,7 @@ def _item(card: ModelCard, hasher: Hasher, part: MediaPart, medium: Medium) -> R
     placeholder = card.placeholder(part.modality)
     assert isinstance(asked, OfferItem)
     assert placeholder is not None
-    fields = lay_out([("tensor", "uint8", (_TOKENS,), "flat", False), ("size", "int64", (3,), "batched", True)])
+    fields = lay_out([("tensor", "uint8", (_BYTES,), "flat", False), ("size", "int64", (3,), "batched", True)])
     plan = Plan((Run(placeholder.token_id, _TOKENS),))
     meta = ItemMeta(part.modality, plan, fields, {"size": bytes(fields[1].nbytes)})
     answer = ItemAnswer("computed", meta=meta.pack())

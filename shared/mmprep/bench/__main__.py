@@ -13,13 +13,13 @@ from typing import Any, get_args
 import msgspec
 
 from mmprep import __version__
-from mmprep.bench import fetching, first, handover, pictures, report, throughput
+from mmprep.bench import fetching, first, handover, pictures, report, requests, throughput
 from mmprep.bench.processes import machine_facts, memory
 from mmprep.bench.running import Mode, Service, full_size_model, service
 from mmprep.bench.throughput import Run
 from mmprep.errors import MmprepError
 
-PARTS = ("throughput", "handover", "memory", "startup", "fetch")
+PARTS = ("throughput", "handover", "memory", "startup", "fetch", "requests")
 _LANES = 2
 
 
@@ -32,6 +32,8 @@ class Plan(msgspec.Struct, frozen=True):
     large: tuple[Run, ...]
     tensors: tuple[handover.Tensor, ...]
     fetch: fetching.Amount
+    requests: tuple[requests.Run, ...]
+    request_seconds: float
     repeats: int
     starts: int
     memory_seconds: float
@@ -51,6 +53,8 @@ FULL = Plan(
     ),
     tensors=handover.TENSORS,
     fetch=fetching.FULL,
+    requests=requests.FULL,
+    request_seconds=5.0,
     repeats=21,
     starts=3,
     memory_seconds=3.0,
@@ -62,6 +66,8 @@ QUICK = Plan(
     large=(),
     tensors=handover.TENSORS[:1],
     fetch=fetching.QUICK,
+    requests=requests.QUICK,
+    request_seconds=0.3,
     repeats=3,
     starts=1,
     memory_seconds=0.5,
@@ -82,6 +88,8 @@ def _measure(plan: Plan, wanted: set[str], directory: Path, other_model: Path | 
     if "fetch" in wanted:
         _tell("fetching")
         parts["fetch"] = fetching.measure(model, directory, plan.fetch)
+    if "requests" in wanted:
+        parts["requests"] = _requests(model, directory, plan)
     if {"throughput", "handover", "memory"} & wanted:
         parts |= _loaded(plan, wanted, model, directory, other_model)
     return parts
@@ -119,6 +127,18 @@ def _throughput(running: Service, frontends: int, plan: Plan, paths: dict[str, l
     for run in plan.runs + (plan.large if frontends == 1 else ()):
         _tell(f"service with {frontends} frontends: {run.size.name} {run.mode}, {run.in_flight} in flight")
         measured.append(throughput.measure(running, frontends, run, paths[run.size.name]))
+    return measured
+
+
+def _requests(model: Path, directory: Path, plan: Plan) -> list[dict[str, Any]]:
+    """Return what requests over HTTP cost a service as it is by default, with one frontend."""
+    paths = throughput.write_pictures(directory, list(dict.fromkeys(r.size for r in plan.requests if r.size)))
+    measured = []
+    with service(model, frontends=1, lanes=_LANES) as running:
+        for run in plan.requests:
+            _tell(f"requests: {run.name}")
+            of_size = [] if run.size is None else paths[run.size.name]
+            measured.append(requests.measure(running, run, of_size, plan.request_seconds))
     return measured
 
 
