@@ -261,6 +261,7 @@ class WriterLink:
         deadline: float,
         priority: int,
         lease: messages.LeaseTo | None = None,
+        traced: bool = False,
     ) -> Offered:
         """Get a request's items from the cache, computing what is missing.
 
@@ -277,6 +278,8 @@ class WriterLink:
         lease:
             Where the places are to be leased to a backend; else they are pinned until the answer is released. A new
             writer may hear of the offer before it hears of the backend: one whose process lives is waited for.
+        traced:
+            The answers are to say when what they are about was computed.
 
         Raises
         ------
@@ -285,7 +288,7 @@ class WriterLink:
         """
         loop = asyncio.get_running_loop()
         offered = tuple(item.offered() if isinstance(item, OfferItem) else item for item in items)
-        terms = Terms(offered, need, priority, lease, deadline)
+        terms = Terms(offered, need, priority, lease, deadline, traced)
         resends_left = MOST_RESENDS
         while True:
             try:

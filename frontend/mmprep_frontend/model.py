@@ -28,6 +28,7 @@ from mmprep_frontend.render.sentinels import Sentinels
 from mmprep_frontend.render.template import ChatTemplate, load_sources
 from mmprep_frontend.render.tokens import EncodedPrompt, Tokenizer
 from mmprep_frontend.render.truncation import Truncation, truncation
+from mmprep_frontend.tracing.spans import record
 
 _DEFAULT_LENGTH = 32_768
 #: Bytes of all cached prompts of one frontend.
@@ -132,7 +133,9 @@ class ServedModel:
     def _noting(self, stage: str) -> Iterator[None]:
         started = time.monotonic()
         yield
-        self.stages.append((stage, time.monotonic() - started))
+        ended = time.monotonic()
+        self.stages.append((stage, ended - started))
+        record(stage, started, ended)
 
     def prompt_key(
         self, conversation: Conversation, request: ChatRequest | TokenizeRequest, nbytes: int, scope: bytes

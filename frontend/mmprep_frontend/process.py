@@ -10,7 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvloop
 import zmq
@@ -44,10 +44,15 @@ from mmprep_frontend.supervision import SupervisorLink
 from mmprep_frontend.texts import Texts
 from mmprep_frontend.warmup import warm_up
 
+if TYPE_CHECKING:
+    from mmprep_frontend.tracing.export import OtlpExporter
+
 _log = logging.getLogger("mmprep.frontend")
 
 _INPUT = 0
 _THREADS = 2
+#: Seconds at the end for traces that were not sent yet.
+_LAST_TRACES = 1.0
 #: Bytes of all bodies under way, at least.
 _BODIES = 512 << 20
 #: Bytes of all media that were fetched or read from a disk, at least.
@@ -82,6 +87,7 @@ class Frontend:
         root = settings.allowed_local_media_path
         self._files = None if root is None else LocalFiles(root, largest, self._memory)
         self._cache = self._open_cache(policy)
+        self._exporter = _open_exporter(settings.otlp_traces_endpoint)
         self._supervisor = SupervisorLink(self._context, self._runtime.supervisor, settings.index, self._report)
         self._tokenizer = asyncio.get_running_loop().run_in_executor(
             self._render_thread, _load_tokenizer, Path(settings.model)
@@ -157,7 +163,9 @@ class Frontend:
             self._settings.api_keys, self._settings.admin_keys, shared=self._settings.share_cache_across_keys
         )
         room = Room(max_body_bytes=max(_BODIES, max_body))
-        app = make_app(door, version=mmprep.__version__, max_body=max_body, room=room, keyring=keyring)
+        app = make_app(
+            door, version=mmprep.__version__, max_body=max_body, room=room, keyring=keyring, exporter=self._exporter
+        )
         http = await serve_http(app, self._settings.host, self._settings.port)
         native = self._native = NativeDoor(
             self._context,
@@ -167,6 +175,7 @@ class Frontend:
             max_body_size=max_body,
             room=room,
             refusal=self._refusal,
+            exporter=self._exporter,
         )
         if self._reason is None:
             native.open()
@@ -240,6 +249,9 @@ class Frontend:
     def _report(self) -> ProcessReport:
         self._metrics.gauge("mmprep_inflight", self._service.inflight)
         self._metrics.gauge("mmprep_media_bytes", self._memory.nbytes)
+        if self._exporter is not None:
+            self._metrics.total("mmprep_trace_spans_total", self._exporter.exported, outcome="exported")
+            self._metrics.total("mmprep_trace_spans_total", self._exporter.dropped, outcome="dropped")
         return ProcessReport(
             os.getpid(), self._metrics.snapshot(), {"pid": os.getpid(), "inflight": self._service.inflight}
         )
@@ -269,6 +281,9 @@ class Frontend:
             self._drain()
         grace = max(0.0, self._ends_at - asyncio.get_running_loop().time())
         await asyncio.gather(http.close(grace), native.close(grace))
+        if self._exporter is not None:
+            left = min(_LAST_TRACES, max(0.1, self._ends_at - asyncio.get_running_loop().time()))
+            await asyncio.get_running_loop().run_in_executor(self._threads, self._exporter.close, left)
         await self._fetcher.close()
         if self._files is not None:
             self._files.close()
@@ -279,6 +294,14 @@ class Frontend:
         self._render_thread.shutdown(wait=False, cancel_futures=True)
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._context.destroy(linger=100)
+
+
+def _open_exporter(endpoint: str | None) -> OtlpExporter | None:
+    if endpoint is None:
+        return None
+    from mmprep_frontend.tracing.export import OtlpExporter  # noqa: PLC0415, an extra of its own
+
+    return OtlpExporter(endpoint)
 
 
 def _load_tokenizer(directory: Path) -> Any:

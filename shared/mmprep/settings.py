@@ -80,6 +80,7 @@ class FrontendSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     api_keys: tuple[ApiKey, ...]
     admin_keys: tuple[ApiKey, ...]
     share_cache_across_keys: bool
+    otlp_traces_endpoint: str | None
     logs: LogSettings
 
 

@@ -16,11 +16,22 @@ from mmprep_frontend.render.tokens import load_tokenizer
 
 LIMITS = MediaLimits(1 << 20, 1 << 20, 1 << 20, 1 << 20)
 HASHER = Hasher("blake3")
+#: Shows pictures and videos.
+TEMPLATE = """\
+{%- for message in messages %}
+    {%- if message.content is string %}{{- message.content }}{% else %}
+        {%- for part in message.content %}
+            {%- if part.type == 'text' %}{{- part.text }}
+            {%- elif part.type == 'image' %}{{- '<|image_pad|>' }}{% else %}{{- '<|video_pad|>' }}{% endif %}
+        {%- endfor %}
+    {%- endif %}
+{%- endfor %}
+"""
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    directory = build(tmp_path_factory.mktemp("model"))
+    directory = build(tmp_path_factory.mktemp("model"), chat_template=TEMPLATE)
     loaded = load_tokenizer(directory)
     made = card(directory)
     dtypes = {placeholder.modality: ("uint8",) for placeholder in made.placeholders}

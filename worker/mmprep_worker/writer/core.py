@@ -18,6 +18,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import msgspec
+
 from mmprep import errors
 from mmprep.metrics import Metrics
 from mmprep.segment import sibling_name
@@ -618,7 +620,7 @@ class WriterCore:
                     self.queue.reprioritise(step.flight_id, step.priority)
                 case Ended():
                     self._tasks.drop(step.flight_id, now)
-                    self._settle(step.flight_id, step.calls, step.result, now)
+                    self._settle(step.flight_id, step.calls, step.result, now, step.times)
 
     def _ask(self, action: flight_events.Ask) -> None:
         pending = self._calls[action.call]
@@ -632,12 +634,22 @@ class WriterCore:
             late = errors.DeadlineExceeded("the request's time was over before its media were processed")
             self._fail(pending, late)
 
-    def _settle(self, flight_id: int, calls: Sequence[Call], result: Result, now: float) -> None:
+    def _settle(
+        self,
+        flight_id: int,
+        calls: Sequence[Call],
+        result: Result,
+        now: float,
+        times: messages.StageTimes | None = None,
+    ) -> None:
         """Give waiting calls what a flight ended with."""
         for call in calls:
             pending = self._calls[call]
             for position in pending.by_flight.pop(flight_id):
-                pending.answers[position] = self._holds.outcome(pending, position, flight_id, result)
+                answer = self._holds.outcome(pending, position, flight_id, result)
+                if pending.traced:
+                    answer = msgspec.structs.replace(answer, times=times)
+                pending.answers[position] = answer
                 pending.missing -= 1
             if not pending.missing:
                 self._finish(pending, now)
