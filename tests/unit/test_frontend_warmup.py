@@ -68,7 +68,7 @@ def test_texts_tools_and_every_modality_with_a_limit_are_rendered_with_tensors_a
     assert {(modality, payload) for found, _, payload in tried for modality in found} == {
         (modality, payload) for modality in modalities for payload in ("tensors", "none")
     }
-    assert len(model.prompts) == len(model.stages) == 0
+    assert len(model.prompts._prompts) == len(model.stages) == 0
 
 
 def test_a_modality_without_a_limit_is_left_out(warm):

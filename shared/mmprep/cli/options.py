@@ -18,7 +18,7 @@ from mmprep import embedded
 from mmprep.api_keys import ApiKey, read_keys
 from mmprep.cli.extra import require_otel
 from mmprep.cli.models import find_model
-from mmprep.cli.traces import traces_endpoint
+from mmprep.cli.traces import read_endpoint, traces_endpoint
 from mmprep.errors import StartupError
 from mmprep.sizes import parse_duration, parse_size
 from mmprep.supervisor.options import ServeOptions
@@ -250,7 +250,7 @@ OPTIONS = (
     Option("chat-template", _optional, "", "file with a chat template in place of the model's"),
     Option(
         "otlp-traces-endpoint",
-        _optional,
+        read_endpoint,
         "",
         "URL that traces are sent to, by OTLP over HTTP; default: what OTEL_EXPORTER_OTLP_ENDPOINT and its like say",
     ),

@@ -14,7 +14,6 @@ from mmprep.errors import StartupError
 _LOCAL = "http://localhost:4318"
 _PATH = "/v1/traces"
 _PROTOCOL = "http/protobuf"
-_OPTION = "--otlp-traces-endpoint"
 
 
 def traces_endpoint(given: str | None, environment: Mapping[str, str]) -> str | None:
@@ -23,16 +22,16 @@ def traces_endpoint(given: str | None, environment: Mapping[str, str]) -> str | 
     Parameters
     ----------
     given:
-        The option's value.
+        The option's value, from :func:`read_endpoint`.
 
     Raises
     ------
     StartupError
-        An option or variable is wrong; the message names it.
+        A variable is wrong; the message names it.
     """
     said = {name: value.strip() for name, value in environment.items() if name.startswith("OTEL_") and value.strip()}
     if given:
-        return _url(given, _OPTION)
+        return given
     exporter = said.get("OTEL_TRACES_EXPORTER", "").lower()
     if exporter == "none" or said.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return None
@@ -49,6 +48,11 @@ def traces_endpoint(given: str | None, environment: Mapping[str, str]) -> str | 
     if whole:
         return _url(whole, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
     return _url((base or _LOCAL).rstrip("/") + _PATH, "OTEL_EXPORTER_OTLP_ENDPOINT")
+
+
+def read_endpoint(text: str, option: str) -> str | None:
+    """Return an option's URL, ``None`` where it is empty; raises StartupError."""
+    return _url(text, option) if text else None
 
 
 def _url(text: str, name: str) -> str:
