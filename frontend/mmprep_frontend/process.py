@@ -16,6 +16,7 @@ import uvloop
 import zmq
 
 import mmprep
+from mmprep.allocator import keep_memory
 from mmprep.card import ModelCard
 from mmprep.digest import Hasher
 from mmprep.errors import MmprepError, ServiceUnavailable, StartupError
@@ -51,6 +52,8 @@ _log = logging.getLogger("mmprep.frontend")
 
 _INPUT = 0
 _THREADS = 2
+#: Of the heap, for the next answers.
+_KEPT_BYTES = 64 << 20
 #: Seconds at the end for traces that were not sent yet.
 _LAST_TRACES = 1.0
 #: Bytes of all bodies under way, at least.
@@ -328,6 +331,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     settings: FrontendSettings = read_settings(FrontendSettings)
     settings.logs.apply()
+    keep_memory(_KEPT_BYTES, arenas=1)
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         uvloop.run(_run(settings))

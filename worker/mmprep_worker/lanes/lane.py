@@ -22,6 +22,7 @@ import msgspec
 import zmq
 
 from mmprep import failpoints
+from mmprep.allocator import keep_memory
 from mmprep.card import ItemOptions
 from mmprep.digest import Hasher
 from mmprep.errors import (
@@ -52,9 +53,7 @@ _log = logging.getLogger("mmprep.lane")
 
 _INPUT = 0
 _PR_SET_PDEATHSIG = 1
-#: mallopt(3): buffers up to this many bytes come from the heap, and this much of it is kept for the next picture. By
-#: default each picture's buffers are mapped, faulted in page by page and given back: a fifth of a small picture's time.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+#: Of the heap, for the next picture.
 _KEPT_BYTES = 32 << 20
 
 
@@ -254,13 +253,6 @@ def _check_digest(task: messages.Task, medium: memoryview) -> None:
         raise ProtocolError("the medium's bytes do not match their digest")
 
 
-def _keep_memory() -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it, other C libraries do not
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-
-
 def _writer_is_gone() -> bool:
     poller = select.poll()
     poller.register(_INPUT, 0)
@@ -273,7 +265,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # The end of standard input is only seen between tasks; a lane that hangs in a decoder must not outlive its writer.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    _keep_memory()
+    keep_memory(_KEPT_BYTES)
     config: LaneConfig = read_settings(LaneConfig)
     config.logs.apply()
     if _writer_is_gone():  # before the signal was asked for: its successor waits for this lane's lock
