@@ -14,7 +14,7 @@ import msgspec
 
 from mmprep import __version__
 from mmprep.bench import fetching, first, handover, pictures, report, requests, throughput
-from mmprep.bench.processes import machine_facts, memory
+from mmprep.bench.processes import cpu_seconds, machine_facts, memory
 from mmprep.bench.running import Mode, Service, full_size_model, service
 from mmprep.bench.throughput import Run
 from mmprep.errors import MmprepError
@@ -160,7 +160,7 @@ def _memory(running: Service, model: str, frontends: int, plan: Plan, paths: dic
 def _startup(model: Path, directory: Path, repeats: int) -> dict[str, list[dict[str, float]]]:
     """Return what starts took with an empty cache of compiled code, and with the one that this has filled.
 
-    Each tells the seconds to ready, and the first cold request's time beside that of later ones.
+    Each tells the seconds to ready, the CPU time of all processes until then, and the first cold request's time beside that of later ones.
     """
     picture = pictures.jpeg(pictures.VGA)
     starts: dict[str, list[dict[str, float]]] = {"empty": [], "filled": []}
@@ -168,7 +168,9 @@ def _startup(model: Path, directory: Path, repeats: int) -> dict[str, list[dict[
         environment = {"NUMBA_CACHE_DIR": str(directory / f"compiled-{repeat}")}
         for measured in starts.values():
             with service(model, frontends=2, lanes=_LANES, environment=environment) as running:
-                measured.append({"seconds": round(running.ready_seconds, 2)} | first.measure(running, picture))
+                spent = sum(cpu_seconds(pid) for pids in running.pids().values() for pid in pids)
+                start = {"seconds": round(running.ready_seconds, 2), "cpu_seconds": round(spent, 2)}
+                measured.append(start | first.measure(running, picture))
     return starts
 
 

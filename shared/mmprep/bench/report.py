@@ -254,9 +254,9 @@ def _memory_table(part: list[dict[str, Any]]) -> str:
 
 
 def _startup_table(part: dict[str, list[dict[str, float]]]) -> str:
-    columns = ("seconds", "first_ms", "later_ms", "first_by_later")
+    columns = ("seconds", "cpu_seconds", "first_ms", "later_ms", "first_by_later")
     rows = [[cache, *(start[column] for column in columns)] for cache, starts in part.items() for start in starts]
-    head = ["cache of compiled code", "s to ready", "first request ms", "later", "first by later"]
+    head = ["cache of compiled code", "s to ready", "CPU s", "first request ms", "later", "first by later"]
     return _table("start-up, and the first cold request after it", head, rows)
 
 
