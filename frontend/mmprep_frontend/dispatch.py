@@ -195,6 +195,7 @@ class WriterLink:
     ----------
     mapping: the ring's segment, ``None`` before the first welcome.
     warm: the present writer's lanes can work: it has sent its card.
+    cold: why they do not get warm, if it has said so.
     """
 
     def __init__(
@@ -209,6 +210,7 @@ class WriterLink:
     ) -> None:
         self.mapping: Mapping | None = None
         self.warm = False
+        self.cold: str | None = None
         self._id = str(index)
         self._instance = os.urandom(8)
         self._connections = 0
@@ -259,6 +261,7 @@ class WriterLink:
         deadline: float,
         priority: int,
         lease: messages.LeaseTo | None = None,
+        traced: bool = False,
     ) -> Offered:
         """Get a request's items from the cache, computing what is missing.
 
@@ -275,6 +278,8 @@ class WriterLink:
         lease:
             Where the places are to be leased to a backend; else they are pinned until the answer is released. A new
             writer may hear of the offer before it hears of the backend: one whose process lives is waited for.
+        traced:
+            The answers are to say when what they are about was computed.
 
         Raises
         ------
@@ -283,7 +288,7 @@ class WriterLink:
         """
         loop = asyncio.get_running_loop()
         offered = tuple(item.offered() if isinstance(item, OfferItem) else item for item in items)
-        terms = Terms(offered, need, priority, lease, deadline)
+        terms = Terms(offered, need, priority, lease, deadline, traced)
         resends_left = MOST_RESENDS
         while True:
             try:
@@ -377,7 +382,7 @@ class WriterLink:
         ]
 
     def _on_down(self) -> None:
-        self.warm = False
+        self.warm, self.cold = False, None
         self._offers.down()
         self._calls.fail_all(WriterLostError, "the writer went away; try again")
 
@@ -401,6 +406,8 @@ class WriterLink:
                 self._welcomed(message)
             case messages.Card():
                 self._got_card(message.card)
+            case messages.NotWarm():
+                self.cold = message.why
             case _:
                 pass
 
@@ -439,7 +446,7 @@ class WriterLink:
             self._got_card(welcome.card)
 
     def _got_card(self, packed: bytes) -> None:
-        self.warm = True
+        self.warm, self.cold = True, None
         self._on_card(msgspec.msgpack.decode(packed, type=ModelCard))
 
     # --- actions --------------------------------------------------------------------------------------------------

@@ -22,12 +22,13 @@ from mmprep_frontend.media.intake import Intake, Medium, Source
 from mmprep_frontend.render.bounds import TextBounds
 from mmprep_frontend.render.conversation import Conversation, walk
 from mmprep_frontend.render.prompt_cache import PromptCache
-from mmprep_frontend.render.requests import ChatRequest, CompletionRequest, TokenizeRequest, parse, wants_offsets
+from mmprep_frontend.render.requests import ChatRequest, CompletionRequest, TokenizeRequest, wants_offsets
 from mmprep_frontend.render.sampling import NO_DEFAULTS, Defaults, read_defaults
 from mmprep_frontend.render.sentinels import Sentinels
 from mmprep_frontend.render.template import ChatTemplate, load_sources
 from mmprep_frontend.render.tokens import EncodedPrompt, Tokenizer
 from mmprep_frontend.render.truncation import Truncation, truncation
+from mmprep_frontend.tracing.spans import record
 
 _DEFAULT_LENGTH = 32_768
 #: Bytes of all cached prompts of one frontend.
@@ -88,17 +89,6 @@ class ServedModel:
                 )
         return conversation
 
-    def warm_up(self) -> None:
-        """Render and tokenize once, so that the first request pays for nothing lazy; on the render thread.
-
-        A template may refuse the conversation that is tried here: that is its right, and no reason not to start.
-        """
-        with contextlib.suppress(InvalidRequest):
-            request = parse(b'{"messages":[{"role":"user","content":"Hello"}]}', "chat")
-            self.encode_chat(self.walk(request, {}), request)
-        self.tokenizer.decode(self.tokenizer.encode_text("Hello", add_special_tokens=True).token_ids)
-        self.stages.clear()
-
     def encode_chat(self, conversation: Conversation, request: ChatRequest | TokenizeRequest) -> EncodedPrompt:
         """Render and tokenize; on the render thread."""
         with self._noting("template"):
@@ -143,7 +133,9 @@ class ServedModel:
     def _noting(self, stage: str) -> Iterator[None]:
         started = time.monotonic()
         yield
-        self.stages.append((stage, time.monotonic() - started))
+        ended = time.monotonic()
+        self.stages.append((stage, ended - started))
+        record(stage, started, ended)
 
     def prompt_key(
         self, conversation: Conversation, request: ChatRequest | TokenizeRequest, nbytes: int, scope: bytes

@@ -32,6 +32,8 @@ from mmprep_frontend.render.sampling import max_tokens
 from mmprep_frontend.room import Held, Room
 from mmprep_frontend.service import RenderedChat, RenderedItem, Service
 from mmprep_frontend.texts import Texts
+from mmprep_frontend.tracing.context import read_parent
+from mmprep_frontend.tracing.spans import Exporter, tracing
 
 _log = logging.getLogger("mmprep.native")
 _requests = logging.getLogger("mmprep.requests")
@@ -63,6 +65,8 @@ class NativeDoor:
         Bounds the requests under way, together with the other doors.
     refusal:
         Returns why the service takes no requests, or ``None``.
+    exporter:
+        Of traces; ``None``: requests are not traced.
     """
 
     def __init__(
@@ -75,7 +79,9 @@ class NativeDoor:
         max_body_size: int,
         room: Room,
         refusal: Callable[[], str | None],
+        exporter: Exporter | None = None,
     ) -> None:
+        self._exporter = exporter
         self._service = service
         self._texts = texts
         self._room = room
@@ -170,7 +176,8 @@ class NativeDoor:
             if reason is not None:
                 raise ServiceUnavailable(reason, retry_after=1.0)
             held.hold_body(sum(map(len, frames)))
-            await self._operations[request.operation](self, peer, request.call, held, frames[0], frames[1:])
+            with self._tracing(request):
+                await self._operations[request.operation](self, peer, request.call, held, frames[0], frames[1:])
         except MmprepError as failure:
             outcome = failure.type
             self._send(peer, messages.Failed(request.call, messages.Fault.of(failure)))
@@ -188,6 +195,13 @@ class NativeDoor:
             seconds = time.monotonic() - started
             service.metrics.observe("mmprep_request_seconds", seconds, path=path)
             event(_requests, logging.INFO, "request", path=path, outcome=outcome, ms=round(seconds * 1000, 3))
+
+    def _tracing(self, request: messages.Request) -> contextlib.AbstractContextManager[None]:
+        if self._exporter is None:
+            return contextlib.nullcontext()
+        parent = read_parent(_headers(request.traceparent), _headers(request.tracestate))
+        about = {"rpc.system": "mmprep", "rpc.method": request.operation}
+        return tracing(self._exporter, parent, f"native {request.operation}", about)
 
     def _failed(self, peer: bytes, request: messages.Request, error: MmprepError) -> None:
         """Answer a request that is not let in."""
@@ -274,6 +288,10 @@ class NativeDoor:
         "tokenize": _tokenize,
         "detokenize": _detokenize,
     }
+
+
+def _headers(value: str | None) -> tuple[str, ...]:
+    return () if value is None else (value,)
 
 
 def _copy_regions(chat: RenderedChat) -> list[NDArray[np.uint8]]:

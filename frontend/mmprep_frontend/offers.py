@@ -45,13 +45,14 @@ Action: TypeAlias = Say | Put | Settle
 
 
 class Terms(NamedTuple):
-    """What is offered, and how; ``deadline`` in the caller's seconds."""
+    """What is offered, and how; ``deadline`` in the caller's seconds, ``traced``: answers are to say when."""
 
     items: tuple[messages.Offered | messages.Recalled, ...]
     need: messages.Need
     priority: int
     lease: messages.LeaseTo | None
     deadline: float
+    traced: bool = False
 
 
 class _Offer:
@@ -192,7 +193,9 @@ class Offers:
         self._by_number[offer.number] = offer
         terms = offer.terms
         left = max(1, int((terms.deadline - now) * 1000))
-        return [Say(messages.Offer(offer.number, terms.need, left, terms.priority, terms.items, terms.lease))]
+        return [
+            Say(messages.Offer(offer.number, terms.need, left, terms.priority, terms.items, terms.lease, terms.traced))
+        ]
 
     def _make_again(self, offer: _Offer, now: float) -> list[Action]:
         if offer.number:

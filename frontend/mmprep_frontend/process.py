@@ -8,16 +8,18 @@ import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvloop
 import zmq
 
 import mmprep
+from mmprep.allocator import keep_memory
 from mmprep.card import ModelCard
 from mmprep.digest import Hasher
-from mmprep.errors import MmprepError, StartupError
+from mmprep.errors import MmprepError, ServiceUnavailable, StartupError
 from mmprep.metrics import Metrics, ProcessReport
 from mmprep.runtime import RuntimeDir
 from mmprep.settings import CANNOT_START, FrontendSettings, read_settings
@@ -35,17 +37,25 @@ from mmprep_frontend.media.files import LocalFiles
 from mmprep_frontend.media.intake import Intake
 from mmprep_frontend.media.memory import MediaMemory
 from mmprep_frontend.media.policy import UrlPolicy
-from mmprep_frontend.model import load_model
+from mmprep_frontend.model import ServedModel, load_model
 from mmprep_frontend.native import NativeDoor
 from mmprep_frontend.room import Room
 from mmprep_frontend.service import Service
 from mmprep_frontend.supervision import SupervisorLink
 from mmprep_frontend.texts import Texts
+from mmprep_frontend.warmup import warm_up
+
+if TYPE_CHECKING:
+    from mmprep_frontend.tracing.export import OtlpExporter
 
 _log = logging.getLogger("mmprep.frontend")
 
 _INPUT = 0
 _THREADS = 2
+#: Of the heap, for the next answers.
+_KEPT_BYTES = 64 << 20
+#: Seconds at the end for traces that were not sent yet.
+_LAST_TRACES = 1.0
 #: Bytes of all bodies under way, at least.
 _BODIES = 512 << 20
 #: Bytes of all media that were fetched or read from a disk, at least.
@@ -70,7 +80,7 @@ class Frontend:
         self._stop = asyncio.Event()
         self._loading: asyncio.Task[None] | None = None
         self._native: NativeDoor | None = None
-        hasher = Hasher(settings.hash)  # type: ignore[arg-type]
+        hasher = self._hasher = Hasher(settings.hash)  # type: ignore[arg-type]
         policy = UrlPolicy(settings.allowed_media_domains, settings.allow_private_networks)
         largest = settings.max_media_size
         self._memory = MediaMemory(max(_MEDIA, largest))
@@ -80,6 +90,7 @@ class Frontend:
         root = settings.allowed_local_media_path
         self._files = None if root is None else LocalFiles(root, largest, self._memory)
         self._cache = self._open_cache(policy)
+        self._exporter = _open_exporter(settings.otlp_traces_endpoint)
         self._supervisor = SupervisorLink(self._context, self._runtime.supervisor, settings.index, self._report)
         self._tokenizer = asyncio.get_running_loop().run_in_executor(
             self._render_thread, _load_tokenizer, Path(settings.model)
@@ -94,22 +105,23 @@ class Frontend:
             inline_size=settings.inline_size,
             on_card=self._on_card,
         )
+        self._intake = Intake(
+            self._fetcher,
+            hasher,
+            MediaLimits(
+                settings.max_media_size,
+                settings.max_request_media_size,
+                settings.max_image_pixels,
+                settings.max_request_image_pixels,
+            ),
+            self._threads,
+            lambda seconds: self._metrics.observe("mmprep_stage_seconds", seconds, stage="fetch"),
+            files=self._files,
+            cache=self._cache,
+        )
         self._service = Service(
             writer=self._writer,
-            intake=Intake(
-                self._fetcher,
-                hasher,
-                MediaLimits(
-                    settings.max_media_size,
-                    settings.max_request_media_size,
-                    settings.max_image_pixels,
-                    settings.max_request_image_pixels,
-                ),
-                self._threads,
-                lambda seconds: self._metrics.observe("mmprep_stage_seconds", seconds, stage="fetch"),
-                files=self._files,
-                cache=self._cache,
-            ),
+            intake=self._intake,
             hasher=hasher,
             metrics=self._metrics,
             render_thread=self._render_thread,
@@ -156,7 +168,9 @@ class Frontend:
             self._settings.api_keys, self._settings.admin_keys, shared=self._settings.share_cache_across_keys
         )
         room = Room(max_body_bytes=max(_BODIES, max_body))
-        app = make_app(door, version=mmprep.__version__, max_body=max_body, room=room, keyring=keyring)
+        app = make_app(
+            door, version=mmprep.__version__, max_body=max_body, room=room, keyring=keyring, exporter=self._exporter
+        )
         http = await serve_http(app, self._settings.host, self._settings.port)
         native = self._native = NativeDoor(
             self._context,
@@ -166,6 +180,7 @@ class Frontend:
             max_body_size=max_body,
             room=room,
             refusal=self._refusal,
+            exporter=self._exporter,
         )
         if self._reason is None:
             native.open()
@@ -179,12 +194,14 @@ class Frontend:
     def _not_ready(self) -> str | None:
         refusal = self._refusal()
         if refusal is None and not self._writer.warm:
-            return "the preprocessing worker is being replaced"
+            return self._writer.cold or "the preprocessing worker is being replaced"
         return refusal
 
     def _refusal(self) -> str | None:
         """Return why requests are refused. While the worker is being replaced they wait, within their deadlines."""
-        return "the service is stopping" if self._draining else self._reason
+        if self._draining:
+            return "the service is stopping"
+        return None if self._reason is None else self._writer.cold or self._reason
 
     def _on_card(self, card: ModelCard) -> None:
         if self._service.model is not None and self._service.model.card == card:
@@ -207,7 +224,7 @@ class Frontend:
                     template=settings.chat_template,
                 ),
             )
-            await asyncio.get_running_loop().run_in_executor(self._render_thread, model.warm_up)
+            await self._warm_up(model)
         except MmprepError as error:
             self._reason = str(error)
             self._supervisor.say(messages.StateChange(False, self._reason[:2000], isinstance(error, StartupError)))
@@ -223,9 +240,23 @@ class Frontend:
             self._native.open()
         self._supervisor.say(messages.StateChange(True, ""))
 
+    async def _warm_up(self, model: ServedModel) -> None:
+        """Warm up on the render thread; raises ServiceUnavailable with what ``/ready`` is to say."""
+        limits, threads = self._settings.limit_mm_per_prompt, [self._threads] * _THREADS
+        work = partial(warm_up, model, self._intake, self._hasher, limits, threads)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._render_thread, work)
+        except Exception as error:  # noqa: BLE001 -- whatever it is, readiness must say so
+            _log.exception("the frontend does not get warm")
+            why = f"a frontend cannot be warmed up ({type(error).__name__}); its log says more"
+            raise ServiceUnavailable(why) from None
+
     def _report(self) -> ProcessReport:
         self._metrics.gauge("mmprep_inflight", self._service.inflight)
         self._metrics.gauge("mmprep_media_bytes", self._memory.nbytes)
+        if self._exporter is not None:
+            self._metrics.total("mmprep_trace_spans_total", self._exporter.exported, outcome="exported")
+            self._metrics.total("mmprep_trace_spans_total", self._exporter.dropped, outcome="dropped")
         return ProcessReport(
             os.getpid(), self._metrics.snapshot(), {"pid": os.getpid(), "inflight": self._service.inflight}
         )
@@ -255,6 +286,9 @@ class Frontend:
             self._drain()
         grace = max(0.0, self._ends_at - asyncio.get_running_loop().time())
         await asyncio.gather(http.close(grace), native.close(grace))
+        if self._exporter is not None:
+            left = min(_LAST_TRACES, max(0.1, self._ends_at - asyncio.get_running_loop().time()))
+            await asyncio.get_running_loop().run_in_executor(self._threads, self._exporter.close, left)
         await self._fetcher.close()
         if self._files is not None:
             self._files.close()
@@ -265,6 +299,14 @@ class Frontend:
         self._render_thread.shutdown(wait=False, cancel_futures=True)
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._context.destroy(linger=100)
+
+
+def _open_exporter(endpoint: str | None) -> OtlpExporter | None:
+    if endpoint is None:
+        return None
+    from mmprep_frontend.tracing.export import OtlpExporter  # noqa: PLC0415, an extra of its own
+
+    return OtlpExporter(endpoint)
 
 
 def _load_tokenizer(directory: Path) -> Any:
@@ -291,6 +333,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     settings: FrontendSettings = read_settings(FrontendSettings)
     settings.logs.apply()
+    keep_memory(_KEPT_BYTES, arenas=1)
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         uvloop.run(_run(settings))

@@ -12,7 +12,9 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextvars import copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from mmprep.card import Io
@@ -21,9 +23,9 @@ from mmprep.errors import DeadlineExceeded, InternalError, InvalidRequest, Servi
 from mmprep.items import ItemMeta, unpack_meta
 from mmprep.keys import item_key
 from mmprep.metrics import Metrics
-from mmprep.wire.messages import ItemAnswer, LeaseTo, Need
+from mmprep.wire.messages import ItemAnswer, LeaseTo, Need, Recalled
 from mmprep_frontend.caller import ANONYMOUS
-from mmprep_frontend.dispatch import Offered, WriterLink
+from mmprep_frontend.dispatch import Offered, OfferItem, WriterLink
 from mmprep_frontend.media.embeddings import embedded_item
 from mmprep_frontend.media.intake import SMALL, TINY, Intake, Medium, Source, at_hand, first_error, size
 from mmprep_frontend.media.keys import scope, variant
@@ -38,6 +40,7 @@ from mmprep_frontend.render.responses import read_responses
 from mmprep_frontend.render.sampling import check_wanted
 from mmprep_frontend.render.tokens import EncodedPrompt
 from mmprep_frontend.render.truncation import truncate, truncate_offsets
+from mmprep_frontend.tracing.spans import current, record, record_lookup, recording
 from mmprep_frontend.wanted import key_of, recalled_within, wanted
 
 T = TypeVar("T")
@@ -416,6 +419,8 @@ class Service:
         for medium in media:
             if medium is not None:
                 self._observe("hash", medium.seconds)
+                if medium.hashed:
+                    record("hash", medium.hashed - medium.seconds, medium.hashed)
         asked = [
             wanted(
                 part,
@@ -428,9 +433,7 @@ class Service:
             )
             for part, medium in zip(parts, recalled_within(parts, media), strict=True)
         ]
-        offered = await self.writer.offer(
-            asked, need=terms.need, deadline=terms.deadline, priority=terms.priority, lease=terms.lease
-        )
+        offered = await self._offer(parts, asked, terms)
         for answer, medium in zip(offered.items, media, strict=True):
             # Where only a plan was asked for, nobody may have looked behind the header.
             if medium is not None and answer.fault is None and (answer.length or answer.inline):
@@ -448,6 +451,21 @@ class Service:
             offered.give_back()
             raise InternalError("an item's metadata cannot be read") from None
         return offered, items
+
+    async def _offer(self, parts: Sequence[MediaPart], asked: Sequence[OfferItem | Recalled], terms: Terms) -> Offered:
+        trace, started = current.get(), time.monotonic()
+        offered = await self.writer.offer(
+            asked,
+            need=terms.need,
+            deadline=terms.deadline,
+            priority=terms.priority,
+            lease=terms.lease,
+            traced=trace is not None,
+        )
+        if trace is not None:
+            told = [(part.modality, answer) for part, answer in zip(parts, offered.items, strict=True)]
+            record_lookup(trace, started, time.monotonic(), told)
+        return offered
 
     def _expand(self, prompt: EncodedPrompt, items: Sequence[RenderedItem]) -> Expanded:
         plans: dict[str, list[Any]] = {}
@@ -500,7 +518,8 @@ class Service:
         """Return what ``work`` returns. Where the deadline comes first, work that has not begun is dropped."""
         try:
             async with _within(deadline):
-                return await asyncio.get_running_loop().run_in_executor(self._render_thread, work, *arguments)
+                call = partial(copy_context().run, work) if current.get() is not None else work
+                return await asyncio.get_running_loop().run_in_executor(self._render_thread, call, *arguments)
         finally:
             stages = self.served().stages
             while stages:
@@ -513,7 +532,8 @@ class Service:
     def timed(self, stage: str) -> Iterator[None]:
         """Count the block's time for ``stage``."""
         started = time.monotonic()
-        yield
+        with recording(stage):
+            yield
         self._observe(stage, time.monotonic() - started)
 
 

@@ -55,6 +55,8 @@ _MOST_RETRIES = 2
 _OTHER_FRAMES = 3
 #: Seconds between two looks for frontends that have come or gone.
 _LOOK_SECONDS = 1.0
+#: Of a header that tells of a trace.
+_MOST_CHARACTERS = 2048
 #: Milliseconds for which closing waits at most until a frontend's socket has taken what it was told last.
 _LAST_WORDS_MS = 200
 
@@ -293,7 +295,8 @@ class AsyncClient:
         timeout:
             Seconds.
         fields:
-            Any other field of a chat request, as ``tools`` or ``mm_dtype``.
+            Any other field of a chat request, as ``tools`` or ``mm_dtype``; and, as every call takes them, ``traceparent``
+            and ``tracestate``: the W3C's headers of the caller's trace.
 
         Raises
         ------
@@ -353,6 +356,7 @@ class AsyncClient:
         seconds = self._timeout if timeout is None else timeout
         attachments: list[Any] = []
         body = _detach(body, attachments)
+        trace = _header(body, "traceparent"), _header(body, "tracestate")
         body.setdefault("deadline_ms", max(1, int(seconds * 1000)))
         encoded = msgspec.json.encode(body)
         if len(attachments) > MAX_FRAMES - _OTHER_FRAMES:
@@ -361,7 +365,7 @@ class AsyncClient:
             async with asyncio.timeout(seconds):
                 for resends_left in reversed(range(_MOST_RESENDS + 1)):
                     try:
-                        return await self._request_once(operation, encoded, attachments)
+                        return await self._request_once(operation, encoded, attachments, trace)
                     except _FrontendLost:
                         if not resends_left:
                             raise ServiceUnavailable("the frontends went away while they had this request") from None
@@ -369,7 +373,9 @@ class AsyncClient:
             raise DeadlineExceeded(f"no answer within {seconds:g} s") from None
         raise AssertionError
 
-    async def _request_once(self, operation: Any, encoded: bytes, attachments: list[Any]) -> list[zmq.Frame]:
+    async def _request_once(
+        self, operation: Any, encoded: bytes, attachments: list[Any], trace: tuple[str | None, str | None]
+    ) -> list[zmq.Frame]:
         frontend = await self._any_up()
         for number, frame in enumerate((encoded, *attachments)):
             if (size := memoryview(frame).nbytes) > frontend.max_frame:
@@ -380,7 +386,7 @@ class AsyncClient:
                 )
         number, future = frontend.calls.open()
         try:
-            frontend.link.send([pack(messages.Request(number, operation)), encoded, *attachments])
+            frontend.link.send([pack(messages.Request(number, operation, *trace)), encoded, *attachments])
             frames: list[zmq.Frame] = await future
         except asyncio.CancelledError:
             frontend.link.send([pack(messages.Cancel(number))])
@@ -481,6 +487,14 @@ def _detach(node: Any, attachments: list[Any]) -> Any:
     if isinstance(node, list | tuple):
         return [_detach(value, attachments) for value in node]
     return node
+
+
+def _header(body: dict[str, Any], name: str) -> str | None:
+    """Take a header out of what a call was given; raises InvalidRequest."""
+    value = body.pop(name, None)
+    if value is not None and not (isinstance(value, str) and len(value) <= _MOST_CHARACTERS):
+        raise InvalidRequest(f"{name} is a text of at most {_MOST_CHARACTERS} characters", param=name)
+    return value
 
 
 class Client:

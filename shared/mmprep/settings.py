@@ -35,6 +35,7 @@ class WriterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_video_frames: int
     max_video_duration: float
     max_audio_duration: float
+    modalities: tuple[str, ...]
     image_background: tuple[int, int, int] | None
     queue_limit: int
     queue_bytes: int
@@ -79,6 +80,7 @@ class FrontendSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     api_keys: tuple[ApiKey, ...]
     admin_keys: tuple[ApiKey, ...]
     share_cache_across_keys: bool
+    otlp_traces_endpoint: str | None
     logs: LogSettings
 
 

@@ -21,7 +21,7 @@ def run(tmp_path_factory):
 def test_the_quick_mode_measures_every_part_and_names_the_machine(run):
     result, _ = run
     assert result["quick"] is True
-    assert set(result["parts"]) == {"kernel", "throughput", "handover", "memory", "startup", "fetch"}
+    assert set(result["parts"]) == {"kernel", "throughput", "handover", "memory", "startup", "fetch", "requests"}
     machine = result["machine"]
     assert machine["cores"] >= 1
     assert len(machine["load_average"]) == len(machine["load_average_after"]) == 3
@@ -73,7 +73,9 @@ def test_memory_is_told_for_every_process_with_and_without_the_ring(run):
 def test_start_up_is_measured_with_an_empty_and_a_filled_cache_of_compiled_code(run):
     startup = run[0]["parts"]["startup"]
     assert set(startup) == {"empty", "filled"}
-    assert all(seconds > 0 for measured in startup.values() for seconds in measured)
+    for start in (start for starts in startup.values() for start in starts):
+        assert min(start["seconds"], start["cpu_seconds"], start["first_ms"], start["later_ms"]) > 0
+        assert start["first_by_later"] == pytest.approx(start["first_ms"] / start["later_ms"], rel=0.01, abs=0.01)
 
 
 def test_fetching_is_measured_with_what_the_media_host_was_asked(run):
@@ -86,6 +88,15 @@ def test_fetching_is_measured_with_what_the_media_host_was_asked(run):
     hits = part["hits"]
     assert 0 < hits["in_loop_ms"]["p50"] <= hits["in_loop_ms"]["p99"]
     assert all(row["health_ms"]["questions"] > 0 for row in (distinct, *part["same"], hits))
+
+
+def test_requests_over_http_are_measured_by_what_they_cost_each_role(run):
+    part = run[0]["parts"]["requests"]
+    assert [row["run"].split()[0] for row in part] == ["cached", "text", "turns"]
+    for row in part:
+        assert min(row["requests"], row["answer_bytes"], row["latency_ms"]["p50"]) > 0
+        assert set(row["cpu_ms_by_role"]) == {"frontends", "writer", "lanes", "supervisor"}
+        assert row["cpu_ms"] == pytest.approx(sum(row["cpu_ms_by_role"].values()), abs=0.01)
 
 
 def test_targets_are_judged_and_the_tables_show_them(run):

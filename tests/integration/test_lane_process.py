@@ -36,6 +36,7 @@ def orders(runtime_dir, segment, token=bytes(32)):
         segment=segment,
         model=str(embedded.path()),
         limits=MediaLimits(1 << 24, 64, 60.0, 60.0),
+        modalities=("image", "video"),
         image_background=None,
         max_media_size=1 << 24,
         data_limit=4 << 30,

@@ -248,7 +248,7 @@ def memory(kind):
     return int(re.search(kind + ":\\s+([0-9]+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 family = load_family(embedded.path(), MediaLimits(10**8, 768, 3600.0, 3600.0))
-warm_up(family)
+warm_up(family, {"image", "video"})
 medium = Path(sys.argv[1]).read_bytes()
 prepared = family.open("video", medium, ItemOptions("uint8", pack_io({"num_frames": -1})))
 region = memoryview(bytearray(region_size(prepared.meta.fields)))

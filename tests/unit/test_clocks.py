@@ -26,6 +26,7 @@ SHOWN = {
     "frontend/mmprep_frontend/media/cache_desk.py": 1,  # how old what lies in the disk cache is
     "frontend/mmprep_frontend/media/exchange.py": 1,  # a Retry-After that is a date
     "frontend/mmprep_frontend/render/bounded_jinja.py": 1,  # strftime_now of chat templates
+    "frontend/mmprep_frontend/tracing/spans.py": 1,  # collectors want the time of day
     "shared/mmprep/chaos/__main__.py": 1,  # a seed
 }
 

@@ -190,7 +190,7 @@ def test_recordings_are_what_such_a_model_takes(hearer):
     assert hearer.card.family == "hf:qwen2_audio"
     assert [(p.modality, p.token) for p in hearer.card.placeholders] == [("audio", "<|AUDIO|>")]
     assert hearer.card.dtypes == {"audio": ("float32", "bfloat16", "float16")}
-    warm_up(hearer)
+    warm_up(hearer, {"audio"})
 
 
 def test_a_recording_of_which_the_processor_makes_nothing_is_refused(hearer):

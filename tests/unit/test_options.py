@@ -12,6 +12,7 @@ from mmprep.errors import StartupError
 WRONG = {
     "host": ["", "  "],
     "port": ["-1", "65536", "http", "1.5", ""],
+    "otlp-traces-endpoint": ["collector:4318", "ftp://collector/", "http://", "http://[::1"],
     "frontends": ["0", "257", "two"],
     "lanes": ["-1", "257", "all"],
     "cache-size": ["lots", "1kB", "1023KiB", "65TiB", "-1GiB", "1K", "nan", ""],

@@ -223,7 +223,7 @@ def test_the_limit_of_seconds_is_the_services(model):
 
 
 def test_warming_up_uses_every_dtype_and_leaves_the_family_as_it_was(family):
-    warm_up(family)
+    warm_up(family, {"audio"})
     assert family.plan("audio", encoded("wav-16", sound(RATE, 1.0), RATE), ItemOptions("float32")).length == 25
 
 

@@ -404,8 +404,8 @@ def test_what_decides_over_videos_is_part_of_the_fingerprint(tmp_path):
 
 
 def test_a_lane_warms_up_with_videos_whatever_the_limits(tmp_path, qwen3):
-    warm_up(qwen3)
-    warm_up(family_of(tmp_path, "qwen2_5_vl", image_pixels=100, video_frames=1, video_seconds=1.0))
+    warm_up(qwen3, {"image", "video"})
+    warm_up(family_of(tmp_path, "qwen2_5_vl", image_pixels=100, video_frames=1, video_seconds=1.0), {"image", "video"})
 
 
 def test_broken_videos_are_errors(qwen2):

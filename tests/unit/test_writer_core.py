@@ -1371,6 +1371,39 @@ def test_every_frontend_gets_the_card_once_whether_it_connects_before_or_after_t
     assert world.got("f2", messages.WriterWelcome)[0].message.card == b"card"
 
 
+def test_answers_say_when_an_item_was_computed_where_the_offer_is_traced(world):
+    item = (messages.Offered(A, "image", 1, 10),)
+    world.say("f0", messages.Offer(1, "tensors", 99_000, 0, item, None, True))
+    world.offer("f1", 1, A)
+    (want,) = world.wants("f0", 1)
+    world.now = 100.0
+    world.put("f0", want.flight)
+    world.now = 100.5
+    world.fill(want.flight)
+    (computed,), (joined,) = world.answer("f0", 1), world.answer("f1", 1)
+    assert computed.times == messages.StageTimes(100_000_000, 100_000_000, 100_500_000, 1, 1)
+    assert (joined.outcome, joined.times) == ("joined", None)
+    world.say("f0", messages.Offer(2, "tensors", 99_000, 0, item, None, True))
+    (hit,) = world.answer("f0", 2)
+    assert (hit.outcome, hit.times) == ("hit", None)
+
+
+def test_frontends_hear_why_a_lane_does_not_get_warm_until_all_are():
+    world = World(warm=False)
+    world.core.not_warm("a small image: KeyError")
+    world.carry_out()
+    world.hello("f2", "frontend")
+    world.hello("another", "backend")
+    told = [[sent.message.why for sent in world.got(name, messages.NotWarm)] for name in ("f0", "f1", "f2", "another")]
+    assert told == [["a small image: KeyError"]] * 3 + [[]]
+    for number in (0, 1):
+        world.ready(number)
+    world.core.not_warm("too late")
+    world.carry_out()
+    assert world.core.cold == ""
+    assert [len(world.got(name, messages.NotWarm)) for name in ("f0", "f1", "f2")] == [1, 1, 1]
+
+
 def test_who_does_not_say_hello_first_is_refused_and_so_is_who_says_it_twice(world):
     world.say("stranger", messages.Clear(1))
     assert world.got("stranger", messages.Refused)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
 import msgspec
@@ -42,6 +43,8 @@ from mmprep_frontend.http.keyring import Keyring, Need
 from mmprep_frontend.http.openapi import describe, page
 from mmprep_frontend.http.ports import Rendered, Service
 from mmprep_frontend.room import RETRY_AFTER, Held, Room
+from mmprep_frontend.tracing.context import read_parent
+from mmprep_frontend.tracing.spans import Exporter, tracing
 
 _log = logging.getLogger(__name__)
 _REQUEST_ID: Final = web.RequestKey("request_id", str)
@@ -77,6 +80,7 @@ def make_app(
     keyring: Keyring | None = None,
     body_seconds: float = 60.0,
     answer_seconds: float = 60.0,
+    exporter: Exporter | None = None,
 ) -> web.Application:
     """Return the application, to be served by :func:`mmprep_frontend.http.server.serve_http`.
 
@@ -94,9 +98,11 @@ def make_app(
         Who may ask; ``None``: everybody.
     answer_seconds:
         How long a client may read nothing of a large answer before it is hung up on.
+    exporter:
+        Of traces; ``None``: requests are not traced.
     """
     bodies = Bodies(max_body=max_body, room=room or Room(), seconds=body_seconds)
-    edge = _Edge(service, version, bodies, keyring or Keyring(), answer_seconds)
+    edge = _Edge(service, version, bodies, keyring or Keyring(), answer_seconds, exporter=exporter)
     app = web.Application(middlewares=[_tell])
     app[RUNNING] = Running()
     for path, handler in (
@@ -149,7 +155,17 @@ class _Description:
 class _Edge:
     """The handlers of one application."""
 
-    def __init__(self, service: Service, version: str, bodies: Bodies, keyring: Keyring, answer_seconds: float) -> None:
+    def __init__(
+        self,
+        service: Service,
+        version: str,
+        bodies: Bodies,
+        keyring: Keyring,
+        answer_seconds: float,
+        *,
+        exporter: Exporter | None,
+    ) -> None:
+        self._exporter = exporter
         self._service = service
         self._version = version
         self._bodies = bodies
@@ -177,6 +193,10 @@ class _Edge:
         """
 
         async def handler(request: web.Request) -> web.StreamResponse:
+            with self._tracing(request):
+                return await answered(request)
+
+        async def answered(request: web.Request) -> web.StreamResponse:
             principal = self._keyring.admit(request.headers, needs)
             if needs_model:
                 self._check_ready()
@@ -187,6 +207,18 @@ class _Edge:
                 return await self._send(request, rendered.body, held, rendered.unread)
 
         return handler
+
+    def _tracing(self, request: web.Request) -> AbstractContextManager[None]:
+        if self._exporter is None:
+            return nullcontext()
+        headers = request.headers
+        parent = read_parent(headers.getall("traceparent", ()), headers.getall("tracestate", ()))
+        about = {
+            "http.request.method": request.method,
+            "http.route": request.path,
+            "mmprep.request_id": request[_REQUEST_ID],
+        }
+        return tracing(self._exporter, parent, f"{request.method} {request.path}", about)
 
     async def _send(
         self, request: web.Request, body: bytes, held: Held, unread: Callable[[], None] | None = None

@@ -92,6 +92,9 @@ METRICS: Final[Mapping[str, MetricSpec]] = {
     "mmprep_refused_total": MetricSpec(
         "counter", "Messages between processes that were refused, by the link that they came on.", ("link", "error")
     ),
+    "mmprep_trace_spans_total": MetricSpec(
+        "counter", "Spans of traced requests: exported, or dropped since the collector was slow or gone.", ("outcome",)
+    ),
     "mmprep_quarantined": MetricSpec("gauge", "Media that are refused for a time because they broke a lane."),
 }
 

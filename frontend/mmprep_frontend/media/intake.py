@@ -25,6 +25,7 @@ from mmprep_frontend.media.files import LocalFiles
 from mmprep_frontend.media.memory import Loaded, Share
 from mmprep_frontend.media.sources import DataSource, FileSource, HttpSource, inline_source, parse_source
 from mmprep_frontend.render.conversation import MediaPart
+from mmprep_frontend.tracing.spans import recording
 
 _ATTACHMENT = "attachment:"
 
@@ -45,6 +46,7 @@ class Medium:
     Attributes
     ----------
     seconds: that reading base64 and hashing took.
+    hashed: when that was over, on the monotonic clock.
     keepable: where the disk cache may want it once it was decoded.
     held: counts the bytes, as long as it lives, where they came from elsewhere than from the request.
     pixels: that the picture's header announces; 0 where it is none, or a broken one.
@@ -56,6 +58,7 @@ class Medium:
     keepable: Keepable | None = None
     held: Reply | Loaded | Share | None = None
     pixels: int = 0
+    hashed: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +205,9 @@ class Intake:
         if isinstance(source, DataSource | Attached):
             return await loop.run_in_executor(self._threads, self._decode, source, allowance)
         hold, started = partial(allowance.hold, number, param), time.monotonic()
-        fetched = await self._fetched(source, param, reading, hold)
+        scheme = source.url.partition(":")[0].lower() if isinstance(source, HttpSource) else "file"
+        with recording("fetch", {"url.scheme": scheme}):
+            fetched = await self._fetched(source, param, reading, hold)
         if fetched.asked:
             self._on_fetched(time.monotonic() - started)
         hold(len(fetched.data))
@@ -240,7 +245,8 @@ class Intake:
             started = time.monotonic()
         pixels = allowance.take_pixels(data, param)
         digest = self._hasher.content_digest(data)
-        return Medium(data, digest, time.monotonic() - started, pixels=pixels)
+        ended = time.monotonic()
+        return Medium(data, digest, ended - started, pixels=pixels, hashed=ended)
 
 
 def _for_hosts(seconds: float) -> float:

@@ -13,13 +13,13 @@ from typing import Any, get_args
 import msgspec
 
 from mmprep import __version__
-from mmprep.bench import fetching, handover, pictures, report, throughput
-from mmprep.bench.processes import machine_facts, memory
+from mmprep.bench import fetching, first, handover, pictures, report, requests, throughput
+from mmprep.bench.processes import cpu_seconds, machine_facts, memory
 from mmprep.bench.running import Mode, Service, full_size_model, service
 from mmprep.bench.throughput import Run
 from mmprep.errors import MmprepError
 
-PARTS = ("throughput", "handover", "memory", "startup", "fetch")
+PARTS = ("throughput", "handover", "memory", "startup", "fetch", "requests")
 _LANES = 2
 
 
@@ -32,6 +32,8 @@ class Plan(msgspec.Struct, frozen=True):
     large: tuple[Run, ...]
     tensors: tuple[handover.Tensor, ...]
     fetch: fetching.Amount
+    requests: tuple[requests.Run, ...]
+    request_seconds: float
     repeats: int
     starts: int
     memory_seconds: float
@@ -51,6 +53,8 @@ FULL = Plan(
     ),
     tensors=handover.TENSORS,
     fetch=fetching.FULL,
+    requests=requests.FULL,
+    request_seconds=5.0,
     repeats=21,
     starts=3,
     memory_seconds=3.0,
@@ -62,6 +66,8 @@ QUICK = Plan(
     large=(),
     tensors=handover.TENSORS[:1],
     fetch=fetching.QUICK,
+    requests=requests.QUICK,
+    request_seconds=0.3,
     repeats=3,
     starts=1,
     memory_seconds=0.5,
@@ -82,6 +88,8 @@ def _measure(plan: Plan, wanted: set[str], directory: Path, other_model: Path | 
     if "fetch" in wanted:
         _tell("fetching")
         parts["fetch"] = fetching.measure(model, directory, plan.fetch)
+    if "requests" in wanted:
+        parts["requests"] = _requests(model, directory, plan)
     if {"throughput", "handover", "memory"} & wanted:
         parts |= _loaded(plan, wanted, model, directory, other_model)
     return parts
@@ -122,6 +130,18 @@ def _throughput(running: Service, frontends: int, plan: Plan, paths: dict[str, l
     return measured
 
 
+def _requests(model: Path, directory: Path, plan: Plan) -> list[dict[str, Any]]:
+    """Return what requests over HTTP cost a service as it is by default, with one frontend."""
+    paths = throughput.write_pictures(directory, list(dict.fromkeys(r.size for r in plan.requests if r.size)))
+    measured = []
+    with service(model, frontends=1, lanes=_LANES) as running:
+        for run in plan.requests:
+            _tell(f"requests: {run.name}")
+            of_size = [] if run.size is None else paths[run.size.name]
+            measured.append(requests.measure(running, run, of_size, plan.request_seconds))
+    return measured
+
+
 def _memory(running: Service, model: str, frontends: int, plan: Plan, paths: dict[str, list[Path]]) -> dict[str, Any]:
     """Return the memory of every process after a load of each size, cold and cached."""
     _tell(f"memory with the model {model}")
@@ -137,15 +157,21 @@ def _memory(running: Service, model: str, frontends: int, plan: Plan, paths: dic
     return {"model": model, "frontends": frontends, "ring_bytes": running.ring()["capacity"], "processes": processes}
 
 
-def _startup(model: Path, directory: Path, repeats: int) -> dict[str, list[float]]:
-    """Return seconds to ready with an empty cache of compiled code, and with the one that this has filled."""
-    seconds: dict[str, list[float]] = {"empty": [], "filled": []}
+def _startup(model: Path, directory: Path, repeats: int) -> dict[str, list[dict[str, float]]]:
+    """Return what starts took with an empty cache of compiled code, and with the one that this has filled.
+
+    Each tells the seconds to ready, the CPU time of all processes until then, and the first cold request's time beside that of later ones.
+    """
+    picture = pictures.jpeg(pictures.VGA)
+    starts: dict[str, list[dict[str, float]]] = {"empty": [], "filled": []}
     for repeat in range(repeats):
         environment = {"NUMBA_CACHE_DIR": str(directory / f"compiled-{repeat}")}
-        for measured in seconds.values():
+        for measured in starts.values():
             with service(model, frontends=2, lanes=_LANES, environment=environment) as running:
-                measured.append(round(running.ready_seconds, 2))
-    return seconds
+                spent = sum(cpu_seconds(pid) for pids in running.pids().values() for pid in pids)
+                start = {"seconds": round(running.ready_seconds, 2), "cpu_seconds": round(spent, 2)}
+                measured.append(start | first.measure(running, picture))
+    return starts
 
 
 def main() -> None:

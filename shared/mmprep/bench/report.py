@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from mmprep.bench.figures import median
 from mmprep.bench.pictures import FULL_HD, TWELVE_MEGAPIXELS, VGA
 
 _MIB = 1 << 20
@@ -88,6 +89,24 @@ def _memory(part: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield _target(what, limit, largest / _MIB, at_most=True)
 
 
+def _startup(part: dict[str, list[dict[str, float]]]) -> Iterator[dict[str, Any]]:
+    for cache, starts in part.items():
+        seconds = median([start["seconds"] for start in starts])
+        yield _target(f"{cache} cache of compiled code: seconds to ready", 5, seconds, at_most=True)
+        ratio = median([start["first_by_later"] for start in starts])
+        yield _target(f"{cache} cache of compiled code: first cold request by later ones", 1.5, ratio, at_most=True)
+
+
+def _requests(part: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for row in part:
+        if row["limit_ms"] is not None:
+            yield _target(f"{row['run']}: CPU ms a request", row["limit_ms"], row["cpu_ms"], at_most=True)
+        if row["health_limit_ms"] is not None:
+            yield _target(
+                f"{row['run']}: /health p99 ms", row["health_limit_ms"], row["health_ms"]["p99"], at_most=True
+            )
+
+
 def _fetch(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for row in part["distinct"]:
         what = f"{row['urls']} URLs of {row['size']}, one core"
@@ -106,7 +125,9 @@ _JUDGES: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = {
     "throughput": _throughput,
     "handover": _handover,
     "memory": _memory,
+    "startup": _startup,
     "fetch": _fetch,
+    "requests": _requests,
 }
 
 
@@ -232,9 +253,25 @@ def _memory_table(part: list[dict[str, Any]]) -> str:
     return _table("memory after the load, MiB", ["model", "process", "private", "ring touched", "rss", "pss"], rows)
 
 
-def _startup_table(part: dict[str, list[float]]) -> str:
-    rows = [[cache, " ".join(map(str, sorted(seconds)))] for cache, seconds in part.items()]
-    return _table("start-up, seconds to ready", ["cache of compiled code", "seconds"], rows)
+def _startup_table(part: dict[str, list[dict[str, float]]]) -> str:
+    columns = ("seconds", "cpu_seconds", "first_ms", "later_ms", "first_by_later")
+    rows = [[cache, *(start[column] for column in columns)] for cache, starts in part.items() for start in starts]
+    head = ["cache of compiled code", "s to ready", "CPU s", "first request ms", "later", "first by later"]
+    return _table("start-up, and the first cold request after it", head, rows)
+
+
+def _requests_table(part: list[dict[str, Any]]) -> str:
+    head = ["requests over HTTP", "CPU ms", "limit", "engine's", "frontends", "writer", "lanes", "supervisor"]
+    rows = [
+        [row["run"], row["cpu_ms"], row["limit_ms"] or "", row["rival_ms"] or ""]
+        + [row["cpu_ms_by_role"][role] for role in ("frontends", "writer", "lanes", "supervisor")]
+        + [row["requests_per_second"], row["requests"], row["refused"], row["answer_bytes"]]
+        + [row["latency_ms"]["p50"], "" if row["health_ms"] is None else row["health_ms"]["p99"]]
+        + [row["other_cores_busy"]]
+        for row in part
+    ]
+    title = "CPU time of all processes of the service; the engine's own server for scale, on another run"
+    return _table(title, [*head, "req/s", "requests", "refused", "bytes", "p50", "health p99", "others"], rows)
 
 
 def _fetch_table(part: dict[str, Any]) -> str:
@@ -288,4 +325,5 @@ _TABLES: dict[str, Callable[[Any], str]] = {
     "memory": _memory_table,
     "startup": _startup_table,
     "fetch": _fetch_table,
+    "requests": _requests_table,
 }

@@ -1,4 +1,4 @@
-"""What the extra ``server`` installs, and whether it is there."""
+"""What the extras ``server`` and ``otel`` install, and whether it is there."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ SERVER_MODULES = (
     ("prometheus_client", "prometheus-client"),
 )
 
+OTEL_MODULES = (
+    ("opentelemetry.sdk", "opentelemetry-sdk"),
+    ("opentelemetry.exporter.otlp.proto.http", "opentelemetry-exporter-otlp-proto-http"),
+)
+
 
 def require_server() -> None:
     """Refuse to start where a distribution of the extra is not installed; imports none of them.
@@ -36,6 +41,22 @@ def require_server() -> None:
     missing = [distribution for module, distribution in SERVER_MODULES if not _is_installed(module)]
     if missing:
         raise StartupError(f"{', '.join(missing)} cannot be found; {INSTALL}")
+
+
+def require_otel() -> None:
+    """Refuse to start with traces where the extra ``otel`` is not installed; imports nothing of it.
+
+    Raises
+    ------
+    StartupError
+        The message names what is missing and says what to do.
+    """
+    missing = [distribution for module, distribution in OTEL_MODULES if not _is_installed(module)]
+    if missing:
+        raise StartupError(
+            f"traces are asked for (--otlp-traces-endpoint, OTEL_…), and {', '.join(missing)} cannot be found; install "
+            "what they need: pip install 'mmprep[server,otel]'"
+        )
 
 
 def _is_installed(module: str) -> bool:

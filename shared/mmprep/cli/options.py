@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 
 from mmprep import embedded
 from mmprep.api_keys import ApiKey, read_keys
+from mmprep.cli.extra import require_otel
 from mmprep.cli.models import find_model
+from mmprep.cli.traces import read_endpoint, traces_endpoint
 from mmprep.errors import StartupError
 from mmprep.sizes import parse_duration, parse_size
 from mmprep.supervisor.options import ServeOptions
@@ -246,6 +248,12 @@ OPTIONS = (
         flag=True,
     ),
     Option("chat-template", _optional, "", "file with a chat template in place of the model's"),
+    Option(
+        "otlp-traces-endpoint",
+        read_endpoint,
+        "",
+        "URL that traces are sent to, by OTLP over HTTP; default: what OTEL_EXPORTER_OTLP_ENDPOINT and its like say",
+    ),
     Option("log-format", _choice("text", "json"), "text", "one line of text or one JSON object an event"),
     Option("log-level", _choice(*_LEVELS), "warning", "debug, info, warning or error"),
 )
@@ -288,9 +296,13 @@ def resolve(
     Raises
     ------
     StartupError
-        A value is wrong, the file cannot be read, or the model is not there.
+        A value is wrong, the file cannot be read, the model is not there, or an extra is missing.
     """
-    return _decide(read(arguments, environment), model)
+    values = read(arguments, environment)
+    values["otlp_traces_endpoint"] = traces_endpoint(values["otlp_traces_endpoint"], environment)
+    if values["otlp_traces_endpoint"] is not None:
+        require_otel()
+    return _decide(values, model)
 
 
 def read(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:

@@ -57,6 +57,7 @@ class ServeOptions(msgspec.Struct, frozen=True):
     admin_key_file: tuple[ApiKey, ...]
     share_cache_across_keys: bool
     trust_request_chat_template: bool
+    otlp_traces_endpoint: str | None
     log_level: str
     log_format: str
 
@@ -85,6 +86,7 @@ class ServeOptions(msgspec.Struct, frozen=True):
             max_video_frames=self.max_video_frames,
             max_video_duration=self.max_video_duration,
             max_audio_duration=self.max_audio_duration,
+            modalities=tuple(name for name, limit in self.limit_mm_per_prompt.items() if limit > 0),
             image_background=self.image_background,
             queue_limit=self.queue_limit,
             queue_bytes=max(self.max_media_size, 1 << 30),
@@ -143,4 +145,5 @@ class ServeOptions(msgspec.Struct, frozen=True):
             share_cache_across_keys=self.share_cache_across_keys,
             logs=self.logs,
             trust_request_chat_template=self.trust_request_chat_template,
+            otlp_traces_endpoint=self.otlp_traces_endpoint,
         )

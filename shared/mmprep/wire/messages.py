@@ -125,6 +125,12 @@ class Card(Wire, frozen=True):
     card: bytes
 
 
+class NotWarm(Wire, frozen=True):
+    """A lane's warm-up has failed and is tried again; ``why`` is what ``/ready`` says until :class:`Card` comes."""
+
+    why: ShortText
+
+
 class Alias(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A caller's name for content, from :func:`mmprep_frontend.media.keys.alias`, and the digest of that content."""
 
@@ -177,7 +183,8 @@ class LeaseTo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 class Offer(Wire, frozen=True):
     """The keys of a whole request. Answered by one :class:`Answer` or Failed, before which :class:`Wants` may come.
 
-    Without ``lease`` the answered entries stay pinned for this call until :class:`Unpin`.
+    Without ``lease`` the answered entries stay pinned for this call until :class:`Unpin`. ``traced``: the answers about what
+    was computed are to say when.
     """
 
     call: Call
@@ -186,6 +193,7 @@ class Offer(Wire, frozen=True):
     priority: int
     items: Annotated[tuple[Offered | Recalled, ...], msgspec.Meta(min_length=1, max_length=MAX_ITEMS)]
     lease: LeaseTo | None = None
+    traced: bool = False
 
 
 class Want(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -202,6 +210,20 @@ class Wants(Wire, frozen=True):
     wants: tuple[Want, ...]
 
 
+class StageTimes(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """When an item was computed, in microseconds of the monotonic clock, which all processes of a machine share.
+
+    It waited from ``queued_us`` on, was given to a lane at ``started_us``, and came from it at ``done_us``. In between the
+    lane took ``decode_us`` and ``process_us``; both are 0 where it only planned.
+    """
+
+    queued_us: Natural
+    started_us: Natural
+    done_us: Natural
+    decode_us: Natural
+    process_us: Natural
+
+
 class ItemAnswer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One item of an answer, a frame of its own.
 
@@ -209,7 +231,7 @@ class ItemAnswer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     ``length`` is 0 where only a plan was asked for, and where the tensors travel inline. ``meta`` is a packed
     :class:`mmprep.items.ItemMeta`. ``spill`` is the epoch of the item's own segment where it is not in the ring.
     ``inline`` names the tensors for :class:`Fetch` where they are in no segment. ``key`` is that of an item that was
-    :class:`Recalled`.
+    :class:`Recalled`. ``times`` is there where the offer was ``traced`` and something was computed.
     """
 
     outcome: Literal["hit", "joined", "computed", "failed"]
@@ -223,6 +245,7 @@ class ItemAnswer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     spill: Epoch | None = None
     inline: Natural = 0
     key: Digest | None = None
+    times: StageTimes | None = None
 
 
 class Answer(Wire, frozen=True):
@@ -394,6 +417,7 @@ FromWriter: TypeAlias = (
     WriterWelcome
     | Refused
     | Card
+    | NotWarm
     | Wants
     | Answer
     | Failed
@@ -450,11 +474,15 @@ class LaneReady(Wire, frozen=True):
 
 
 class LaneBroken(Wire, frozen=True):
-    """The lane cannot start; the message is for the person who runs the service."""
+    """The lane cannot start; the message is for the person who runs the service.
+
+    ``lasting``: the next start would meet the same, as a file that is missing. Else its warm-up has failed.
+    """
 
     lane: Natural
     token: Digest
     fault: Fault
+    lasting: bool
 
 
 class Task(Wire, frozen=True):
@@ -562,10 +590,15 @@ class FrontendWelcome(Wire, frozen=True):
 
 
 class Request(Wire, frozen=True):
-    """One call. Frames: the request as JSON, then attachments, which its URLs name as ``attachment:0`` and so on."""
+    """One call. Frames: the request as JSON, then attachments, which its URLs name as ``attachment:0`` and so on.
+
+    ``traceparent`` and ``tracestate`` are the W3C's headers, of the caller's trace.
+    """
 
     call: Call
     operation: Literal["chat", "completions", "tokenize", "detokenize"]
+    traceparent: ShortText | None = None
+    tracestate: ShortText | None = None
 
 
 class Response(Wire, frozen=True):

@@ -1,14 +1,20 @@
 """The loops that numba compiles: everything here works on plain arrays and is exact integer arithmetic.
 
 Importing this module needs numba, and loads the machine code from numba's cache or compiles it (seconds, once a
-machine). Array accesses are not checked: the callers own the sizes. Source arrays are declared read-only, which accepts
+machine). Of processes that start together one compiles a loop, and the others wait for it and load it. Array accesses
+are not checked: the callers own the sizes. Source arrays are declared read-only, which accepts
 writable ones too, so that each loop is compiled once. Byte order is little-endian.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +26,12 @@ PRECISION = 22
 #: Bytes of a row that are added up at a time, so that their sums stay in the first-level cache.
 _CHUNK = 2048
 
+#: Beside the machine code. Who has it locked loads or compiles.
+_LOCK = "mmprep-compiling.lock"
+#: Seconds that the lock is waited for, and between two looks at it. Then it is done without: twice is better than never.
+_PATIENCE = 120.0
+_LOOK_AGAIN = 0.005
+
 #: numba annotates only parts of itself.
 types: Any = _types
 
@@ -30,10 +42,46 @@ def _compiled(signature: Any, *, inline: bool = False) -> Callable[[_Loop], _Loo
     """Return a decorator that compiles for one signature, without the GIL, and keeps the result in numba's cache."""
 
     def compile_(loop: _Loop) -> _Loop:
-        ready: _Loop = njit(signature, cache=True, nogil=True, error_model="numpy", forceinline=inline)(loop)
-        return ready
+        ready: Any = njit(cache=True, nogil=True, error_model="numpy", forceinline=inline)(loop)
+        with _alone(Path(ready.stats.cache_path)):
+            ready.compile(signature)
+        ready.disable_compile()
+        loaded: _Loop = ready
+        return loaded
 
     return compile_
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Keep other processes of this user from compiling into ``directory`` meanwhile; a dead one keeps nobody.
+
+    numba's index of a function is read, changed and written back, so that two who compile at once also lose entries.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:  # the cache is read only: nothing is written that could be lost
+        yield
+        return
+    try:
+        _wait_for(lock)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _wait_for(lock: int) -> None:
+    end = time.monotonic() + _PATIENCE
+    while time.monotonic() < end:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                return  # this file system has no locks
+        else:
+            return
+        time.sleep(_LOOK_AGAIN)
 
 
 def _array(element: Any, dimensions: int, *, readonly: bool = False) -> Any:

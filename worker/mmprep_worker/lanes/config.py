@@ -24,6 +24,7 @@ class LaneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     segment: name of the ring's segment.
     model: the model directory.
     limits: of one medium.
+    modalities: that requests may have; the lane warms up with these.
     image_background: red, green and blue that transparency of pictures is put on; ``None``: it is dropped.
     max_media_size: of one medium's encoded bytes.
     data_limit: RLIMIT_DATA in bytes; RLIMIT_AS would refuse the ring.
@@ -39,6 +40,7 @@ class LaneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     segment: str
     model: str
     limits: MediaLimits
+    modalities: tuple[str, ...]
     image_background: tuple[int, int, int] | None
     max_media_size: int
     data_limit: int

@@ -22,9 +22,18 @@ import msgspec
 import zmq
 
 from mmprep import failpoints
+from mmprep.allocator import keep_memory
 from mmprep.card import ItemOptions
 from mmprep.digest import Hasher
-from mmprep.errors import DecodeError, InternalError, MmprepError, ProtocolError, StartupError, TooLarge
+from mmprep.errors import (
+    DecodeError,
+    InternalError,
+    MmprepError,
+    ProtocolError,
+    ServiceUnavailable,
+    StartupError,
+    TooLarge,
+)
 from mmprep.items import DTYPE_SIZES, ItemMeta, align, field_array, region_size
 from mmprep.layout import PAGE, RECORD_SIZE, Geometry, Header, Record, State, pack_header, pack_record
 from mmprep.process_lock import ProcessLock
@@ -36,7 +45,7 @@ from mmprep.wire.frames import send_frames
 from mmprep.wire.sockets import configure
 from mmprep_worker.lanes.config import LaneConfig
 from mmprep_worker.lanes.garbage import garbage
-from mmprep_worker.lanes.warmup import warm_up
+from mmprep_worker.lanes.warmup import ColdError, warm_up
 from mmprep_worker.models.family import Family, Prepared
 from mmprep_worker.models.registry import load_family
 
@@ -44,9 +53,7 @@ _log = logging.getLogger("mmprep.lane")
 
 _INPUT = 0
 _PR_SET_PDEATHSIG = 1
-#: mallopt(3): buffers up to this many bytes come from the heap, and this much of it is kept for the next picture. By
-#: default each picture's buffers are mapped, faulted in page by page and given back: a fifth of a small picture's time.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+#: Of the heap, for the next picture.
 _KEPT_BYTES = 32 << 20
 
 
@@ -77,16 +84,19 @@ class Lane:
         token = bytes.fromhex(self._config.token)
         try:
             family = load_family(Path(self._config.model), self._config.limits, self._config.image_background)
-            warm_up(family)
         except MmprepError as error:
             self._broken(token, error)
             return
-        except (WriterGoneError, zmq.ZMQError):
-            raise
         except Exception as error:  # noqa: BLE001 -- whatever it is, the next start would meet it too
             _log.exception("lane %d cannot start", self._config.lane)
             why = f"a lane cannot start ({type(error).__name__}); what it said stands above"
             self._broken(token, StartupError(why))
+            return
+        try:
+            warm_up(family, self._config.modalities)
+        except ColdError as error:
+            _log.error("lane %d does not get warm", self._config.lane, exc_info=error.__cause__)
+            self._broken(token, ServiceUnavailable(str(error)), lasting=False)
             return
         _log.info("lane %d is warm", self._config.lane)
         card = msgspec.msgpack.encode(family.card)
@@ -97,9 +107,9 @@ class Lane:
             failpoints.reach("lane.task.received")
             self._work(family, task, frames[1])
 
-    def _broken(self, token: bytes, error: MmprepError) -> None:
+    def _broken(self, token: bytes, error: MmprepError, *, lasting: bool = True) -> None:
         """Tell why this lane will not work, and wait for the end."""
-        self._send(messages.LaneBroken(self._config.lane, token, messages.Fault.of(error)))
+        self._send(messages.LaneBroken(self._config.lane, token, messages.Fault.of(error), lasting))
         self._receive()
 
     # --- one task -------------------------------------------------------------------------------------------------
@@ -243,13 +253,6 @@ def _check_digest(task: messages.Task, medium: memoryview) -> None:
         raise ProtocolError("the medium's bytes do not match their digest")
 
 
-def _keep_memory() -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it, other C libraries do not
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-
-
 def _writer_is_gone() -> bool:
     poller = select.poll()
     poller.register(_INPUT, 0)
@@ -262,7 +265,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # The end of standard input is only seen between tasks; a lane that hangs in a decoder must not outlive its writer.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    _keep_memory()
+    keep_memory(_KEPT_BYTES)
     config: LaneConfig = read_settings(LaneConfig)
     config.logs.apply()
     if _writer_is_gone():  # before the signal was asked for: its successor waits for this lane's lock

@@ -19,7 +19,8 @@ import msgspec
 from mmprep_worker.lanes.config import LaneConfig
 
 _FIRST_DELAY = 0.0
-_LONGEST_DELAY = 5.0
+#: A start takes seconds of CPU time: a lane that never gets warm is not to take those of others.
+_LONGEST_DELAY = 30.0
 #: What a lane gets to be warm. Compiling kernels takes seconds of CPU time, beside many others on a busy machine.
 _START_SECONDS = 180.0
 #: There is a lane for each core: numpy's linear algebra is not to start a thread for each in every lane.

@@ -18,6 +18,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import msgspec
+
 from mmprep import errors
 from mmprep.metrics import Metrics
 from mmprep.segment import sibling_name
@@ -143,6 +145,8 @@ class WriterCore:
         self.metrics = metrics
         self.segment = segment
         self.card = b""
+        #: Why a lane does not get warm, while there is no card.
+        self.cold = ""
         self.peers: dict[bytes, Peer] = {}
         #: Calls without an answer yet.
         self._calls: dict[Call, PendingCall] = {}
@@ -199,7 +203,7 @@ class WriterCore:
 
     def succeed(self, former: WriterCore) -> None:
         """Go on for the peers of a core with another ring; each is welcomed anew, and asks again for what it waits for."""
-        self.card = former.card
+        self.card, self.cold = former.card, former.cold
         for peer in former.peers.values():
             if peer.connected:
                 hello = messages.Hello(
@@ -252,11 +256,20 @@ class WriterCore:
     def lane_ready(self, number: int, pid: int, card: bytes, now: float) -> None:
         """A lane is warm. When all are for the first time, the frontends get the model card."""
         if self._tasks.ready(number, pid) and not self.card:
-            self.card = card
+            self.card, self.cold = card, ""
             for peer in self.peers.values():
                 if peer.role == "frontend":
                     self._send(peer, messages.Card(card))
         self._tasks.dispatch(now)
+
+    def not_warm(self, why: str) -> None:
+        """A lane does not get warm. Frontends hear why while they have no card; a service that works goes on."""
+        if self.card:
+            return
+        self.cold = why
+        for peer in self.peers.values():
+            if peer.role == "frontend":
+                self._send(peer, messages.NotWarm(why))
 
     def from_lane(self, number: int, message: Any, frames: Sequence[Any], now: float) -> None:
         """Take a lane's message about its task; one about another task is passed over."""
@@ -346,6 +359,8 @@ class WriterCore:
             hello.protocol, self.ring.incarnation, self.segment, self._leasing.milliseconds, self.card
         )
         self._send(peer, welcome)
+        if self.cold and peer.role == "frontend":
+            self._send(peer, messages.NotWarm(self.cold))
 
     def _refuse(self, identity: bytes, why: str, now: float) -> None:
         """The peer broke the protocol: its connection is over."""
@@ -605,7 +620,7 @@ class WriterCore:
                     self.queue.reprioritise(step.flight_id, step.priority)
                 case Ended():
                     self._tasks.drop(step.flight_id, now)
-                    self._settle(step.flight_id, step.calls, step.result, now)
+                    self._settle(step.flight_id, step.calls, step.result, now, step.times)
 
     def _ask(self, action: flight_events.Ask) -> None:
         pending = self._calls[action.call]
@@ -619,12 +634,22 @@ class WriterCore:
             late = errors.DeadlineExceeded("the request's time was over before its media were processed")
             self._fail(pending, late)
 
-    def _settle(self, flight_id: int, calls: Sequence[Call], result: Result, now: float) -> None:
+    def _settle(
+        self,
+        flight_id: int,
+        calls: Sequence[Call],
+        result: Result,
+        now: float,
+        times: messages.StageTimes | None = None,
+    ) -> None:
         """Give waiting calls what a flight ended with."""
         for call in calls:
             pending = self._calls[call]
             for position in pending.by_flight.pop(flight_id):
-                pending.answers[position] = self._holds.outcome(pending, position, flight_id, result)
+                answer = self._holds.outcome(pending, position, flight_id, result)
+                if pending.traced:
+                    answer = msgspec.structs.replace(answer, times=times)
+                pending.answers[position] = answer
                 pending.missing -= 1
             if not pending.missing:
                 self._finish(pending, now)

@@ -103,6 +103,8 @@ class WriterShell:
         self._lane_peers: dict[bytes, int] = {}
         self._lane_identities: dict[int, bytes] = {}
         self._said: tuple[bool, str] | None = None
+        #: Lanes that have told why they do not get warm, and are about to end.
+        self._explained: set[int] = set()
         self._locks_checked = 0.0
         self._pauses = Pauses(time.monotonic(), turn_seconds=_CHECK_LOCKS_EVERY)
 
@@ -159,6 +161,7 @@ class WriterShell:
                 settings.max_video_duration,
                 settings.max_audio_duration,
             ),
+            modalities=settings.modalities,
             image_background=settings.image_background,
             max_media_size=settings.max_media_size,
             data_limit=settings.lane_memory,
@@ -345,7 +348,10 @@ class WriterShell:
 
     def _lane_announced(self, identity: bytes, message: messages.LaneReady | messages.LaneBroken, now: float) -> None:
         if isinstance(message, messages.LaneBroken):
-            self._lane_cannot_start(message.lane, message.fault.message)
+            if message.lasting:
+                self._lane_cannot_start(message.lane, message.fault.message)
+            else:
+                self._lane_not_warm(message.lane, message.fault.message)
             return
         self._lane_peers[identity] = message.lane
         self._lane_identities[message.lane] = identity
@@ -360,10 +366,20 @@ class WriterShell:
             _log.error("lane %d cannot start, and is tried again: %s", number, why)
             self._pool.kill(number)
 
+    def _lane_not_warm(self, number: int, why: str) -> None:
+        """The service says so until the lane, which is tried again ever more rarely, gets warm."""
+        _log.error("lane %d does not get warm, and is tried again: %s", number, why)
+        self._explained.add(number)
+        self._core.not_warm(why)
+        self._carry_out()
+        self._pool.kill(number)
+
     def _lane_exited(self, number: int, now: float) -> None:
         status = self._pool.exited(number, now)
+        explained = number in self._explained
+        self._explained.discard(number)
         _log.warning("lane %d ended with status %d and is replaced", number, status)
-        if not self._core.card and self._pool.failures(number) >= _START_TRIES:
+        if not self._core.card and not explained and self._pool.failures(number) >= _START_TRIES:
             why = f"the lanes end with status {status} before they are warm; raise --lane-memory if they need more"
             self._lane_cannot_start(number, why)
         identity = self._lane_identities.pop(number, None)
@@ -504,7 +520,7 @@ class WriterShell:
     def _say_state(self) -> None:
         warm = sum(lane.ready for lane in self._core.lanes)
         ready = bool(self._core.card)
-        state = (ready, "" if ready else f"{warm} of {len(self._core.lanes)} lanes are warm")
+        state = (ready, "" if ready else self._core.cold or f"{warm} of {len(self._core.lanes)} lanes are warm")
         if state != self._said:
             self._said = state
             self._tell(messages.StateChange(*state))

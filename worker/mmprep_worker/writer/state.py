@@ -56,11 +56,12 @@ Result: TypeAlias = Entry | Transfer | bytes | MmprepError
 
 
 class Ended(NamedTuple):
-    """A flight has ended; these calls waited for it."""
+    """A flight has ended; these calls waited for it. ``times``: when what it ended with was computed."""
 
     flight_id: int
     calls: tuple[Call, ...]
     result: Result
+    times: messages.StageTimes | None = None
 
 
 class Peer:
@@ -106,6 +107,7 @@ class PendingCall:
     keys: of its items; empty for one that is recalled and not known.
     recalled: the positions whose media its frontend does not have.
     by_flight: the positions that wait for each flight, those whose medium its frontend has first.
+    traced: whether its answers are to say when what they are about was computed.
     missing: how many positions wait.
     pinned: bytes of the ring by generation, of the entries that it pins; 0 for spills.
     transfers: numbers of the transfers that it holds.
@@ -127,6 +129,7 @@ class PendingCall:
         "peer",
         "pinned",
         "recalled",
+        "traced",
         "transfers",
     )
 
@@ -135,6 +138,7 @@ class PendingCall:
         self.number = offer.call
         self.need = offer.need
         self.lease = offer.lease
+        self.traced = offer.traced
         self.offered = offer.items
         self.keys = [b"" if isinstance(item, messages.Recalled) else item.key for item in offer.items]
         self.recalled = {n for n, item in enumerate(offer.items) if isinstance(item, messages.Recalled)}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from mmprep import errors
 from mmprep.items import align
@@ -41,6 +41,22 @@ MAX_METADATA = CONTROL_LIMIT - 1024
 
 #: What follows for flights from an event here.
 Step: TypeAlias = flight_events.Action | Ended
+
+
+class _Medium(NamedTuple):
+    """The bytes of a flight.
+
+    Attributes
+    ----------
+    put: their header.
+    since: when they began to wait for a lane.
+    started: when a lane got them.
+    """
+
+    medium: Any
+    put: messages.Put
+    since: float
+    started: float = 0.0
 
 
 class LaneState:
@@ -133,8 +149,8 @@ class Tasks:
         self._out = out
         #: Nothing may be granted yet, so no lane gets work.
         self.paused = False
-        #: ``{flight_id: (medium, its header, since when it waits for a lane)}``
-        self._media: dict[int, tuple[Any, messages.Put, float]] = {}
+        #: By flight.
+        self._media: dict[int, _Medium] = {}
 
     @property
     def wake_at(self) -> float:
@@ -149,7 +165,7 @@ class Tasks:
             return list(self._flights.refused(flight.id, None, now) or ())
         taken = self._flights.uploaded(flight.id, flight.uploader[0], nbytes)
         assert taken, f"flight {flight.id} is {flight.state}, not wanted"
-        self._media[flight.id] = (medium, put, now)
+        self._media[flight.id] = _Medium(medium, put, now)
         self._enqueue(flight)
         return []
 
@@ -179,7 +195,8 @@ class Tasks:
             self._flights.started(flight.id, number)
             lane.flight = flight.id
             lane.deadline = now + self._task_seconds
-            medium, put, since = self._media[flight.id]
+            medium, put, since, _ = self._media[flight.id]
+            self._media[flight.id] = _Medium(medium, put, since, now)
             self._metrics.observe("mmprep_stage_seconds", now - since, stage="queue")
             need: messages.Need = "plan" if flight.need == "plan" else "tensors"
             task = messages.Task(flight.id, need, flight.modality, put.hasher, put.digest, put.options)
@@ -205,14 +222,14 @@ class Tasks:
             case messages.NoSpill() if isinstance(lane.grant, Spill):
                 return self._no_spill(number, lane, flight, lane.grant)
             case messages.Filled() if isinstance(lane.grant, Grant | Spill):
-                return self._filled(number, lane, flight, lane.grant, message)
+                return self._filled(number, lane, flight, lane.grant, message, now=now)
             case messages.Inlined() if isinstance(lane.grant, Transfer) and [lane.grant.nbytes] == [*map(len, frames)]:
                 self._transfers.fill(lane.grant, frames[0])
                 self._observe(message)
-                return self._published(number, lane, flight, lane.grant)
+                return self._published(number, lane, flight, lane.grant, self._times(flight, now, message))
             case messages.Planned() if flight.need == "plan" and len(frames) == 1 and len(frames[0]) <= MAX_METADATA:
                 self._plans.put(flight.key, frames[0])
-                return self._published(number, lane, flight, frames[0])
+                return self._published(number, lane, flight, frames[0], self._times(flight, now))
             case messages.TaskFailed():
                 return self._task_failed(number, lane, message.fault.error(), now)
         self.broke_the_protocol(number)
@@ -232,8 +249,8 @@ class Tasks:
             return []
         outcome = self._flights.lane_lost(lane.flight, number, now, lane.why)
         if isinstance(outcome, flight_events.Retry):
-            medium, put, _ = self._media[lane.flight]
-            self._media[lane.flight] = (medium, put, now)
+            medium, put, _, _ = self._media[lane.flight]
+            self._media[lane.flight] = _Medium(medium, put, now)
             self._enqueue(self._flights[lane.flight])
             return []
         return [] if outcome is None else [outcome]
@@ -346,23 +363,40 @@ class Tasks:
                 self._transfers.landed(grant)
 
     def _filled(
-        self, number: int, lane: LaneState, flight: Flight, grant: Grant | Spill, filled: messages.Filled
+        self,
+        number: int,
+        lane: LaneState,
+        flight: Flight,
+        grant: Grant | Spill,
+        filled: messages.Filled,
+        *,
+        now: float,
     ) -> list[Step]:
         if isinstance(grant, Spill):
             entry: Entry = self._ring.publish_spill(grant)
         else:
             entry = self._ring.publish(grant.slot, grant.generation)
         self._observe(filled)
-        return self._published(number, lane, flight, entry)
+        return self._published(number, lane, flight, entry, self._times(flight, now, filled))
+
+    def _times(
+        self, flight: Flight, now: float, done: messages.Filled | messages.Inlined | None = None
+    ) -> messages.StageTimes:
+        """Return when a flight that is done was worked on."""
+        since, started = (int(1e6 * moment) for moment in self._media[flight.id][2:])
+        spent = (0, 0) if done is None else (done.decode_us, done.process_us)
+        return messages.StageTimes(since, started, int(1e6 * now), *spent)
 
     def _observe(self, done: messages.Filled | messages.Inlined) -> None:
         self._metrics.observe("mmprep_stage_seconds", done.decode_us / 1e6, stage="decode")
         self._metrics.observe("mmprep_stage_seconds", done.process_us / 1e6, stage="process")
 
-    def _published(self, number: int, lane: LaneState, flight: Flight, result: Result) -> list[Step]:
+    def _published(
+        self, number: int, lane: LaneState, flight: Flight, result: Result, times: messages.StageTimes
+    ) -> list[Step]:
         lane.end_task()
         waiters = self._flights.published(flight.id, number) or []
-        return [Ended(flight.id, tuple(waiter.call for waiter in waiters), result)]
+        return [Ended(flight.id, tuple(waiter.call for waiter in waiters), result, times)]
 
     def _task_failed(self, number: int, lane: LaneState, error: errors.MmprepError, now: float) -> list[Step]:
         """The lane says that it writes no more, so what it was granted is free."""
