@@ -2,7 +2,7 @@
 
 Parse and walk on the loop; then, side by side, one hop to the render thread (template, tokens, small media) and the
 fetches; then the offer to the writer; then expansion. What leaves is a :class:`RenderedChat`, which the doors turn into
-JSON or frames.
+answers or frames.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar
+
+import numpy as np
 
 from mmprep.card import Io
 from mmprep.digest import Hasher
@@ -125,6 +127,14 @@ class RenderedChat:
         assert self.offered is not None
         return self.offered.region(item.answer)
 
+    def kept_region(self, item: RenderedItem) -> memoryview:
+        """Return an item's tensors as memory that outlives the pins: those in a segment are copied."""
+        region = self.region(item)
+        if item.answer.inline or item.own is not None:
+            return region
+        # Not bytes(): this copy lets other threads run.
+        return np.frombuffer(region, np.uint8).copy().data
+
     def travels(self, item: RenderedItem) -> bool:
         """Whether an item's tensors travel in the answer itself: as asked for, or since they are in no shared memory."""
         if self.request.payload == "none":
@@ -219,8 +229,8 @@ class Service:
             await asyncio.wait([running])
             raise
 
-    async def encode(self, ids: int, work: Callable[[], bytes], *, nbytes: int = 0) -> bytes:
-        """Return the JSON that ``work`` makes of so many ids and bytes of tensors: on a thread where they are many."""
+    async def encode(self, ids: int, work: Callable[[], T], *, nbytes: int = 0) -> T:
+        """Return the answer that ``work`` encodes, of so many ids and bytes of tensors: on a thread where they are many."""
         with self.timed("serialize"):
             light = ids <= _FEW_IDS and nbytes <= _FEW_BYTES
             return work() if light else await self.on_thread(work)
