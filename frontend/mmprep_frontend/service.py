@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 
+from mmprep.arguments import choose
 from mmprep.card import Io
 from mmprep.digest import Hasher
 from mmprep.errors import DeadlineExceeded, InternalError, InvalidRequest, ServiceUnavailable
@@ -78,6 +79,7 @@ class Terms:
     lease: to whom the addresses are to be leased; else they are pinned.
     dtype: of the main tensors, or ``auto``.
     io: how media are read, by modality.
+    kwargs: how they are processed, by modality, from :func:`mmprep.arguments.choose`.
     scope: the name space of the items' keys.
     priority: lower is more urgent.
     deadline: by the loop's clock.
@@ -87,6 +89,7 @@ class Terms:
     lease: LeaseTo | None
     dtype: str
     io: Mapping[str, Io]
+    kwargs: Mapping[str, bytes]
     scope: bytes
     priority: int
     deadline: float
@@ -94,11 +97,14 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Walked:
-    """A request's conversation, the bytes of its JSON beside its media, and the name space of its keys."""
+    """A request's conversation, the bytes of its JSON beside its media, the name space of its keys, and how its media are
+    processed, by modality.
+    """
 
     conversation: Conversation
     nbytes: int
     scope: bytes
+    kwargs: Mapping[str, bytes]
 
 
 @dataclass(slots=True)
@@ -183,7 +189,7 @@ class Service:
     request_timeout:
         Seconds, for requests without ``deadline_ms``.
     trusts_kwargs:
-        Whether requests may say how media are read.
+        Whether requests may say how media are read and processed.
     trusts_templates:
         Whether they may bring or choose their chat template.
     """
@@ -302,7 +308,9 @@ class Service:
         conversation = model.walk(request, self._limits)
         nbytes = max(0, len(body) - sum(len(part.url) for part in conversation.media))
         model.bounds.check_json(nbytes)
-        return Walked(conversation, nbytes, scope(principal, request.cache_salt))
+        modalities = {part.modality for part in conversation.media}
+        kwargs = choose(model.card.arguments, request.mm_processor_kwargs or {}, modalities)
+        return Walked(conversation, nbytes, scope(principal, request.cache_salt), kwargs)
 
     async def _render(
         self,
@@ -323,6 +331,7 @@ class Service:
             lease=LeaseTo(request.backend_id or "", request.lease_kind or "copy") if request.payload == "shm" else None,
             dtype=request.mm_dtype or self._tensor_dtype,
             io=request.io,
+            kwargs=walked.kwargs,
             scope=walked.scope,
             priority=request.priority or 0,
             deadline=deadline,
@@ -435,6 +444,7 @@ class Service:
                 hash_name=self._hasher.name,
                 dtype=terms.dtype,
                 io=terms.io,
+                kwargs=terms.kwargs,
             )
             for part, medium in zip(parts, recalled_within(parts, media), strict=True)
         ]
@@ -484,6 +494,7 @@ class Service:
             lease=None,
             dtype=request.mm_dtype or self._tensor_dtype,
             io=request.io,
+            kwargs=walked.kwargs,
             scope=walked.scope,
             priority=request.priority or 0,
             deadline=deadline,

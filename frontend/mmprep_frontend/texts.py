@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from mmprep.arguments import choose
 from mmprep_frontend.caller import ANONYMOUS
 from mmprep_frontend.model import ServedModel
 from mmprep_frontend.render.answer import generate_request
@@ -48,6 +49,7 @@ class Texts:
         )
         model.check_name(request.model)
         check_wanted(request, model.max_model_len)
+        choose(model.card.arguments, request.mm_processor_kwargs or {}, ())
         numbered = request.is_batch
         with naming("prompt"):
             encoded = await self._encode_prompts(model, request, self._service.deadline(arrived, request.deadline_ms))
@@ -106,6 +108,7 @@ class Texts:
         model.check_name(request.model)
         deadline = self._service.deadline(arrived, request.deadline_ms)
         if request.prompt is not None:
+            choose(model.card.arguments, request.mm_processor_kwargs or {}, ())
             how = model.truncation(request)
             if how.tokens is None:
                 model.bounds.check_counted(len(request.prompt), "prompt")
