@@ -152,6 +152,8 @@ def _paths(arguments: Arguments, kwargs: Mapping[str, Any]) -> Iterator[tuple[st
     """Yield the request's arguments by their paths, those that are null left out."""
     groups = {argument.group for of_one in arguments.values() for argument in of_one}
     for name, value in kwargs.items():
+        if "." in name:  # a path is no name
+            raise _unknown(arguments, name)
         if value is None:
             continue
         if name not in groups or not name:
@@ -170,9 +172,7 @@ def _judge(arguments: Arguments, path: str, value: Any, present: Collection[str]
         modality: argument for modality, of_one in arguments.items() for argument in of_one if path in _names(argument)
     }
     if not takers:
-        known = sorted({name for of_one in arguments.values() for argument in of_one for name in _names(argument)})
-        there = f"it takes {', '.join(known)}" if known else "it takes none"
-        raise refused(path[:_SHOWN], f"is no argument that this model's processor takes here; {there}")
+        raise _unknown(arguments, path)
     judges = [argument for modality, argument in takers.items() if modality in present]
     if judges:
         for argument in judges:
@@ -186,6 +186,12 @@ def _judge(arguments: Arguments, path: str, value: Any, present: Collection[str]
             errors.append(error)
     if len(errors) == len(takers):
         raise errors[0]
+
+
+def _unknown(arguments: Arguments, path: str) -> InvalidRequest:
+    known = sorted({name for of_one in arguments.values() for argument in of_one for name in _names(argument)})
+    there = f"it takes {', '.join(known)}" if known else "it takes none"
+    return refused(path[:_SHOWN], f"is no argument that this model's processor takes here; {there}")
 
 
 def _chosen(arguments: Sequence[Argument], given: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Value]:

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import socket
+from contextlib import closing
 
 import msgpack
 import numpy as np
@@ -93,6 +95,24 @@ def test_the_bytes_hold_the_tensors_that_transformers_computes(service):
         np.testing.assert_array_equal(fields["image_grid_thw"].array, expected["image_grid_thw"][0])
         only = decode_item(base64.b64encode(metadata))
         assert set(only) == {"image_grid_thw"}
+
+
+def test_who_reads_slowly_holds_nothing_of_the_ring_and_gets_what_was_there(service):
+    body = json.dumps({"messages": PICTURES, "mm_dtype": "float32", "cache_salt": "slow"}).encode()
+    with closing(service.connect()) as connection:
+        connection.connect()
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 512 * 1024)
+        connection.request("POST", CHAT, body, {"Content-Type": "application/json", **PACKED})
+        response = connection.getresponse()  # its head: the rest is larger than what the kernel takes
+        status = service.quiet()
+        assert status["ring"]["entries"] > 0
+        before = service.metrics()["mmprep_ring_evictions_total"]
+        for number in range(12):  # another picture comes to lie where these lay
+            service.render(user(photo("rocket.jpg")), mm_dtype="float32", cache_salt=str(number))
+        assert service.metrics()["mmprep_ring_evictions_total"] > before
+        slow = msgpack.unpackb(response.read())
+    again = msgpack.unpackb(service.post(CHAT, body, **PACKED).body)
+    assert slow["features"] == again["features"]
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def test_equal_choices_have_one_form_and_others_another():
     [
         ({"a": 1}, "a", "max_pixels, min_pixels"),
         ({"": 1}, "", "no argument"),
+        ({"size.shortest_edge": 7}, "size.shortest_edge", "no argument"),
         ({"size": 7}, "size", "object with shortest_edge and longest_edge"),
         ({"size": {"height": 7}}, "size.height", "no argument"),
         ({"size": {"shortest_edge": 7}}, "size", "must hold shortest_edge and longest_edge"),
@@ -150,6 +151,23 @@ def test_lanes_read_what_frontends_chose(kwargs):
         assert told
         former = {"size.shortest_edge": "min_pixels", "size.longest_edge": "max_pixels"}
         assert all(kwargs[former.get(name, name)] == value for name, value in told.items())
+
+
+names = st.sampled_from(["size", "min_pixels", "fps", "do_resize", "shortest_edge", "longest_edge", "a", ""])
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.integers(1, 200),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(names, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(names, anything, max_size=4), st.sets(st.sampled_from(["image", "video", "audio"])))
+def test_whatever_a_request_holds_is_a_choice_or_refused(kwargs, present):
+    try:
+        packed = choose(CARD, kwargs, present)
+    except InvalidRequest:
+        return
+    assert all(read_chosen(CARD[modality], one) for modality, one in packed.items())
 
 
 @pytest.mark.parametrize(

@@ -76,15 +76,17 @@ class Pictures:
         self._background = background
         self._limits = limits
 
-    def opened(self, medium: bytes | memoryview) -> Picture:
-        """Read a picture's header."""
-        return open_picture(medium, max_pixels=self._limits.image_pixels)
+    def opened(self, medium: bytes | memoryview, kwargs: Mapping[str, Any] | None = None) -> Picture:
+        """Read a picture's header; raises TooLarge also where the processor, with ``kwargs``, would enlarge it too much."""
+        most = self._limits.image_pixels
+        picture = open_picture(medium, max_pixels=most)
+        check_resized(self._part, kwargs or {}, picture.width, picture.height, most=most)
+        return picture
 
     def inputs(self, medium: bytes | memoryview, chosen: Mapping[str, Value]) -> tuple[dict[str, Any], str]:
         """Decode one picture; see :meth:`Taken.inputs`."""
-        picture = self.opened(medium)
         kwargs = as_taken(self._part, chosen)
-        check_resized(self._part, kwargs, picture.width, picture.height, most=self._limits.image_pixels)
+        picture = self.opened(medium, kwargs)
         inputs: dict[str, Any] = {"images": [Image.fromarray(picture.rgb(self._background))]}
         if kwargs:
             inputs["images_kwargs"] = kwargs
