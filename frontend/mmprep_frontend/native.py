@@ -216,9 +216,9 @@ class NativeDoor:
             regions: list[NDArray[np.uint8]] = []
             with self._service.timed("serialize"):
                 if nbytes > _LARGE_COPY:
-                    regions = await self._service.on_thread(_copy_regions, chat)
+                    regions = await self._service.on_thread(_kept_regions, chat)
                 elif nbytes:
-                    regions = _copy_regions(chat)
+                    regions = _kept_regions(chat)
                 head = self._head(chat)
             delivered = self._send(peer, messages.Rendered(call), head, *_tracked(held, regions))
         except BaseException:
@@ -294,13 +294,9 @@ def _headers(value: str | None) -> tuple[str, ...]:
     return () if value is None else (value,)
 
 
-def _copy_regions(chat: RenderedChat) -> list[NDArray[np.uint8]]:
-    """Return the tensors that travel, in order; those in a segment as copies, which outlive the pins."""
-    regions = []
-    for item in filter(chat.travels, chat.in_order()):
-        region = np.frombuffer(chat.region(item), np.uint8)
-        regions.append(region if item.answer.inline or item.own is not None else region.copy())
-    return regions
+def _kept_regions(chat: RenderedChat) -> list[NDArray[np.uint8]]:
+    """Return the tensors that travel, in order, as memory that outlives the pins."""
+    return [np.frombuffer(chat.kept_region(item), np.uint8) for item in filter(chat.travels, chat.in_order())]
 
 
 def _tracked(held: Held, arrays: list[NDArray[np.uint8]]) -> list[zmq.Frame]:

@@ -2,7 +2,7 @@
 
 Parse and walk on the loop; then, side by side, one hop to the render thread (template, tokens, small media) and the
 fetches; then the offer to the writer; then expansion. What leaves is a :class:`RenderedChat`, which the doors turn into
-JSON or frames.
+answers or frames.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar
 
+import numpy as np
+
+from mmprep.arguments import choose
 from mmprep.card import Io
 from mmprep.digest import Hasher
 from mmprep.errors import DeadlineExceeded, InternalError, InvalidRequest, ServiceUnavailable
@@ -79,6 +82,7 @@ class Terms:
     lease: to whom the addresses are to be leased; else they are pinned.
     dtype: of the main tensors, or ``auto``.
     io: how media are read, by modality.
+    kwargs: how they are processed, by modality, from :func:`mmprep.arguments.choose`.
     scope: the name space of the items' keys.
     priority: lower is more urgent.
     deadline: by the loop's clock.
@@ -88,6 +92,7 @@ class Terms:
     lease: LeaseTo | None
     dtype: str
     io: Mapping[str, Io]
+    kwargs: Mapping[str, bytes]
     scope: bytes
     priority: int
     deadline: float
@@ -95,11 +100,14 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Walked:
-    """A request's conversation, the bytes of its JSON beside its media, and the name space of its keys."""
+    """A request's conversation, the bytes of its JSON beside its media, the name space of its keys, and how its media are
+    processed, by modality.
+    """
 
     conversation: Conversation
     nbytes: int
     scope: bytes
+    kwargs: Mapping[str, bytes]
 
 
 @dataclass(slots=True)
@@ -127,6 +135,14 @@ class RenderedChat:
             return item.own
         assert self.offered is not None
         return self.offered.region(item.answer)
+
+    def kept_region(self, item: RenderedItem) -> memoryview:
+        """Return an item's tensors as memory that outlives the pins: those in a segment are copied."""
+        region = self.region(item)
+        if item.answer.inline or item.own is not None:
+            return region
+        # Not bytes(): this copy lets other threads run.
+        return np.frombuffer(region, np.uint8).copy().data
 
     def travels(self, item: RenderedItem) -> bool:
         """Whether an item's tensors travel in the answer itself: as asked for, or since they are in no shared memory."""
@@ -176,7 +192,7 @@ class Service:
     request_timeout:
         Seconds, for requests without ``deadline_ms``.
     trusts_kwargs:
-        Whether requests may say how media are read.
+        Whether requests may say how media are read and processed.
     trusts_templates:
         Whether they may bring or choose their chat template.
     """
@@ -222,8 +238,8 @@ class Service:
             await asyncio.wait([running])
             raise
 
-    async def encode(self, ids: int, work: Callable[[], bytes], *, nbytes: int = 0) -> bytes:
-        """Return the JSON that ``work`` makes of so many ids and bytes of tensors: on a thread where they are many."""
+    async def encode(self, ids: int, work: Callable[[], T], *, nbytes: int = 0) -> T:
+        """Return the answer that ``work`` encodes, of so many ids and bytes of tensors: on a thread where they are many."""
         with self.timed("serialize"):
             light = ids <= _FEW_IDS and nbytes <= _FEW_BYTES
             return work() if light else await self.on_thread(work)
@@ -295,7 +311,9 @@ class Service:
         conversation = model.walk(request, self._limits)
         nbytes = max(0, len(body) - sum(len(part.url) for part in conversation.media))
         model.bounds.check_json(nbytes)
-        return Walked(conversation, nbytes, scope(principal, request.cache_salt))
+        modalities = {part.modality for part in conversation.media}
+        kwargs = choose(model.card.arguments, request.mm_processor_kwargs or {}, modalities)
+        return Walked(conversation, nbytes, scope(principal, request.cache_salt), kwargs)
 
     async def _render(
         self,
@@ -316,6 +334,7 @@ class Service:
             lease=LeaseTo(request.backend_id or "", request.lease_kind or "copy") if request.payload == "shm" else None,
             dtype=request.mm_dtype or self._tensor_dtype,
             io=request.io,
+            kwargs=walked.kwargs,
             scope=walked.scope,
             priority=request.priority or 0,
             deadline=deadline,
@@ -430,6 +449,7 @@ class Service:
                 hash_name=self._hasher.name,
                 dtype=terms.dtype,
                 io=terms.io,
+                kwargs=terms.kwargs,
             )
             for part, medium in zip(parts, recalled_within(parts, media), strict=True)
         ]
@@ -492,6 +512,7 @@ class Service:
             lease=None,
             dtype=request.mm_dtype or self._tensor_dtype,
             io=request.io,
+            kwargs=walked.kwargs,
             scope=walked.scope,
             priority=request.priority or 0,
             deadline=deadline,

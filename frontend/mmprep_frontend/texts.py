@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import msgspec
-
+from mmprep.arguments import choose
 from mmprep_frontend.caller import ANONYMOUS
 from mmprep_frontend.model import ServedModel
-from mmprep_frontend.render.answer import generate_request, json_list
+from mmprep_frontend.render.answer import generate_request
+from mmprep_frontend.render.encodings import JSON, Encoding
 from mmprep_frontend.render.requests import CompletionRequest, DetokenizeRequest, parse, wants_offsets
 from mmprep_frontend.render.sampling import check_wanted
 from mmprep_frontend.render.tokens import EncodedPrompt
@@ -37,8 +37,8 @@ class Texts:
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    async def completions(self, body: Body, request_id: str) -> bytes:
-        """Render a completion request; JSON of a list of GenerateRequests, one a prompt."""
+    async def completions(self, body: Body, request_id: str, encoding: Encoding = JSON) -> bytes:
+        """Render a completion request; a list of GenerateRequests, one a prompt."""
         model, arrived = self._service.served(), now()
         model.bounds.check_json(len(body))
         request = await self._service.parse_body(
@@ -49,6 +49,7 @@ class Texts:
         )
         model.check_name(request.model)
         check_wanted(request, model.max_model_len)
+        choose(model.card.arguments, request.mm_processor_kwargs or {}, ())
         numbered = request.is_batch
         with naming("prompt"):
             encoded = await self._encode_prompts(model, request, self._service.deadline(arrived, request.deadline_ms))
@@ -67,7 +68,7 @@ class Texts:
                     )
                     for index, prompt in enumerate(encoded)
                 )
-                return b"".join((b"[", b",".join(map(msgspec.json.encode, told)), b"]"))
+                return encoding.join(list(map(encoding.generate_request, told)))
 
             return await self._service.encode(sum(_ANSWER + len(prompt.token_ids) for prompt in encoded), answers)
 
@@ -89,9 +90,14 @@ class Texts:
         return encoded
 
     async def tokenize(
-        self, body: Body, attachments: Sequence[memoryview] = (), *, principal: str = ANONYMOUS
+        self,
+        body: Body,
+        attachments: Sequence[memoryview] = (),
+        *,
+        principal: str = ANONYMOUS,
+        encoding: Encoding = JSON,
     ) -> bytes:
-        """Tokenize a text or a chat, to JSON; media are expanded, and only their plans are computed."""
+        """Tokenize a text or a chat; media are expanded, and only their plans are computed."""
         model, arrived = self._service.served(), now()
         request = await self._service.parse_body(
             body,
@@ -102,6 +108,7 @@ class Texts:
         model.check_name(request.model)
         deadline = self._service.deadline(arrived, request.deadline_ms)
         if request.prompt is not None:
+            choose(model.card.arguments, request.mm_processor_kwargs or {}, ())
             how = model.truncation(request)
             if how.tokens is None:
                 model.bounds.check_counted(len(request.prompt), "prompt")
@@ -121,19 +128,19 @@ class Texts:
             strings = await self._service.on_render_thread(deadline, model.tokenizer.token_strs, token_ids)
 
         def answer() -> bytes:
-            return msgspec.json.encode(
+            return encoding.encode(
                 {
                     "count": len(token_ids),
                     "max_model_len": model.max_model_len,
-                    "tokens": json_list(token_ids),
-                    "token_strs": None if strings is None else json_list(strings),
+                    "tokens": encoding.long_list(token_ids),
+                    "token_strs": None if strings is None else encoding.long_list(strings),
                 }
             )
 
         return await self._service.encode(len(token_ids), answer)
 
-    async def detokenize(self, body: Body) -> bytes:
-        """Return the text of token ids, as JSON."""
+    async def detokenize(self, body: Body, encoding: Encoding = JSON) -> bytes:
+        """Return the text of token ids."""
         model, arrived = self._service.served(), now()
         model.bounds.check_json(len(body))
         request: DetokenizeRequest = await self._service.parse_body(body, lambda: parse(body, "detokenize"))
@@ -145,7 +152,7 @@ class Texts:
             return model.tokenizer.decode(request.tokens)
 
         text = await self._service.on_render_thread(deadline, decode)
-        return await self._service.encode(len(request.tokens), lambda: msgspec.json.encode({"prompt": text}))
+        return await self._service.encode(len(request.tokens), lambda: encoding.encode({"prompt": text}))
 
 
 def _turns(lengths: Sequence[int]) -> Iterator[slice]:

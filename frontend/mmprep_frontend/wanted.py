@@ -9,7 +9,7 @@ import msgspec
 from mmprep.card import Io, ItemOptions, ModelCard, pack_io
 from mmprep.digest import HashName
 from mmprep.errors import InvalidRequest
-from mmprep.keys import item_key
+from mmprep.keys import encode_parts, item_key
 from mmprep.wire.messages import HEAVY_COST, Alias, ItemAnswer, Recalled
 from mmprep_frontend.dispatch import OfferItem
 from mmprep_frontend.media.intake import Medium
@@ -30,6 +30,7 @@ def wanted(
     hash_name: HashName,
     dtype: str,
     io: Mapping[str, Io],
+    kwargs: Mapping[str, bytes],
 ) -> OfferItem | Recalled:
     """Return what the writer is asked for.
 
@@ -49,6 +50,8 @@ def wanted(
         Of the main tensor, or ``auto``.
     io:
         How media are read, by modality.
+    kwargs:
+        How they are processed, by modality, from :func:`mmprep.arguments.choose`.
 
     Raises
     ------
@@ -61,14 +64,14 @@ def wanted(
         raise InvalidRequest(
             f"This model's tensors of modality '{part.modality}' come as {dtypes}, not as {dtype}.", param="mm_dtype"
         )
-    options = pack_io(io.get(part.modality, {}))
+    options = ItemOptions(resolved, pack_io(io.get(part.modality, {})), kwargs.get(part.modality, b""))
     processed = variant(
         scope=scope,
         hash_name=hash_name,
         modality=part.modality,
         fingerprint=card.fingerprint,
         dtype=resolved,
-        options=options,
+        options=encode_parts((options.io, options.kwargs)) if options.kwargs else options.io,
     )
     name = None if part.uuid is None else alias(scope=scope, modality=part.modality, uuid=part.uuid)
     if medium is None:
@@ -81,7 +84,7 @@ def wanted(
         modality=part.modality,
         medium=medium.data,
         digest=medium.digest,
-        options=msgspec.msgpack.encode(ItemOptions(resolved, options)),
+        options=msgspec.msgpack.encode(options),
         cost=max(least, pixels or len(medium.data) * a_byte),
         alias=None if name is None else Alias(name, medium.digest),
     )

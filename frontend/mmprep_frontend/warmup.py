@@ -1,7 +1,7 @@
 """What a frontend does once before it takes requests, so that the first one is not slower than the next.
 
 Chats are rendered as requests would be: with text alone, with tools, and with a medium of each modality that requests may
-have, from JSON to the answer's JSON with tensors and without. What the lanes compute is made up here: nothing is sent, and
+have, from JSON to the encoded answer with tensors and without. What the lanes compute is made up here: nothing is sent, and
 neither the writer, the counters nor any cache sees anything of it.
 """
 
@@ -25,6 +25,7 @@ from mmprep_frontend.media.intake import Intake, Medium
 from mmprep_frontend.media.keys import scope
 from mmprep_frontend.model import ServedModel
 from mmprep_frontend.render.conversation import MediaPart
+from mmprep_frontend.render.encodings import JSON, MSGPACK
 from mmprep_frontend.render.expansion import expand
 from mmprep_frontend.render.requests import ChatRequest, parse
 from mmprep_frontend.service import RenderedChat, RenderedItem
@@ -59,9 +60,10 @@ def warm_up(
     for body in _bodies(model.card, allowed):
         with contextlib.suppress(InvalidRequest):
             chat = _render(model, intake, hasher, allowed, parse(body, "chat"))
-            encoding = [thread.submit(encode_chat_answer, chat, model, "warm-up") for thread in threads]
-            for encoded in encoding:
-                encoded.result()
+            for encoding in (JSON, MSGPACK):
+                encoded = [thread.submit(encode_chat_answer, chat, model, "warm-up", encoding) for thread in threads]
+                for answer in encoded:
+                    answer.result()
     model.tokenizer.decode(model.tokenizer.encode_text(_WORDS, add_special_tokens=True).token_ids)
     model.stages.clear()
 
@@ -101,7 +103,9 @@ def _render(
 
 def _item(card: ModelCard, hasher: Hasher, part: MediaPart, medium: Medium) -> RenderedItem:
     """Return an item as it might have come from the writer."""
-    asked = wanted(part, medium, card=card, scope=scope("warm-up", None), hash_name=hasher.name, dtype="auto", io={})
+    asked = wanted(
+        part, medium, card=card, scope=scope("warm-up", None), hash_name=hasher.name, dtype="auto", io={}, kwargs={}
+    )
     placeholder = card.placeholder(part.modality)
     assert isinstance(asked, OfferItem)
     assert placeholder is not None

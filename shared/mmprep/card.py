@@ -10,9 +10,11 @@ from typing import Annotated, TypeAlias
 
 import msgspec
 
+from mmprep.arguments import Argument
 from mmprep.items import Normalization
 
 _Text = Annotated[str, msgspec.Meta(max_length=64)]
+_Packed = Annotated[bytes, msgspec.Meta(max_length=4096)]
 _Whole = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]
 #: One value of ``media_io_kwargs``.
 IoValue: TypeAlias = bool | _Whole | float | _Text | tuple[_Whole, ...] | None
@@ -27,10 +29,12 @@ class ItemOptions(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     ----------
     dtype: of the main tensor; one of the card's for the modality.
     io: how the medium is read, from :func:`pack_io`; empty where the request chose nothing.
+    kwargs: how it is processed, from :func:`mmprep.arguments.choose`; empty where the request chose nothing.
     """
 
     dtype: _Text
-    io: Annotated[bytes, msgspec.Meta(max_length=4096)] = b""
+    io: _Packed = b""
+    kwargs: _Packed = b""
 
 
 def pack_io(io: Mapping[str, IoValue]) -> bytes:
@@ -91,6 +95,7 @@ class ModelCard(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     dtypes: a modality's possible dtypes of its main tensor; the first is what ``auto`` means.
     normalization: a modality's constants, for those who receive uint8; may be empty.
     embeds: how embedded media of a modality are taken; a modality that is not named takes none.
+    arguments: what requests may choose about processing, by modality; one that is not named takes none.
     """
 
     family: str
@@ -99,6 +104,7 @@ class ModelCard(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     dtypes: dict[str, tuple[str, ...]]
     normalization: dict[str, Normalization]
     embeds: dict[str, Embeds] = {}
+    arguments: dict[str, tuple[Argument, ...]] = {}
 
     def placeholder(self, modality: str) -> Placeholder | None:
         """Return the placeholder of ``modality``, or ``None`` where the model takes none of it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import time
 import uuid
@@ -476,14 +477,29 @@ class AsyncClient:
 
 
 def _detach(node: Any, attachments: list[Any]) -> Any:
-    """Return ``node`` with every bytes-like value replaced by the name of an attachment."""
+    """Return ``node`` with every bytes-like value replaced by the name of an attachment.
+
+    Raises
+    ------
+    InvalidRequest
+        It holds a number that JSON does not have, which would become null; ``param`` names its place.
+    """
+    if isinstance(node, float) and not math.isfinite(node):
+        raise InvalidRequest("NaN and infinity are no numbers that can be sent; leave them out", param="")
     if node is None or isinstance(node, str | int | float):
         return node
     if isinstance(node, bytes | bytearray | memoryview):
         attachments.append(node)
         return f"attachment:{len(attachments) - 1}"
     if isinstance(node, dict):
-        return {key: _detach(value, attachments) for key, value in node.items()}
+        detached = {}
+        for key, value in node.items():
+            try:
+                detached[key] = _detach(value, attachments)
+            except InvalidRequest as error:
+                error.param = f"{key}.{error.param}".rstrip(".")
+                raise
+        return detached
     if isinstance(node, list | tuple):
         return [_detach(value, attachments) for value in node]
     return node

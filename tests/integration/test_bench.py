@@ -21,7 +21,8 @@ def run(tmp_path_factory):
 def test_the_quick_mode_measures_every_part_and_names_the_machine(run):
     result, _ = run
     assert result["quick"] is True
-    assert set(result["parts"]) == {"kernel", "throughput", "handover", "memory", "startup", "fetch", "requests"}
+    parts = {"kernel", "throughput", "handover", "answers", "memory", "startup", "fetch", "requests"}
+    assert set(result["parts"]) == parts
     machine = result["machine"]
     assert machine["cores"] >= 1
     assert len(machine["load_average"]) == len(machine["load_average_after"]) == 3
@@ -59,6 +60,18 @@ def test_tensors_are_handed_over_by_address_and_inline(run):
     for way in ("view", "copy", "inline"):
         assert 0 < row[way]["ready_ms"] <= row[way]["read_ms"]
     assert min(row["client"].values()) > 0
+
+
+def test_answers_are_measured_in_both_encodings_by_turns(run):
+    json_row, packed = run[0]["parts"]["answers"]
+    assert (json_row["encoding"], packed["encoding"]) == ("json", "msgpack")
+    # base64 is four bytes for three, and nearly all of it is tensors.
+    assert 0.7 < packed["bytes"] / json_row["bytes"] < 0.8
+    for row in (json_row, packed):
+        assert row["requests"] == 6
+        assert row["cpu_ms"] >= 0
+        assert 0 < row["latency_ms"]["p50"] <= row["latency_ms"]["p99"]
+    assert json_row["latency_to_json"] == 1
 
 
 def test_memory_is_told_for_every_process_with_and_without_the_ring(run):

@@ -64,6 +64,8 @@ class Echo:
         self.began = asyncio.Event()
         self.cancelled = asyncio.Event()
         self.encoding = 0
+        #: What the next chats are answered with.
+        self.pieces: list[bytes | memoryview] = []
         #: Whether something hangs on the next chats' answers, and the numbers of those that were left unread.
         self.leased = False
         self.unread: list[int] = []
@@ -83,7 +85,8 @@ class Echo:
         caller.held.hold_answer(self.encoding)
         answer = await self._answer("chat", body, request_id=caller.request_id)
         self.answered += 1
-        return Rendered(answer, partial(self.unread.append, self.answered) if self.leased else None)
+        unread = partial(self.unread.append, self.answered) if self.leased else None
+        return Rendered(self.pieces or [answer], unread)
 
     async def render_messages(self, body: bytes, caller: Caller) -> bytes:
         caller.held.hold_answer(self.encoding)
@@ -478,6 +481,37 @@ def test_what_encoding_an_answer_takes_is_counted_before_it_is_encoded(run: Run)
                 assert (await edge.error("POST", CHAT))[0] == 429
                 assert not edge.service.began.is_set()
                 edge.service.encoding = 0
+
+    run(main())
+
+
+def test_an_answer_of_many_pieces_arrives_as_they_stand_one_behind_the_other(run: Run) -> None:
+    async def main() -> None:
+        room = Room()
+        async with serving(room=room) as edge:
+            edge.service.pieces = [b"head", memoryview(b"x" * 200_000), b"", memoryview(b"y" * 3), b"tail" * 50_000]
+            async with edge.client.post(CHAT, headers={"Accept": "application/msgpack"}) as answer:
+                assert answer.headers["Content-Type"] == "application/msgpack"
+                assert int(answer.headers["Content-Length"]) == 400_007
+                assert await answer.read() == b"".join(edge.service.pieces)
+            await until(lambda: room.answer_bytes == 0)
+            edge.service.pieces = [b"a", b"b"]
+            assert await (await edge.client.post(CHAT)).read() == b"ab"
+
+    run(main())
+
+
+def test_answers_are_in_the_encoding_that_is_asked_for_and_errors_always_in_json(run: Run) -> None:
+    async def main() -> None:
+        async with serving() as edge:
+            both = {"Accept": "application/json;q=0.5, application/msgpack"}
+            for path in POSTS:
+                async with edge.client.post(path, headers=both) as answer:
+                    assert answer.headers["Content-Type"] == "application/msgpack"
+            edge.service.act = raises(InvalidRequest("no"))
+            for path in POSTS:
+                await edge.error("POST", path, headers=both)
+            assert (await edge.ask("GET", "/v1/models", headers=both))[2] == {"object": "list", "data": []}
 
     run(main())
 

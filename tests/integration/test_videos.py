@@ -135,6 +135,24 @@ def test_what_cannot_be_chosen_is_refused_by_its_place_in_the_request(service, f
         assert (answer.status, answer.error["param"]) == (400, f"media_io_kwargs.video.{name}")
 
 
+def test_a_request_lets_the_processor_choose_frames_and_their_size(service, film):
+    messages = user(video(film), text("?"))
+    hashes = {service.render(messages, mm_payload="none")["features"]["mm_hashes"]["video"][0]}
+    chosen = [({"fps": 12}, [2, 6, 8]), ({"num_frames": 6}, [3, 6, 8]), ({"fps": 12, "max_pixels": 4000}, [2, 2, 4])]
+    for kwargs, grid in chosen:
+        answer = service.render(messages, mm_processor_kwargs=kwargs)
+        assert grid_of(answer) == grid
+        assert answer["features"]["mm_placeholders"]["video"][0]["length"] == np.prod(grid) // 4
+        counted = service.post("/tokenize", {"messages": messages, "mm_processor_kwargs": kwargs}).json
+        assert counted["tokens"] == answer["token_ids"]
+        hashes.add(answer["features"]["mm_hashes"]["video"][0])
+    assert len(hashes) == 4
+    both = {"media_io_kwargs": {"video": {"num_frames": 4}}, "mm_processor_kwargs": {"fps": 2}}
+    for payload in ("tensors", "none"):
+        refused = service.chat(messages, mm_payload=payload, **both)
+        assert (refused.status, refused.error["param"]) == (400, "mm_processor_kwargs.fps")
+
+
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_an_animated_picture_is_a_video_where_it_is_sent_as_one(service, kind):
     data = animated(6, kind)

@@ -27,7 +27,9 @@ def offered(model_card, modality, wanted):
     """Return the dtype that a frontend asks the writer for."""
     part = MediaPart(modality, "data:,", "messages[0].content[0]")
     medium = Medium(b"medium", bytes(32), 0.0)
-    item = wanted_item(part, medium, card=model_card, scope=bytes(32), hash_name="blake3", dtype=wanted, io={})
+    item = wanted_item(
+        part, medium, card=model_card, scope=bytes(32), hash_name="blake3", dtype=wanted, io={}, kwargs={}
+    )
     return msgspec.msgpack.decode(item.options, type=ItemOptions).dtype
 
 

@@ -13,6 +13,7 @@ from tests.recordings import encoded as recorded
 from tests.recordings import sound
 from transformers import AutoProcessor
 
+from mmprep.arguments import choose
 from mmprep.card import ItemOptions, pack_io
 from mmprep.errors import DecodeError, InvalidRequest, StartupError, TooLarge, UnsupportedMedia
 from mmprep.items import Plan, Run, storage_dtype, unpack_meta
@@ -99,6 +100,69 @@ def test_the_plan_is_the_processors_expansion_and_known_from_the_header(family, 
     assert meta.plan == Plan((Run(token_id, 576),))
     header = data[:200]
     assert family.plan("image", header, ItemOptions("float32")) == meta.plan
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"size": {"shortest_edge": 100}},
+        {"crop_size": {"height": 84, "width": 140}},
+        {"size": {"shortest_edge": 200}, "crop_size": {"height": 224, "width": 196}, "resample": 2},
+        {"do_center_crop": False, "size": {"shortest_edge": 98}},
+        {"do_resize": False},
+        {"do_rescale": False, "do_normalize": False},
+        {"do_normalize": False},
+    ],
+)
+def test_what_a_request_chooses_is_what_the_processor_does_with_it(family, processor, kwargs):
+    data = encoded(drawn(300, 400))
+    options = ItemOptions("float32", kwargs=choose(family.card.arguments, kwargs, {"image"})["image"])
+    prepared = family.open("image", data, options)
+    tensors = {spec.name: np.empty(spec.shape, storage_dtype(spec.dtype)) for spec in prepared.meta.fields}
+    prepared.fill(tensors)
+    picture = Image.open(io.BytesIO(data))
+    expected = processor.image_processor(images=[picture], return_tensors="np", **kwargs)["pixel_values"][0]
+    ids = processor(images=[picture], text="<image>", add_special_tokens=False, images_kwargs=kwargs)["input_ids"][0]
+    assert np.array_equal(tensors["pixel_values"], expected)
+    assert prepared.meta.plan.token_ids() == list(ids)
+    assert family.plan("image", data, options) == prepared.meta.plan
+
+
+def test_what_the_processor_is_configured_to_do_is_no_choice(family):
+    anyway = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}, "do_resize": True}
+    assert choose(family.card.arguments, {**anyway, "resample": 3, "do_center_crop": True}, {"image"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "place"),
+    [
+        ({"size": {"height": 336, "width": 336}}, "size.height"),
+        ({"size": {"shortest_edge": 4097}}, "size.shortest_edge"),
+        ({"size": 336}, "size"),
+        ({"crop_size": {"height": 336}}, "crop_size"),
+        ({"crop_size": {"height": 0, "width": 9}}, "crop_size.height"),
+        ({"do_resize": None, "do_center_crop": 1}, "do_center_crop"),
+        ({"do_pad": True}, "do_pad"),
+        ({"resample": 6}, "resample"),
+        ({"device": "cuda"}, "device"),
+        ({"return_tensors": "pt"}, "return_tensors"),
+        ({"max_pixels": 9}, "max_pixels"),
+    ],
+)
+def test_what_the_processor_does_not_take_or_is_not_safe_is_refused_by_name(family, kwargs, place):
+    with pytest.raises(InvalidRequest) as caught:
+        choose(family.card.arguments, kwargs, {"image"})
+    assert caught.value.param == f"mm_processor_kwargs.{place}"
+
+
+def test_a_narrow_picture_that_would_become_huge_is_refused_by_its_header(family):
+    data = encoded(Image.new("L", (1, 8000)))
+    options = ItemOptions(
+        "float32", kwargs=choose(family.card.arguments, {"size": {"shortest_edge": 4096}}, {"image"})["image"]
+    )
+    for ask in (family.open, family.plan):
+        with pytest.raises(TooLarge, match="134,217,728,000 pixels"):
+            ask("image", data, options)
 
 
 def test_narrow_types_are_float32_rounded(family):

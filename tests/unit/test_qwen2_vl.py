@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import io
+import json
 import warnings
 
 import numpy as np
@@ -14,6 +15,7 @@ from tests.pictures import samples
 from transformers import AutoImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_resize
 
+from mmprep.arguments import choose
 from mmprep.card import ItemOptions
 from mmprep.errors import DecodeError, InvalidRequest, MmprepError, StartupError, TooLarge, UnsupportedMedia
 from mmprep.items import storage_dtype, unpack_meta
@@ -57,6 +59,54 @@ def assert_equals_transformers(family, processor, data):
     assert tensors["pixel_values"].tobytes() == np.ascontiguousarray(expected["pixel_values"]).tobytes()
     assert meta.plan.length == int(np.prod(expected["image_grid_thw"])) // 4
     assert family.plan("image", data, ItemOptions("float32")) == meta.plan
+
+
+#: What a request may send, and what of it is a choice: SMALL is the configuration.
+CHOICES = [
+    ({"max_pixels": 50_000}, {"size.longest_edge": 50_000}),
+    ({"min_pixels": 400_000}, {"size.shortest_edge": 400_000}),
+    ({"min_pixels": 100, "max_pixels": 2_000}, {"size.longest_edge": 2_000, "size.shortest_edge": 100}),
+    (
+        {"size": {"shortest_edge": 3136, "longest_edge": 28 * 28 * 40}},
+        {"size.longest_edge": 28 * 28 * 40},
+    ),
+    (
+        {"size": {"shortest_edge": 90_000, "longest_edge": 200_000}, "max_pixels": 150_000},
+        {"size.longest_edge": 150_000, "size.shortest_edge": 90_000},
+    ),
+    # Less than the configured least: the reference enlarges what is small, and makes what is large smaller.
+    ({"max_pixels": 1}, {"size.longest_edge": 1}),
+    ({"max_pixels": 5_000_000}, {"size.longest_edge": 5_000_000}),
+]
+
+
+@pytest.mark.parametrize(("kwargs", "chosen"), CHOICES)
+@pytest.mark.parametrize("size", [(640, 480), (30, 45), (1500, 1100)])
+def test_what_a_request_chooses_is_done_as_transformers_does_it(family, processor, kwargs, chosen, size):
+    packed = choose(family.card.arguments, kwargs, {"image"})["image"]
+    assert json.loads(packed) == chosen
+    image = drawn(*size)
+    with warnings.catch_warnings(action="ignore"):  # the former names
+        expected = processor(images=[image], return_tensors="np", **kwargs)
+    options = ItemOptions("float32", kwargs=packed)
+    prepared = family.open("image", encoded(image), options)
+    tensors = {spec.name: np.empty(spec.shape, storage_dtype(spec.dtype)) for spec in prepared.meta.fields}
+    prepared.fill(tensors)
+    assert np.array_equal(tensors["image_grid_thw"], expected["image_grid_thw"][0])
+    assert tensors["pixel_values"].tobytes() == np.ascontiguousarray(expected["pixel_values"]).tobytes()
+    assert prepared.meta.plan.length == int(np.prod(expected["image_grid_thw"])) // 4
+    assert family.plan("image", encoded(image), options) == prepared.meta.plan
+
+
+def test_a_request_makes_no_more_of_a_small_picture_than_the_configuration_of_a_large_one(family):
+    arguments = family.card.arguments
+    choose(arguments, {"min_pixels": SMALL["max_pixels"], "max_pixels": LIMIT}, {"image"})
+    for kwargs in ({"min_pixels": SMALL["max_pixels"] + 1}, {"max_pixels": LIMIT + 1}):
+        with pytest.raises(InvalidRequest) as caught:
+            choose(arguments, kwargs, {"image"})
+        assert caught.value.param == f"mm_processor_kwargs.{next(iter(kwargs))}"
+    with pytest.raises(InvalidRequest):
+        family.open("image", encoded(drawn(9, 9)), ItemOptions("uint8", kwargs=b'{"size.shortest_edge":99999999}'))
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,14 @@ from transformers.image_transforms import normalize, rescale
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as qwen2_resize
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
+from mmprep.arguments import choose
 from mmprep.card import ItemOptions, pack_io
 from mmprep.errors import DecodeError, InvalidRequest, StartupError, TooLarge, UnsupportedMedia
 from mmprep.items import storage_dtype, unpack_meta
 from mmprep_worker.lanes.warmup import warm_up
 from mmprep_worker.models.qwen2_vl_settings import QWEN2_VIDEOS, QWEN3_VIDEOS, read_video_settings
 from mmprep_worker.models.registry import load_family
+from mmprep_worker.video.sampling import Choice, Sampler, evenly, in_pairs
 
 #: Small enough that the frames of the tests are resized.
 SMALL_VIDEOS = {**QWEN2_VL, "min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 12}
@@ -39,6 +41,18 @@ QWEN3_VIDEO = {
 }
 
 
+class _Torch:
+    """As much of torch as ``sample_frames`` needs: ``arange`` in float32, cut by ``int``."""
+
+    class Cut(np.ndarray):
+        def int(self):
+            return np.asarray(self).astype(np.int32)
+
+    @staticmethod
+    def arange(start, stop, step=1):
+        return np.arange(start, stop, step).astype(np.float32).view(_Torch.Cut)
+
+
 def _functions_of_transformers(path, *names):
     """Return functions of a module of transformers that can't be imported without torch, compiled from its source."""
     tree = ast.parse((Path(transformers.__file__).parent / path).read_text())
@@ -47,7 +61,7 @@ def _functions_of_transformers(path, *names):
         node.returns = None
         for argument in node.args.args:
             argument.annotation = None
-    space = {"math": math, "np": np}
+    space = {"math": math, "np": np, "torch": _Torch}
     exec(compile(ast.Module(found, []), path, "exec"), space)
     return [space[name] for name in names]
 
@@ -55,6 +69,7 @@ def _functions_of_transformers(path, *names):
 qwen3_resize, qwen3_sample = _functions_of_transformers(
     "models/qwen3_vl/video_processing_qwen3_vl.py", "smart_resize", "sample_frames"
 )
+(qwen2_sample,) = _functions_of_transformers("models/qwen2_vl/video_processing_qwen2_vl.py", "sample_frames")
 
 
 def patchified(frames, patch, times, merge):
@@ -86,8 +101,9 @@ def expected_of(frames, size, config, dtype):
     return patchified(np.stack(planar), config["patch_size"], config["temporal_patch_size"], config["merge_size"])
 
 
-def processed(family, data, dtype="float32", **io):
-    options = ItemOptions(dtype, pack_io(io))
+def processed(family, data, dtype="float32", kwargs=None, **io):
+    packed = choose(family.card.arguments, kwargs or {}, {"video"}).get("video", b"")
+    options = ItemOptions(dtype, pack_io(io), packed)
     prepared = family.open("video", data, options)
     tensors = {spec.name: np.full(spec.shape, 77, storage_dtype(spec.dtype)) for spec in prepared.meta.fields}
     prepared.fill(tensors)
@@ -120,10 +136,10 @@ def qwen3(tmp_path_factory):
     return family_of(tmp_path_factory.mktemp("qwen3"), "qwen3_vl", QWEN3_VL, QWEN3_VIDEO)
 
 
-def assert_qwen2(family, data, frames, dtype, **io):
-    meta, tensors = processed(family, data, dtype, **io)
+def assert_qwen2(family, data, frames, dtype, *, kwargs=None, least=None, most=None, **io):
+    meta, tensors = processed(family, data, dtype, kwargs, **io)
     height, width = frames[0].shape[:2]
-    size = qwen2_resize(height, width, 28, SMALL_VIDEOS["min_pixels"], SMALL_VIDEOS["max_pixels"])
+    size = qwen2_resize(height, width, 28, least or SMALL_VIDEOS["min_pixels"], most or SMALL_VIDEOS["max_pixels"])
     pixels, grid = expected_of(frames, size, SMALL_VIDEOS, dtype)
     assert tensors["video_grid_thw"].tolist() == list(grid)
     assert tensors["pixel_values_videos"].shape == pixels.shape
@@ -182,6 +198,93 @@ def test_a_request_chooses_frames(qwen2):
     assert refused.value.param == "media_io_kwargs.video.fps"
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "least", "most"),
+    [
+        ({"max_pixels": 28 * 28 * 5}, None, 28 * 28 * 5),
+        ({"size": {"shortest_edge": 28 * 28 * 9, "longest_edge": 28 * 28 * 10}}, 28 * 28 * 9, 28 * 28 * 10),
+    ],
+)
+def test_a_request_chooses_the_size_of_frames(qwen2, kwargs, least, most):
+    data = filmed(4)
+    assert_qwen2(qwen2, data, decoded(data), "float32", kwargs=kwargs, least=least, most=most)
+
+
+def reference(sample, config, count, rate, kwargs):
+    """Return the frames that a processor of transformers takes; its sampling is called as a function."""
+    processor = types.SimpleNamespace(
+        **{"fps": None, "num_frames": None, "min_frames": 4, "max_frames": 768, "temporal_patch_size": 2, **config}
+    )
+    return sample(processor, types.SimpleNamespace(total_num_frames=count, fps=rate), **kwargs).tolist()
+
+
+@pytest.mark.parametrize("kwargs", [{"num_frames": 6}, {"num_frames": 7}, {"fps": 3}, {"fps": 0.1}, {"fps": 100.0}])
+def test_a_request_lets_the_processor_choose_frames(qwen2, qwen3, kwargs):
+    data = filmed(90)
+    frames = decoded(data)
+    wanted = reference(qwen2_sample, {}, 90, 30.0, kwargs)
+    assert_qwen2(qwen2, data, [frames[index] for index in wanted], "uint8", kwargs={**kwargs, "do_sample_frames": True})
+    assert_qwen2(qwen2, data, [frames[index] for index in wanted], "uint8", kwargs=kwargs, num_frames=-1)
+    wanted = reference(qwen3_sample, {"fps": 2}, 90, 30.0, kwargs)
+    tensors = processed(qwen3, data, "uint8", kwargs)[1]
+    assert tensors["video_grid_thw"][0] == -(-len(wanted) // 2)
+    wanted += wanted[-1:] * (len(wanted) % 2)
+    assert tensors["timestamps"].tolist() == [
+        (one / 30.0 + other / 30.0) / 2 for one, other in zip(wanted[::2], wanted[1::2], strict=True)
+    ]
+
+
+@given(
+    count=st.integers(2, 20_000),
+    rate=st.floats(1, 240),
+    kwargs=st.fixed_dictionaries({"num_frames": st.integers(2, 768)})
+    | st.fixed_dictionaries({"fps": st.floats(0.001, 1000)}),
+)
+def test_processors_choose_as_transformers_does_for_every_length_and_rate(count, rate, kwargs):
+    for rule, sample, config in ((in_pairs, qwen2_sample, {}), (evenly, qwen3_sample, {"fps": 2})):
+        choice = Choice(**kwargs)
+        try:
+            wanted = reference(sample, config, count, rate, kwargs)
+        except ValueError:  # more frames than there are
+            wanted = []
+        if not wanted or len(set(wanted)) < len(wanted):  # Qwen3-VL's would take some of them again
+            with pytest.raises(InvalidRequest):
+                rule(count, rate, choice, 768, Sampler())
+            continue
+        assert rule(count, rate, choice, 768, Sampler()) == [index for index in wanted if index < count]
+        assert len(rule(count, rate, choice, 5, Sampler())) <= 5
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "io", "name"),
+    [
+        ({"fps": 1, "num_frames": 4}, {}, "num_frames"),
+        ({"fps": 1, "do_sample_frames": False}, {}, "do_sample_frames"),
+        ({"fps": 1}, {"num_frames": 3}, "fps"),
+        ({"num_frames": 4}, {"fps": 3}, "num_frames"),
+        ({"num_frames": 4}, {}, "num_frames"),
+        ({"fps": 30}, {}, "fps"),
+    ],
+)
+def test_a_choice_that_contradicts_itself_or_finds_too_few_frames_is_refused(qwen2, kwargs, io, name):
+    with pytest.raises(InvalidRequest) as refused:
+        processed(qwen2, filmed(1), "uint8", kwargs, **io)
+    assert refused.value.param == f"mm_processor_kwargs.{name}"
+
+
+def test_the_pixels_of_all_frames_of_qwen3_are_chosen(qwen3):
+    data = filmed(8)
+    height, width = decoded(data)[0].shape[:2]
+    size = {"shortest_edge": 4096, "longest_edge": 32 * 32 * 4 * 6}
+    kwargs = {"size": size, "num_frames": 4}
+    expected = qwen3_resize(4, height, width, 2, 32, size["shortest_edge"], size["longest_edge"])
+    grid = processed(qwen3, data, "uint8", kwargs)[1]["video_grid_thw"].tolist()
+    assert grid == [2, expected[0] // 16, expected[1] // 16]
+    # The former names are the picture's alone.
+    assert choose(qwen3.card.arguments, {"max_pixels": 9}, {"video", "image"}).keys() == {"image"}
+    assert choose(qwen3.card.arguments, {"fps": 2, "do_sample_frames": True}, {"video"}) == {}
+
+
 def test_never_more_frames_are_taken_than_the_server_allows(tmp_path):
     family = family_of(tmp_path, "qwen2_vl", SMALL_VIDEOS, video_frames=4)
     data = filmed(30)
@@ -189,6 +292,9 @@ def test_never_more_frames_are_taken_than_the_server_allows(tmp_path):
         assert processed(family, data, "uint8", **io)[1]["video_grid_thw"][0] == 2
     with pytest.raises(InvalidRequest, match=r"from 1 to 4 \(--max-video-frames\)"):
         processed(family, data, num_frames=5)
+    assert processed(family, data, "uint8", {"fps": 30})[1]["video_grid_thw"][0] == 2
+    with pytest.raises(InvalidRequest, match="from 2 to 4"):
+        processed(family, data, "uint8", {"num_frames": 5})
 
 
 @pytest.mark.parametrize(("count", "taken"), [(40, 32), (10, 10), (1, 1)])

@@ -40,6 +40,15 @@ def test_images_come_as_an_object_or_as_a_plain_url():
     assert [part.image_url for part in content[2:]] == ["data:b", "data:c"]
 
 
+def test_how_media_are_processed_may_be_said_where_it_is_trusted():
+    body = chat(mm_processor_kwargs={"max_pixels": 4, "size": {"a": [1.5]}})
+    assert parse(body, "chat", trusted=True).mm_processor_kwargs == {"max_pixels": 4, "size": {"a": [1.5]}}
+    for wrong in ([], "max_pixels=4", 4, True):
+        with pytest.raises(InvalidRequest) as caught:
+            parse(chat(mm_processor_kwargs=wrong), "chat", trusted=True)
+        assert caught.value.param == "mm_processor_kwargs"
+
+
 def test_how_media_are_read_may_be_said_where_it_is_trusted():
     body = chat(media_io_kwargs={"video": {"num_frames": 4, "fps": 1.5}})
     assert parse(body, "chat", trusted=True).io == {"video": {"num_frames": 4, "fps": 1.5}}

@@ -11,7 +11,6 @@ from mmprep.digest import Hasher
 from mmprep.errors import InvalidRequest
 from mmprep.metrics import Metrics
 from mmprep_frontend.model import load_model
-from mmprep_frontend.render.answer import json_list
 from mmprep_frontend.render.tokens import load_tokenizer
 from mmprep_frontend.service import Service
 from mmprep_frontend.texts import Texts
@@ -66,13 +65,6 @@ def body(**fields):
 
 def ask(call):
     return json.loads(asyncio.run(call))
-
-
-@pytest.mark.parametrize("length", [0, 1, 16_383, 16_384, 16_385, 50_000])
-def test_a_long_list_is_encoded_as_in_one_piece(length):
-    ids = list(range(length))
-    assert json.loads(bytes(json_list(ids))) == ids
-    assert json.loads(bytes(json_list([f'"{n}ß' for n in ids]))) == [f'"{n}ß' for n in ids]
 
 
 @pytest.mark.parametrize(("length", "on_a_thread"), [(FEW, False), (MANY, True)])

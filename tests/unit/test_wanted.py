@@ -19,8 +19,10 @@ def part(uuid=None, modality="image"):
     return MediaPart(modality, "data:", "messages[0].content[0].image_url", uuid=uuid)
 
 
-def asked(part, medium, *, dtype="auto", io=None, scope=SCOPE):
-    return wanted(part, medium, card=CARD, scope=scope, hash_name="blake3", dtype=dtype, io=io or {})
+def asked(part, medium, *, dtype="auto", io=None, kwargs=None, scope=SCOPE):
+    return wanted(
+        part, medium, card=CARD, scope=scope, hash_name="blake3", dtype=dtype, io=io or {}, kwargs=kwargs or {}
+    )
 
 
 def processed(dtype="uint8", options=b"", modality="image", scope=SCOPE):
@@ -58,6 +60,20 @@ def test_a_uuid_alone_is_recalled_in_the_variant_that_the_request_asks_for():
     other = asked(part("u"), None, scope=b"o" * 32)
     assert other.alias != name
     assert other.variant == processed(scope=b"o" * 32)
+
+
+def test_what_is_chosen_about_processing_is_told_and_part_of_the_key():
+    plain, kwargs = asked(part("u"), CAT), {"image": b'{"a":1}'}
+    chosen = asked(part("u"), CAT, kwargs=kwargs)
+    assert msgspec.msgpack.decode(chosen.options, type=ItemOptions) == ItemOptions("uint8", b"", b'{"a":1}')
+    assert asked(part("u"), CAT, kwargs={"video": b'{"a":1}'}).key == plain.key
+    # How a medium is read and how it is processed are never taken for each other.
+    read = asked(part("u"), CAT, io={"image": {"a": 1}})
+    both = asked(part("u"), CAT, io={"image": {"a": 1}}, kwargs=kwargs)
+    other = asked(part("u"), CAT, kwargs={"image": b'{"a":2}'})
+    assert len({item.key for item in (plain, chosen, read, both, other)}) == 5
+    recalled = asked(part("u"), None, kwargs=kwargs)
+    assert item_key(recalled.variant, CAT.digest) == chosen.key
 
 
 def test_the_key_of_what_is_recalled_is_that_of_the_same_medium_with_its_data():

@@ -1,4 +1,4 @@
-"""Answers of the HTTP edge: JSON, errors, and the request id that goes in and out.
+"""Answers of the HTTP edge: small ones, errors, and the request id that goes in and out.
 
 The one place where an error becomes a status and a body:
 ``{"error": {"message", "type", "code", "param"}}``, with ``Retry-After`` where another try makes sense.
@@ -16,6 +16,7 @@ from aiohttp import web
 
 from mmprep.errors import AuthenticationError, InternalError, InvalidRequest, MethodNotAllowed, MmprepError, NotFound
 from mmprep_frontend.http.keyring import PasswordError
+from mmprep_frontend.render.encodings import JSON
 from mmprep_frontend.room import RETRY_AFTER
 
 REQUEST_ID_HEADER: Final = "X-Request-Id"
@@ -27,7 +28,7 @@ _REQUEST_ID = re.compile(r"[!-~]{1,128}", re.ASCII)
 
 def json_answer(body: bytes, status: int = 200) -> web.Response:
     """Return an answer with ``body``, JSON that is encoded already."""
-    return web.Response(body=body, status=status, content_type="application/json")
+    return web.Response(body=body, status=status, content_type=JSON.media_type)
 
 
 def plain_answer(data: Any) -> web.Response:
@@ -36,7 +37,7 @@ def plain_answer(data: Any) -> web.Response:
 
 
 def error_answer(error: MmprepError) -> web.Response:
-    """Return the answer that tells ``error``."""
+    """Return the answer that tells ``error``: JSON, whatever the client accepts."""
     answer = json_answer(
         msgspec.json.encode(
             {"error": {"message": error.message, "type": error.type, "code": error.code, "param": error.param}}

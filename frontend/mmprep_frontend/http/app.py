@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
@@ -40,16 +40,20 @@ from mmprep_frontend.http.connection import Connection
 from mmprep_frontend.http.dashboard import HEADERS, PAGE
 from mmprep_frontend.http.exposition import CONTENT_TYPE
 from mmprep_frontend.http.keyring import Keyring, Need
+from mmprep_frontend.http.negotiation import encoding_for
 from mmprep_frontend.http.openapi import describe, page
 from mmprep_frontend.http.ports import Rendered, Service
-from mmprep_frontend.room import RETRY_AFTER, Held, Room
+from mmprep_frontend.render.encodings import Encoded
+from mmprep_frontend.room import RETRY_AFTER, Room
 from mmprep_frontend.tracing.context import read_parent
 from mmprep_frontend.tracing.spans import Exporter, tracing
 
 _log = logging.getLogger(__name__)
 _REQUEST_ID: Final = web.RequestKey("request_id", str)
-#: Bytes that are written of an answer at a time. Of a larger one, what is not written yet counts as held.
-_PIECE: Final = 64 * 1024
+#: Bytes of an answer up to which it is left to the library; of a larger one, what is not written yet counts as held.
+_SMALL: Final = 64 * 1024
+#: Bytes of a larger one that are written at a time.
+_PIECE: Final = 256 * 1024
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -201,10 +205,10 @@ class _Edge:
             if needs_model:
                 self._check_ready()
             async with self._bodies.body(request) as (body, held):
-                caller = Caller(prefix + request[_REQUEST_ID], principal, held)
+                encoding = encoding_for(",".join(request.headers.getall("Accept", ())))
+                caller = Caller(prefix + request[_REQUEST_ID], principal, held, encoding)
                 made = await answer(body, caller)
-                rendered = made if isinstance(made, Rendered) else Rendered(made)
-                return await self._send(request, rendered.body, held, rendered.unread)
+                return await self._send(request, made if isinstance(made, Rendered) else Rendered([made]), caller)
 
         return handler
 
@@ -220,29 +224,21 @@ class _Edge:
         }
         return tracing(self._exporter, parent, f"{request.method} {request.path}", about)
 
-    async def _send(
-        self, request: web.Request, body: bytes, held: Held, unread: Callable[[], None] | None = None
-    ) -> web.StreamResponse:
-        """Return an answer. It is sent here if it is large, while its bytes count as held, or if somebody has to know who read it.
-
-        Parameters
-        ----------
-        unread:
-            Called where the client does not get it, or leaves it unread as far as that can be seen.
-        """
-        held.hold_answer(len(body))
-        if len(body) <= _PIECE and unread is None:
-            return json_answer(body)
-        answer = web.StreamResponse(headers={"Content-Type": "application/json"})
-        answer.content_length = len(body)
+    async def _send(self, request: web.Request, rendered: Rendered, caller: Caller) -> web.StreamResponse:
+        """Return an answer. It is sent here if it is large, while its bytes count as held, or if somebody has to know who read it."""
+        size, unread = sum(map(len, rendered.body)), rendered.unread
+        caller.held.hold_answer(size)
+        if size <= _SMALL and unread is None:
+            return web.Response(body=b"".join(rendered.body), content_type=caller.encoding.media_type)
+        answer = web.StreamResponse(headers={"Content-Type": caller.encoding.media_type})
+        answer.content_length = size
         _sign(request, answer)
-        pieces = memoryview(body)
         sent = False
         try:
             await answer.prepare(request)
-            for start in range(0, len(body), _PIECE):
+            for piece in _cut(rendered.body):
                 async with asyncio.timeout(self._answer_seconds):
-                    await answer.write(pieces[start : start + _PIECE])
+                    await answer.write(piece)
             async with asyncio.timeout(self._answer_seconds):
                 await answer.write_eof()
             sent = True
@@ -298,6 +294,14 @@ class _Edge:
 
     def _check_ready(self) -> None:
         _refuse(self._service.refusal())
+
+
+def _cut(body: Encoded) -> Iterator[memoryview]:
+    """Yield what is written at a time; nothing is joined."""
+    for piece in body:
+        view = memoryview(piece)
+        for start in range(0, len(view), _PIECE):
+            yield view[start : start + _PIECE]
 
 
 def _refuse(reason: str | None) -> None:

@@ -1,20 +1,20 @@
-"""The HTTP form of a rendered chat: one GenerateRequest as JSON. Encoding tensors is work for a thread."""
+"""The HTTP form of a rendered chat: one GenerateRequest, encoded. Encoding tensors is work for a thread."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
 from mmprep.address import Address, address_fields
 from mmprep.segment import sibling_name
 from mmprep_frontend.model import ServedModel
-from mmprep_frontend.render.answer import features, generate_request, json_string, kwargs_data, mm_metadata
+from mmprep_frontend.render.answer import features, generate_request, kwargs_data, mm_metadata
+from mmprep_frontend.render.encodings import Encoded, Encoding
+from mmprep_frontend.render.packing import Piece
 from mmprep_frontend.service import RenderedChat, RenderedItem
 
 
-def encode_chat_answer(chat: RenderedChat, model: ServedModel, request_id: str) -> bytes:
-    """Return the answer's JSON."""
+def encode_chat_answer(chat: RenderedChat, model: ServedModel, request_id: str, encoding: Encoding) -> Encoded:
+    """Return the answer, encoded. It outlives the chat: no piece of it is what a pin keeps."""
     answer = generate_request(
         chat.request,
         request_id=request_id,
@@ -22,26 +22,24 @@ def encode_chat_answer(chat: RenderedChat, model: ServedModel, request_id: str) 
         token_ids=chat.expanded.token_ids,
         max_model_len=model.max_model_len,
         defaults=model.sampling,
-        features=_features(chat),
+        features=_features(chat, encoding),
         prompt_text=chat.prompt.text,
         token_offsets=chat.offsets,
     )
-    return msgspec.json.encode(answer)
+    return encoding.generate_request(answer)
 
 
-def _features(chat: RenderedChat) -> dict[str, Any] | None:
+def _features(chat: RenderedChat, encoding: Encoding) -> dict[str, Any] | None:
     by_modality: dict[str, list[RenderedItem]] = {}
     for item in chat.in_order():
         by_modality.setdefault(item.part.modality, []).append(item)
     payload = chat.request.payload
     tensors = metadata = addresses = None
     if payload != "none":
-        metadata = {
-            m: [_text(mm_metadata(i.meta, batch_size=len(items))) for i in items] for m, items in by_modality.items()
-        }
+        metadata = {m: [mm_metadata(i.meta, batch_size=len(items)) for i in items] for m, items in by_modality.items()}
     # Where addresses were asked for, tensors are only those that found no shared memory.
     if any(map(chat.travels, chat.items)):
-        tensors = {m: [_text(_tensors(chat, i, len(items))) for i in items] for m, items in by_modality.items()}
+        tensors = {m: [_tensors(chat, i, len(items), encoding) for i in items] for m, items in by_modality.items()}
     if payload == "tensors" and chat.offered is not None:
         chat.offered.check()
     if payload == "shm":
@@ -55,14 +53,12 @@ def _features(chat: RenderedChat) -> dict[str, Any] | None:
     )
 
 
-def _text(encoded: bytes | None) -> msgspec.Raw | None:
-    """Return base64 bytes as the JSON string that they are."""
-    return None if encoded is None else json_string(encoded)
-
-
-def _tensors(chat: RenderedChat, item: RenderedItem, batch_size: int) -> bytes | None:
-    """Return one item's tensors, encoded as they lie there; ``None`` where it has an address in their place."""
-    return kwargs_data(item.meta, chat.region(item), batch_size=batch_size) if chat.travels(item) else None
+def _tensors(chat: RenderedChat, item: RenderedItem, batch_size: int, encoding: Encoding) -> list[Piece] | None:
+    """Return one item's tensors, packed; ``None`` where it has an address in their place."""
+    if not chat.travels(item):
+        return None
+    region = chat.kept_region(item) if encoding.keeps_tensors else chat.region(item)
+    return kwargs_data(item.meta, region, batch_size=batch_size)
 
 
 def _address(chat: RenderedChat, item: RenderedItem) -> Address | None:

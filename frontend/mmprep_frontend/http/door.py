@@ -1,4 +1,4 @@
-"""What stands behind the HTTP routes: the service, with bodies in and JSON out."""
+"""What stands behind the HTTP routes: the service, with bodies in and encoded answers out."""
 
 from __future__ import annotations
 
@@ -24,9 +24,6 @@ from mmprep_frontend.texts import Texts
 
 _log = logging.getLogger("mmprep.requests")
 T = TypeVar("T")
-
-#: Bytes that encoding takes for one byte of tensors: base64 of all items and once more as JSON, and one packed item.
-_ENCODING = 4
 
 
 class LeaseRequest(msgspec.Struct):
@@ -81,24 +78,27 @@ class HttpDoor:
         return await self._counted("/v1/responses/render", self._render_chat(body, caller, "responses"))
 
     async def render_completions(self, body: bytes, caller: Caller) -> bytes:
-        return await self._counted("/v1/completions/render", self._texts.completions(body, caller.request_id))
+        return await self._counted(
+            "/v1/completions/render", self._texts.completions(body, caller.request_id, caller.encoding)
+        )
 
     async def tokenize(self, body: bytes, caller: Caller) -> bytes:
-        return await self._counted("/tokenize", self._texts.tokenize(body, principal=caller.principal))
+        answer = self._texts.tokenize(body, principal=caller.principal, encoding=caller.encoding)
+        return await self._counted("/tokenize", answer)
 
-    async def detokenize(self, body: bytes, caller: Caller) -> bytes:  # noqa: ARG002, the seam
-        return await self._counted("/detokenize", self._texts.detokenize(body))
+    async def detokenize(self, body: bytes, caller: Caller) -> bytes:
+        return await self._counted("/detokenize", self._texts.detokenize(body, caller.encoding))
 
-    async def renew_leases(self, body: bytes, caller: Caller) -> bytes:  # noqa: ARG002, the seam
+    async def renew_leases(self, body: bytes, caller: Caller) -> bytes:
         request = _lease_request(body)
         renewed = await self._service.writer.renew(request.backend_id, _ids(request))
         lost = [lease.hex() for lease in renewed.lost]
-        return msgspec.json.encode({"lost": lost, "lease_seconds": renewed.lease_ms // 1000})
+        return caller.encoding.encode({"lost": lost, "lease_seconds": renewed.lease_ms // 1000})
 
-    async def release_leases(self, body: bytes, caller: Caller) -> bytes:  # noqa: ARG002, the seam
+    async def release_leases(self, body: bytes, caller: Caller) -> bytes:
         request = _lease_request(body)
         await self._service.writer.release(request.backend_id, _ids(request))
-        return b'{"released":true}'
+        return caller.encoding.encode({"released": True})
 
     async def metrics(self) -> bytes:
         return expose(_numbers(await self._collect()))
@@ -129,13 +129,14 @@ class HttpDoor:
 
     async def _render_chat(self, body: bytes, caller: Caller, form: Form) -> Rendered:
         chat, held = await self._service.chat(body, form=form, principal=caller.principal), caller.held
+        encoding = caller.encoding
         try:
             model = self._service.served()
             inline = chat.inline_bytes()
-            held.hold_answer(inline * _ENCODING)
-            work = partial(encode_chat_answer, chat, model, caller.request_id)
+            held.hold_answer(inline * encoding.working)
+            work = partial(encode_chat_answer, chat, model, caller.request_id, encoding)
             answer = await self._service.encode(len(chat.expanded.token_ids), work, nbytes=inline)
-            held.hold_answer(len(answer))
+            held.hold_answer(sum(map(len, answer)))
         except BaseException:
             chat.give_back()
             raise

@@ -14,6 +14,7 @@ import msgspec
 
 from mmprep_frontend.http import forms
 from mmprep_frontend.http.door import LeaseRequest
+from mmprep_frontend.render.encodings import JSON, MSGPACK
 from mmprep_frontend.render.messages_api import MessagesRequest
 from mmprep_frontend.render.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from mmprep_frontend.render.responses_api import ResponsesRequest
@@ -70,6 +71,7 @@ OPERATIONS: Final = (
 )
 
 _KINDS: Final = {"/metrics": "text/plain", "/docs": "text/html", "/dashboard": "text/html"}
+_PACKED: Final = "The same keys and values. The elements of kwargs_data and mm_metadata are raw bytes: the MessagePack that is base64 in JSON."
 _ROLE: Final = re.compile(r":[a-z]+:`~?([^`]+)`")
 _REF: Final = "#/components/schemas/{name}"
 _MEANINGS: Final = {
@@ -123,18 +125,21 @@ def _plain(docstring: str) -> str:
 
 
 def _operation(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
-    answer = _content(operation.answer, schemas, _KINDS.get(operation.path, "application/json"))
+    answer = _content(operation.answer, schemas, _KINDS.get(operation.path, JSON.media_type))
+    if operation.method == "post":
+        (form,) = answer["content"].values()
+        answer["content"][MSGPACK.media_type] = {"schema": {**form["schema"], "description": _PACKED}}
     responses = {"200": {"description": "the answer", **answer}}
     for status in sorted(operation.errors):
         responses[str(status)] = {
             "description": _MEANINGS[status],
-            **_content(forms.Error, schemas, "application/json"),
+            **_content(forms.Error, schemas, JSON.media_type),
         }
     described: dict[str, Any] = {"summary": operation.summary, "responses": responses}
     if operation.request is not None:
         described["requestBody"] = {
             "required": True,
-            **_content(operation.request, schemas, "application/json"),
+            **_content(operation.request, schemas, JSON.media_type),
         }
     described["security"] = [] if operation.open else [{"key": []}, {}]
     return described
@@ -180,7 +185,7 @@ def _operation_html(method: str, path: str, described: dict[str, Any]) -> str:
     body = described.get("requestBody")
     rows = "".join(
         f"<tr><td><code>{status}</code></td><td>{html.escape(response['description'])}</td>"
-        f"<td>{_named(response)}</td></tr>"
+        f"<td>{_named(response)}</td><td>{_kinds(response)}</td></tr>"
         for status, response in described["responses"].items()
     )
     return (
@@ -196,8 +201,12 @@ def _type_html(name: str, schema: dict[str, Any]) -> str:
     return f'<details id="{html.escape(name)}"><summary><code>{html.escape(name)}</code> &nbsp; {about}</summary><pre>{text}</pre></details>'
 
 
+def _kinds(described: dict[str, Any]) -> str:
+    return html.escape(", ".join(described["content"]))
+
+
 def _named(described: dict[str, Any]) -> str:
-    ((kind, content),) = described["content"].items()
+    kind, content = next(iter(described["content"].items()))
     schema = content["schema"]
     many = "a list of " if schema.get("type") == "array" else ""
     reference = schema.get("$ref") or schema.get("items", {}).get("$ref")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from mmprep_frontend.caller import Caller
+from mmprep_frontend.render.encodings import Encoded
 
 
 class Rendered(NamedTuple):
@@ -13,18 +14,18 @@ class Rendered(NamedTuple):
 
     Attributes
     ----------
-    body: JSON, encoded.
+    body: in the caller's encoding.
     unread: to be called where the client does not seem to have read it; ``None`` where nobody has to know.
     """
 
-    body: bytes
+    body: Encoded
     unread: Callable[[], None] | None = None
 
 
 class Service(Protocol):
     """What answers behind the routes.
 
-    Every coroutine takes a body as it came and returns the answer's JSON, encoded. It raises errors of
+    Every coroutine takes a body as it came and returns the answer in the caller's encoding. It raises errors of
     :mod:`mmprep.errors`, which the edge turns into statuses, and is cancelled when the client hangs up. What encoding an
     answer takes is counted in the caller's ``held`` before; the answer itself is counted by the edge, until it is sent.
     """

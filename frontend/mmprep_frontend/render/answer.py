@@ -1,10 +1,11 @@
-"""Builds the answer: one GenerateRequest, as plain data, and the encoded tensors in it.
+"""Builds the answer: one GenerateRequest, as plain data, and the packed tensors in it.
 
 Field names, meanings and defaults are those of vLLM's ``GenerateRequest`` (its token-in, token-out endpoint), so that
 an answer can be posted there as it is.
 
-One item's tensors are base64 of MessagePack ``{field: {"data": [dtype, shape, Ext(3, raw)], "field": [kind,
-arguments]}}``: the form in which vLLM's serializer takes a multimodal item.
+One item's tensors are MessagePack ``{field: {"data": [dtype, shape, Ext(3, raw)], "field": [kind, arguments]}}``: the form in
+which vLLM's serializer takes a multimodal item. How an answer is encoded, and so whether that is base64 in it, is a matter of
+:mod:`mmprep_frontend.render.encodings`.
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
-import pybase64
 
 from mmprep.errors import InvalidRequest
 from mmprep.items import FieldSpec, ItemMeta
 from mmprep_frontend.render.expansion import Range
+from mmprep_frontend.render.packing import Piece, array_head, ext_head, map_head
 from mmprep_frontend.render.requests import ChatRequest, CompletionRequest, template_kwargs
 from mmprep_frontend.render.sampling import NO_DEFAULTS, Defaults, sampling_params
 
-#: Ids that are encoded in one call.
-_PIECE = 16_384
 #: MessagePack extension code of raw tensor bytes.
 _RAW = 3
+#: Bytes of a tensor up to which it is copied to what stands around it.
+_SMALL = 4096
+_packed = msgspec.msgpack.encode
+#: Before and behind a field's tensor: a map of two, "data" with an array of three, and "field".
+_FIELD_HEAD, _FIELD_TAIL = map_head(2) + _packed("data") + array_head(3), _packed("field")
 
 
 def new_request_id(prefix: str) -> str:
@@ -87,7 +91,7 @@ def generate_request(
     check_length(len(token_ids), max_model_len)
     answer: dict[str, Any] = {
         "request_id": request_id,
-        "token_ids": json_list(token_ids) if len(token_ids) > _PIECE else token_ids,
+        "token_ids": token_ids,
         "token_offsets": token_offsets,
         "features": features,
         "content_parts": None,
@@ -147,7 +151,7 @@ def features(
     ----------
     ranges: of all media, in the prompt's order.
     hashes: 64 hex digits each, by modality, in the order of that modality's ranges; so are the others.
-    kwargs_data, mm_metadata: encoded tensors, :func:`kwargs_data` and :func:`mm_metadata`.
+    kwargs_data, mm_metadata: packed tensors, :func:`kwargs_data` and :func:`mm_metadata`.
     mm_addresses: where the tensors lie in shared memory.
     """
     if not ranges:
@@ -167,8 +171,8 @@ def features(
     }
 
 
-def kwargs_data(meta: ItemMeta, region: memoryview, *, batch_size: int = 1) -> bytes:
-    """Return one item, encoded: all its fields.
+def kwargs_data(meta: ItemMeta, region: memoryview, *, batch_size: int = 1) -> list[Piece]:
+    """Return one item, packed: all its fields. Pieces that are memoryviews are parts of ``region``.
 
     Parameters
     ----------
@@ -176,36 +180,30 @@ def kwargs_data(meta: ItemMeta, region: memoryview, *, batch_size: int = 1) -> b
     region: the tensor region of its extent, contiguous.
     batch_size: items of this modality in the request; only *shared* fields hold it.
     """
-    return _encode(meta.fields, lambda spec: region[spec.offset : spec.offset + spec.nbytes], batch_size)
+    return _pack(meta.fields, lambda spec: region[spec.offset : spec.offset + spec.nbytes], batch_size)
 
 
-def mm_metadata(meta: ItemMeta, *, batch_size: int = 1) -> bytes | None:
-    """Return one item, encoded: only the fields that stay on the CPU; ``None`` where it has none."""
+def mm_metadata(meta: ItemMeta, *, batch_size: int = 1) -> list[Piece] | None:
+    """Return one item, packed: only the fields that stay on the CPU; ``None`` where it has none."""
     fields = [spec for spec in meta.fields if spec.keep_on_cpu]
-    return _encode(fields, lambda spec: meta.cpu[spec.name], batch_size) if fields else None
+    return _pack(fields, lambda spec: meta.cpu[spec.name], batch_size) if fields else None
 
 
-def json_list(elements: Sequence[int] | Sequence[str]) -> msgspec.Raw:
-    """Return a list as JSON, encoded piece by piece: one call over millions of ids would hold up every other thread."""
-    pieces = [msgspec.json.encode(elements[start : start + _PIECE])[1:-1] for start in range(0, len(elements), _PIECE)]
-    return msgspec.Raw(b"".join((b"[", b",".join(pieces), b"]")))
-
-
-def json_string(encoded: bytes) -> msgspec.Raw:
-    """Return base64 as a string for the JSON encoder, which then copies it: a ``str`` would be searched for escapes."""
-    return msgspec.Raw(b"".join((b'"', encoded, b'"')))
-
-
-def _encode(fields: Sequence[FieldSpec], raw: Callable[[FieldSpec], bytes | memoryview], batch_size: int) -> bytes:
-    item = {
-        spec.name: {
-            "data": (spec.dtype, spec.shape, msgspec.msgpack.Ext(_RAW, raw(spec))),
-            "field": (spec.kind, _arguments(spec, batch_size)),
-        }
-        for spec in fields
-    }
-    encoded: bytes = pybase64.b64encode(msgspec.msgpack.encode(item))
-    return encoded
+def _pack(fields: Sequence[FieldSpec], raw: Callable[[FieldSpec], Piece], batch_size: int) -> list[Piece]:
+    pieces: list[Piece] = []
+    small = bytearray(map_head(len(fields)))
+    for spec in fields:
+        data = raw(spec)
+        small += (
+            _packed(spec.name) + _FIELD_HEAD + _packed(spec.dtype) + _packed(spec.shape) + ext_head(_RAW, len(data))
+        )
+        if len(data) > _SMALL:
+            pieces += (bytes(small), data)
+            small.clear()
+        else:
+            small += data
+        small += _FIELD_TAIL + _packed((spec.kind, _arguments(spec, batch_size)))
+    return [*pieces, bytes(small)]
 
 
 def _arguments(spec: FieldSpec, batch_size: int) -> dict[str, Any]:

@@ -184,7 +184,7 @@ class _Request(Struct, kw_only=True):
 
     model: str | None = None
     chat_template: str | None = None
-    mm_processor_kwargs: Any = None
+    mm_processor_kwargs: dict[str, Any] | None = None
     media_io_kwargs: dict[Literal["image", "video", "audio"], Io] | None = None
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
     truncation_side: Side | None = None
@@ -434,7 +434,7 @@ def parse(body: bytes | memoryview, kind: Kind, *, trusted: bool = False, templa
     ----------
     body: the JSON text, UTF-8.
     kind: which schema it must follow.
-    trusted: whether the request may say how media are read, ``--trust-request-mm-kwargs``.
+    trusted: whether the request may say how media are read and processed, ``--trust-request-mm-kwargs``.
     templates: whether it may bring or choose its chat template, ``--trust-request-chat-template``.
 
     Raises
@@ -491,17 +491,13 @@ def check_generation(request: ChatRequest | CompletionRequest) -> None:
 
 
 def _check_trust(request: _Request, *, trusted: bool, templates: bool) -> None:
-    if request.mm_processor_kwargs is not None:
-        raise InvalidRequest(
-            "'mm_processor_kwargs' is not accepted from requests by this service; leave it out.",
-            param="mm_processor_kwargs",
-        )
-    if request.media_io_kwargs and not trusted:
-        raise InvalidRequest(
-            "'media_io_kwargs' is only accepted by a service that trusts its clients with it "
-            "(--trust-request-mm-kwargs); leave it out.",
-            param="media_io_kwargs",
-        )
+    for name in ("mm_processor_kwargs", "media_io_kwargs"):
+        if getattr(request, name) and not trusted:
+            raise InvalidRequest(
+                f"'{name}' is only accepted by a service that trusts its clients with it "
+                "(--trust-request-mm-kwargs); leave it out.",
+                param=name,
+            )
     if request.chat_template is not None and not templates:
         raise InvalidRequest(
             "'chat_template' is only accepted by a service that trusts its clients with it "

@@ -13,13 +13,13 @@ from typing import Any, get_args
 import msgspec
 
 from mmprep import __version__
-from mmprep.bench import fetching, first, handover, pictures, report, requests, throughput
+from mmprep.bench import answers, fetching, first, handover, pictures, report, requests, throughput
 from mmprep.bench.processes import cpu_seconds, machine_facts, memory
 from mmprep.bench.running import Mode, Service, full_size_model, service
 from mmprep.bench.throughput import Run
 from mmprep.errors import MmprepError
 
-PARTS = ("throughput", "handover", "memory", "startup", "fetch", "requests")
+PARTS = ("throughput", "handover", "answers", "memory", "startup", "fetch", "requests")
 _LANES = 2
 
 
@@ -31,6 +31,7 @@ class Plan(msgspec.Struct, frozen=True):
     #: Only with one frontend: large pictures take long.
     large: tuple[Run, ...]
     tensors: tuple[handover.Tensor, ...]
+    answers: answers.Amount
     fetch: fetching.Amount
     requests: tuple[requests.Run, ...]
     request_seconds: float
@@ -52,6 +53,7 @@ FULL = Plan(
         Run(pictures.TWELVE_MEGAPIXELS, "cached", 8, 6.0),
     ),
     tensors=handover.TENSORS,
+    answers=answers.FULL,
     fetch=fetching.FULL,
     requests=requests.FULL,
     request_seconds=5.0,
@@ -65,6 +67,7 @@ QUICK = Plan(
     runs=_runs(pictures.VGA, 0.5),
     large=(),
     tensors=handover.TENSORS[:1],
+    answers=answers.QUICK,
     fetch=fetching.QUICK,
     requests=requests.QUICK,
     request_seconds=0.3,
@@ -85,6 +88,9 @@ def _measure(plan: Plan, wanted: set[str], directory: Path, other_model: Path | 
     if "startup" in wanted:
         _tell("start-up")
         parts["startup"] = _startup(model, directory, plan.starts)
+    if "answers" in wanted:
+        _tell("answers over HTTP")
+        parts["answers"] = answers.measure(model, plan.answers)
     if "fetch" in wanted:
         _tell("fetching")
         parts["fetch"] = fetching.measure(model, directory, plan.fetch)

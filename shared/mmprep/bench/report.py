@@ -243,6 +243,16 @@ def _handover_table(part: list[dict[str, Any]]) -> str:
     return _table("hand-over, ms", head, rows)
 
 
+def _answers_table(part: list[dict[str, Any]]) -> str:
+    columns = ("size", "encoding", "bytes", "requests", "cpu_ms", "cpu_to_json", "latency_to_json")
+    rows = [
+        [row[column] for column in columns] + [row["latency_ms"][name] for name in ("p50", "p95", "p99")]
+        for row in part
+    ]
+    title = "answers with tensors over HTTP, cached, one in flight; ms: CPU of the service a request, and latency"
+    return _table(title, [*columns, "p50", "p95", "p99"], rows)
+
+
 def _memory_table(part: list[dict[str, Any]]) -> str:
     rows = [
         [service["model"], process["role"]]
@@ -322,6 +332,7 @@ _TABLES: dict[str, Callable[[Any], str]] = {
     "kernel": _kernel_table,
     "throughput": _throughput_table,
     "handover": _handover_table,
+    "answers": _answers_table,
     "memory": _memory_table,
     "startup": _startup_table,
     "fetch": _fetch_table,

@@ -235,7 +235,11 @@ OPTIONS = (
         foreign=("VLLM_MEDIA_CACHE_TTL_HOURS", "h"),
     ),
     Option(
-        "trust-request-mm-kwargs", _switch, "false", "let requests say how media are read (media_io_kwargs)", flag=True
+        "trust-request-mm-kwargs",
+        _switch,
+        "false",
+        "let requests say how media are read and processed (media_io_kwargs, mm_processor_kwargs)",
+        flag=True,
     ),
     Option("api-key-file", _keys, "", "file with the keys of clients, one a line; default: everybody may ask"),
     Option("admin-key-file", _keys, "", "file with the operator's keys"),

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmprep.arguments import Value, read_chosen
 from mmprep.card import ItemOptions, ModelCard, Placeholder, unpack_io
 from mmprep.errors import DecodeError, InvalidRequest, StartupError
 from mmprep.items import FieldSpec, ItemMeta, Plan, Run, lay_out
@@ -124,15 +125,16 @@ class GenericFamily:
             ),
             dtypes=dict.fromkeys(self._taken, DTYPES),
             normalization={},
+            arguments={one.modality: one.arguments for one in taken if one.arguments},
         )
 
     def plan(self, modality: str, medium: bytes | memoryview, options: ItemOptions) -> Plan:
         """Return one medium's plan: from its header where the processor can count, else by processing it."""
-        taken = self._one(modality, options)
-        if self._counts and isinstance(taken, Pictures):
+        taken, chosen = self._one(modality, options)
+        if self._counts and not chosen and isinstance(taken, Pictures):
             picture = taken.opened(medium)
             return Plan((Run(self._ids[modality], self._count(picture.width, picture.height)),))
-        return self._process(taken, *taken.inputs(medium))[0]
+        return self._process(taken, *taken.inputs(medium, chosen))[0]
 
     def open(self, modality: str, medium: bytes | memoryview, options: ItemOptions) -> Prepared:
         """Decode and process one medium.
@@ -140,20 +142,21 @@ class GenericFamily:
         Raises
         ------
         mmprep.errors.InvalidRequest
-            A modality or dtype that is not on the card, or a medium of which the processor makes nothing.
+            A modality, dtype or argument that is not on the card, or a medium of which the processor makes nothing.
         mmprep.errors.MediaError
             The medium is broken, too large, or refused by the processor.
         """
-        taken = self._one(modality, options)
+        taken, chosen = self._one(modality, options)
         started = time.monotonic_ns()
-        inputs, words = taken.inputs(medium)
+        inputs, words = taken.inputs(medium, chosen)
         decode_ns = time.monotonic_ns() - started
         plan, arrays = self._process(taken, inputs, words)
         named = {name: (_storage(array, options.dtype), array) for name, array in arrays.items()}
         specs = lay_out((name, dtype, array.shape, "batched", False) for name, (dtype, array) in named.items())
         return PreparedArrays(ItemMeta(modality, plan, specs, {}), arrays, decode_ns)
 
-    def _one(self, modality: str, options: ItemOptions) -> Taken:
+    def _one(self, modality: str, options: ItemOptions) -> tuple[Taken, dict[str, Value]]:
+        """Return the modality, and what was chosen about it."""
         if modality not in self._taken:
             raise InvalidRequest(f"this model takes {_NAMES[min(self._taken)]} here, not {modality}")
         if options.dtype not in DTYPES:
@@ -162,7 +165,8 @@ class GenericFamily:
             raise InvalidRequest(
                 f"{_NAMES[modality]} can't be read with {name[:64]!r}; leave it out", param="media_io_kwargs"
             )
-        return self._taken[modality]
+        taken = self._taken[modality]
+        return taken, read_chosen(taken.arguments, options.kwargs)
 
     def _process(self, taken: Taken, inputs: dict[str, Any], words: str) -> tuple[Plan, dict[str, NDArray[Any]]]:
         """Return the plan of one medium, and the processor's arrays without their batch dimension."""

@@ -6,12 +6,15 @@ Recordings are given as one channel at the rate of its feature extractor, whole.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from PIL import Image
 
+from mmprep.arguments import Argument, Value
 from mmprep_worker.images.decode import Background, Picture, open_picture
 from mmprep_worker.models.family import MediaLimits
+from mmprep_worker.models.generic_arguments import as_taken, check_resized, picture_arguments
 
 #: Pictures that the start tries: what the plan says of their headers must be what processing them gives.
 PROBES = ((64, 48), (333, 777), (640, 480))
@@ -27,15 +30,22 @@ class Taken(Protocol):
     token: the text that stands for a medium in the processor's prompts.
     mark: how the processor marks its positions (``create_mm_token_type_ids``).
     deciding: plain data that decides over tensors, for the fingerprint.
+    arguments: what requests may choose about it.
     """
 
     modality: str
     token: str
     mark: int
     deciding: dict[str, Any]
+    arguments: tuple[Argument, ...]
 
-    def inputs(self, medium: bytes | memoryview) -> tuple[dict[str, Any], str]:
+    def inputs(self, medium: bytes | memoryview, chosen: Mapping[str, Value]) -> tuple[dict[str, Any], str]:
         """Decode one medium.
+
+        Parameters
+        ----------
+        chosen:
+            By the names of :attr:`arguments`.
 
         Returns
         -------
@@ -61,18 +71,26 @@ class Pictures:
         part = processor.image_processor
         self.token: str = processor.image_token
         self.deciding = {"image_processor": type(part).__name__, "config": part.to_dict()}
+        self.arguments = picture_arguments(part)
+        self._part = part
         self._background = background
         self._limits = limits
 
-    def opened(self, medium: bytes | memoryview) -> Picture:
-        """Read a picture's header."""
-        return open_picture(medium, max_pixels=self._limits.image_pixels)
+    def opened(self, medium: bytes | memoryview, kwargs: Mapping[str, Any] | None = None) -> Picture:
+        """Read a picture's header; raises TooLarge also where the processor, with ``kwargs``, would enlarge it too much."""
+        most = self._limits.image_pixels
+        picture = open_picture(medium, max_pixels=most)
+        check_resized(self._part, kwargs or {}, picture.width, picture.height, most=most)
+        return picture
 
-    def inputs(self, medium: bytes | memoryview) -> tuple[dict[str, Any], str]:
+    def inputs(self, medium: bytes | memoryview, chosen: Mapping[str, Value]) -> tuple[dict[str, Any], str]:
         """Decode one picture; see :meth:`Taken.inputs`."""
-        picture = self.opened(medium)
-        words = f"a picture of {picture.width} by {picture.height} pixels"
-        return {"images": [Image.fromarray(picture.rgb(self._background))]}, words
+        kwargs = as_taken(self._part, chosen)
+        picture = self.opened(medium, kwargs)
+        inputs: dict[str, Any] = {"images": [Image.fromarray(picture.rgb(self._background))]}
+        if kwargs:
+            inputs["images_kwargs"] = kwargs
+        return inputs, f"a picture of {picture.width} by {picture.height} pixels"
 
     def probes(self) -> list[dict[str, Any]]:
         """Return pictures of the sizes :data:`PROBES`, in their order."""
@@ -84,6 +102,7 @@ class Recordings:
 
     modality = "audio"
     mark = 3
+    arguments: tuple[Argument, ...] = ()
 
     def __init__(self, processor: Any, limits: MediaLimits) -> None:
         from mmprep_worker.audio.recording import decoders  # noqa: PLC0415, only models that take sound need its codecs
@@ -98,7 +117,7 @@ class Recordings:
         self._rate = int(part.sampling_rate)
         self._limits = limits
 
-    def inputs(self, medium: bytes | memoryview) -> tuple[dict[str, Any], str]:
+    def inputs(self, medium: bytes | memoryview, chosen: Mapping[str, Value]) -> tuple[dict[str, Any], str]:  # noqa: ARG002, there are none
         """Decode one recording; see :meth:`Taken.inputs`."""
         from mmprep_worker.audio.recording import open_recording  # noqa: PLC0415, as above
         from mmprep_worker.audio.waveform import waveform  # noqa: PLC0415, as above

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmprep.arguments import read_chosen
 from mmprep.card import ItemOptions, ModelCard, Placeholder, unpack_io
 from mmprep.errors import InvalidRequest
 from mmprep.items import ItemMeta, Plan, Run, lay_out
@@ -159,6 +160,7 @@ class Qwen2AudioFamily:
             raise InvalidRequest(f"this model takes recordings here, not {modality}")
         for name in unpack_io(options.io):
             raise InvalidRequest(f"recordings can't be read with {name[:64]!r}; leave it out", param="media_io_kwargs")
+        read_chosen((), options.kwargs)
         return open_recording(medium, max_seconds=self._limits.audio_seconds)
 
     def _announced(self, recording: Recording) -> int | None:

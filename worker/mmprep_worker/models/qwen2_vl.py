@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmprep.arguments import read_chosen
 from mmprep.card import Embeds, ItemOptions, ModelCard, Placeholder
 from mmprep.errors import InvalidRequest, StartupError
 from mmprep.items import ItemMeta, Normalization, Plan, Run, lay_out
@@ -24,6 +25,7 @@ from mmprep_worker.images.patches import write_patches
 from mmprep_worker.images.resample import Resampler, make_resampler
 from mmprep_worker.images.tables import lookup_tables
 from mmprep_worker.models.family import MediaLimits, Prepared
+from mmprep_worker.models.qwen2_vl_arguments import picture_arguments, resized_by
 from mmprep_worker.models.qwen2_vl_settings import DTYPES, Settings, smart_resize
 from mmprep_worker.models.qwen2_vl_video import Videos
 
@@ -70,7 +72,9 @@ class Qwen2VLFamily:
         self.normalization = Normalization("pixel_values", settings.scale, settings.mean, settings.std, run)
         placeholders: tuple[Placeholder, ...] = (placeholder,)
         normalization = {"image": self.normalization}
+        arguments = {"image": picture_arguments(settings, limits)}
         if videos is not None:
+            arguments["video"] = videos.arguments
             placeholders = (placeholder, videos.placeholder)
             normalization["video"] = videos.normalization
         self.card = ModelCard(
@@ -82,6 +86,7 @@ class Qwen2VLFamily:
             embeds={}
             if embeds_width is None
             else {"image": Embeds("image_embeds", embeds_width, "image_grid_thw", settings.merge)},
+            arguments=arguments,
         )
         self.resampler: Resampler = make_resampler()
         self.tables = {dtype: lookup_tables(settings.scale, settings.mean, settings.std, dtype) for dtype in DTYPES}
@@ -105,7 +110,7 @@ class Qwen2VLFamily:
         """Return the plan of one medium: a picture's from its header, a video's as :meth:`Videos.plan`."""
         if modality == "video" and self.videos is not None:
             return self.videos.plan(medium, options)
-        return self._plan(self._grid(self._open(modality, medium)))
+        return self._plan(self._grid(self._open(modality, medium), options))
 
     def open(self, modality: str, medium: bytes | memoryview, options: ItemOptions) -> Prepared:
         """Read one picture's header, or open a video, as :meth:`Videos.open`.
@@ -113,7 +118,7 @@ class Qwen2VLFamily:
         Raises
         ------
         mmprep.errors.InvalidRequest
-            A modality or dtype that is not on the card, or a picture of a shape that the model does not take.
+            A modality, dtype or argument that is not on the card, or a picture of a shape that the model does not take.
         mmprep.errors.MediaError
             As :func:`mmprep_worker.images.decode.open_picture`.
         """
@@ -124,7 +129,7 @@ class Qwen2VLFamily:
         decode_ns = time.monotonic_ns() - started
         if options.dtype not in DTYPES:
             raise InvalidRequest(f"mm_dtype {options.dtype!r} is not one of {', '.join(DTYPES)}", param="mm_dtype")
-        grid = self._grid(picture)
+        grid = self._grid(picture, options)
         count = grid[0] * grid[1]
         meta = ItemMeta(
             modality="image",
@@ -145,8 +150,9 @@ class Qwen2VLFamily:
             raise InvalidRequest(f"this model takes pictures here, not {modality}")
         return open_picture(medium, max_pixels=self._limits.image_pixels)
 
-    def _grid(self, picture: Picture) -> tuple[int, int]:
-        height, width = smart_resize(picture.height, picture.width, self.settings)
+    def _grid(self, picture: Picture, options: ItemOptions) -> tuple[int, int]:
+        settings = resized_by(self.settings, read_chosen(self.card.arguments["image"], options.kwargs))
+        height, width = smart_resize(picture.height, picture.width, settings)
         return height // self.settings.patch, width // self.settings.patch
 
     def _plan(self, grid: tuple[int, int]) -> Plan:

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from mmprep.errors import InvalidRequest
+from mmprep_worker.video.sampling import Sampler
 
 PICTURE_PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
 #: Dtypes of pixels; ``auto`` is the first.
@@ -95,12 +96,14 @@ class VideoSettings(msgspec.Struct, frozen=True):
     whole: whether the pixels of all frames together are limited (Qwen3-VL), or of each (Qwen2-VL, Qwen2.5-VL).
     capped: whether frames are limited further (``cap_pixels_per_frame``), by ``tokens``.
     tokens: of the whole video (Qwen2-VL) or of a frame (Qwen3-VL), ``max_video_tokens``.
+    sampler: how the processor takes frames where a request lets it.
     """
 
     frame: Settings
     whole: bool
     capped: bool
     tokens: int
+    sampler: Sampler
 
     def size(self, frames: int, height: int, width: int) -> tuple[int, int]:
         """Return the height and width, in pixels, that frames are resized to, as the references' ``resize``.
@@ -161,9 +164,14 @@ def read_video_settings(config: Mapping[str, Any], processor: str) -> VideoSetti
     defaults = _QWEN3_VIDEO_DEFAULTS if whole else _QWEN2_VIDEO_DEFAULTS
     frame = _read(config, defaults, former_names=not whole)
     tokens = config.get("max_video_tokens", defaults["max_video_tokens"])
-    if frame is None or type(tokens) is not int or tokens < 1:
+    if frame is None:
         return None
-    return VideoSettings(frame, whole, bool(config.get("cap_pixels_per_frame")), tokens)
+    usual = Sampler(times=frame.times)
+    fewest, most = config.get("min_frames", usual.fewest), config.get("max_frames", usual.most)
+    if any(type(number) is not int or number < 1 for number in (tokens, fewest, most)):
+        return None
+    sampler = Sampler(fewest, most, frame.times)
+    return VideoSettings(frame, whole, bool(config.get("cap_pixels_per_frame")), tokens, sampler)
 
 
 def _read(config: Mapping[str, Any], defaults: Mapping[str, Any], *, former_names: bool) -> Settings | None:

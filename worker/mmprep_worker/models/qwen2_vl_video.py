@@ -1,7 +1,7 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL, videos: frames are chosen, resized one by one, and written in pairs into patches.
 
-A patch spans two frames; where their number is odd, the last one is repeated. Frames are chosen as vLLM does by default
-(:mod:`mmprep_worker.video.sampling`). What stands for a video differs:
+A patch spans two frames; where their number is odd, the last one is repeated. Frames are chosen as vLLM does by default, or,
+where a request lets it, as the processor itself does (:mod:`mmprep_worker.video.sampling`). What stands for a video differs:
 
 =====================  =====================================================  ==========================================
 family                 one placeholder becomes                                tensors beside pixels and grid
@@ -26,9 +26,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from mmprep.arguments import read_chosen
 from mmprep.card import ItemOptions, Placeholder, unpack_io
 from mmprep.errors import DecodeError, InvalidRequest, StartupError, TooLarge
 from mmprep.items import FieldKind, ItemMeta, Normalization, Plan, Run, lay_out
@@ -36,10 +38,11 @@ from mmprep_worker.images.patches import write_patches
 from mmprep_worker.images.resample import make_resampler
 from mmprep_worker.images.tables import lookup_tables
 from mmprep_worker.models.family import MediaLimits, Prepared
+from mmprep_worker.models.qwen2_vl_arguments import resized_by, sampled_by, video_arguments
 from mmprep_worker.models.qwen2_vl_settings import DTYPES, VideoSettings
 from mmprep_worker.models.qwen3_vl_times import TimeTokens
 from mmprep_worker.video.clip import Clip, open_clip
-from mmprep_worker.video.sampling import paced, read_choice, spread
+from mmprep_worker.video.sampling import evenly, in_pairs, paced, read_choice, spread
 
 #: Runs of a plan, each of up to 10 bytes: what is above does not fit into one message of the service's.
 _MOST_RUNS = 6_000
@@ -99,6 +102,7 @@ class Videos:
             raise StartupError(f"--max-video-frames {limits.video_frames}: this model takes at least {frame.times}")
         self.settings = settings
         self.placeholder = placeholder
+        self.arguments = video_arguments(settings, limits)
         run = frame.times * frame.patch**2
         self.normalization = Normalization("pixel_values_videos", frame.scale, frame.mean, frame.std, run)
         self.resampler = make_resampler()
@@ -117,7 +121,8 @@ class Videos:
         Raises
         ------
         mmprep.errors.InvalidRequest
-            A dtype that is not on the card, wrong ``media_io_kwargs``, or frames of a shape that the model does not take.
+            A dtype or argument that is not on the card, wrong ``media_io_kwargs``, or frames of a shape that the model
+            does not take.
         mmprep.errors.MediaError
             As :func:`mmprep_worker.video.clip.open_clip`.
         """
@@ -155,11 +160,17 @@ class Videos:
     def _choose(self, medium: bytes | memoryview, options: ItemOptions) -> _Chosen:
         most = self._limits.video_frames
         choice = read_choice(unpack_io(options.io), most=most)
+        chosen = read_chosen(self.arguments, options.kwargs)
+        sampled = sampled_by(chosen, choice)
         clip = open_clip(medium, self._limits)
-        rule = spread if self._marks is None else paced
-        indices = rule(clip.count, clip.rate, choice, most)
-        frame = self.settings.frame
-        height, width = self.settings.size(len(indices), clip.height, clip.width)
+        third = self._marks is not None
+        if sampled is None:
+            indices = (paced if third else spread)(clip.count, clip.rate, choice, most)
+        else:
+            indices = (evenly if third else in_pairs)(clip.count, clip.rate, sampled, most, self.settings.sampler)
+        frame = resized_by(self.settings.frame, chosen)
+        settings = msgspec.structs.replace(self.settings, frame=frame)
+        height, width = settings.size(len(indices), clip.height, clip.width)
         pairs = -(-len(indices) // frame.times)
         return _Chosen(clip, indices, (pairs, height // frame.patch, width // frame.patch))
 

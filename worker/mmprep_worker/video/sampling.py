@@ -1,7 +1,8 @@
-"""Which frames of a video are taken: the rules that vLLM follows for a model family by default.
+"""Which frames of a video are taken: the rules that vLLM follows for a model family by default, and the processors' own.
 
 Frames are chosen by number, as if they were evenly spaced in time. ``num_frames`` and ``fps`` come from a request's
-``media_io_kwargs.video``; ``--max-video-frames`` bounds what any rule takes.
+``media_io_kwargs.video``, or, for the processors' rules, from its ``mm_processor_kwargs``; ``--max-video-frames`` bounds
+what any rule takes.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
+from mmprep.arguments import refused
 from mmprep.card import IoValue
 from mmprep.errors import InvalidRequest
 
 #: What vLLM's ``VideoMediaIO`` takes where nothing is asked for.
 _USUAL_FRAMES = 32
 #: vLLM's ``Qwen3VLVideoBackend``, which are the defaults of transformers' ``Qwen3VLVideoProcessor``.
-_USUAL_RATE, _HIGHEST_RATE, _FEWEST, _MOST = 2.0, 30.0, 4, 768
+USUAL_RATE, _HIGHEST_RATE, _FEWEST, _MOST = 2.0, 30.0, 4, 768
 
 _ANY = -1
 
@@ -34,6 +36,25 @@ class Choice(NamedTuple):
 
     num_frames: int | None = None
     fps: float | None = None
+
+    @property
+    def chooses(self) -> bool:
+        """Whether fewer than all frames are asked for."""
+        return self.fps is not None or self.num_frames not in (None, _ANY)
+
+
+class Sampler(NamedTuple):
+    """A processor's own way of taking frames, of its configuration.
+
+    Attributes
+    ----------
+    fewest, most: frames that ``fps`` gives, ``min_frames`` and ``max_frames``.
+    times: frames that a patch spans, ``temporal_patch_size``.
+    """
+
+    fewest: int = _FEWEST
+    most: int = _MOST
+    times: int = 2
 
 
 #: Takes the frames that there are, their rate, what was asked for, and the most; returns ascending indices.
@@ -105,7 +126,56 @@ def paced(count: int, rate: float, choice: Choice, most: int) -> list[int]:
     asked = choice.num_frames
     taken = bound = count if asked is None or asked == _ANY else min(asked, count)
     if asked is None or choice.fps is not None:
-        fps = min(_USUAL_RATE if choice.fps is None else choice.fps, _HIGHEST_RATE)
+        fps = min(USUAL_RATE if choice.fps is None else choice.fps, _HIGHEST_RATE)
         taken = min(max(int(count / rate * fps), _FEWEST), _MOST, bound)
     taken = min(max(1, taken), most)
     return [int(index) for index in np.linspace(0, count - 1, taken).round()]
+
+
+def in_pairs(count: int, rate: float, choice: Choice, most: int, sampler: Sampler) -> list[int]:
+    """Return indices as transformers' ``Qwen2VLVideoProcessor.sample_frames``: a multiple of ``times``, evenly spread.
+
+    Raises
+    ------
+    InvalidRequest
+        Nothing can be taken so: the reference raises as well, or takes no frame.
+    """
+    times = sampler.times
+    if choice.num_frames is not None:
+        taken = round(choice.num_frames / times) * times
+        _check_enough(taken, count)
+    else:
+        assert choice.fps is not None
+        whole = math.floor(min(sampler.most, count) / times) * times
+        taken = math.floor(min(max(count / rate * choice.fps, sampler.fewest), whole, count) / times) * times
+    taken = min(taken, most // times * times)
+    if not taken:
+        raise refused(
+            "fps" if choice.num_frames is None else "num_frames",
+            f"takes {times} frames at least, and the video has {count}, of which at most {most} are taken",
+        )
+    step = count / taken
+    # torch.arange gives float32, which is then cut.
+    indices = (np.arange(math.ceil(count / step)) * step).astype(np.float32).astype(int)
+    return [int(index) for index in indices if index < count]
+
+
+def evenly(count: int, rate: float, choice: Choice, most: int, sampler: Sampler) -> list[int]:
+    """Return indices as transformers' ``Qwen3VLVideoProcessor.sample_frames``, from the first frame to the last.
+
+    Raises
+    ------
+    InvalidRequest
+        More are asked for than there are; the reference would take some of them again.
+    """
+    taken = choice.num_frames
+    if taken is None:
+        assert choice.fps is not None
+        taken = min(max(int(count / rate * choice.fps), sampler.fewest), sampler.most, count)
+    _check_enough(taken, count)
+    return [int(index) for index in np.linspace(0, count - 1, min(taken, most)).round()]
+
+
+def _check_enough(taken: int, count: int) -> None:
+    if taken > count:
+        raise refused("num_frames", f"asks for {taken} frames, and the video has {count}; ask for fewer")
