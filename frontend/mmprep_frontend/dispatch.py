@@ -345,6 +345,11 @@ class WriterLink:
         renewed: messages.Renewed = await self._call(lambda number: messages.Renew(number, leases, backend))
         return renewed
 
+    async def clear(self) -> messages.Cleared:
+        """Drop every entry of the cache; what somebody holds goes when it is let go."""
+        cleared: messages.Cleared = await self._call(messages.Clear)
+        return cleared
+
     async def _call(self, make: Callable[[int], msgspec.Struct]) -> Any:
         """Ask the writer, and its successor where it goes away before it answers: every call may be made twice."""
         try:
@@ -392,7 +397,7 @@ class WriterLink:
             case messages.Failed():
                 self._calls.resolve(message.call, message.fault.error())
                 self._carry_out(self._offers.failed(message.call, message.fault.error()))
-            case messages.Done() | messages.Renewed():
+            case messages.Done() | messages.Renewed() | messages.Cleared():
                 self._calls.resolve(message.call, message)
                 self._offers.heard(message.call)
             case messages.Refused():

@@ -29,6 +29,7 @@ from mmprep.wire.messages import LeaseKind
 from mmprep.wire.sockets import Pump, router
 from mmprep_frontend.render.answer import new_request_id
 from mmprep_frontend.render.sampling import max_tokens
+from mmprep_frontend.resets import Resets
 from mmprep_frontend.room import Held, Room
 from mmprep_frontend.service import RenderedChat, RenderedItem, Service
 from mmprep_frontend.texts import Texts
@@ -55,8 +56,8 @@ class NativeDoor:
     ----------
     endpoint:
         Where to bind; the caller owns the path.
-    service, texts:
-        What answers: chats, and what has no media.
+    service, texts, resets:
+        What answers: chats, what has no media, and the operator.
     max_body_size:
         Of one frame of a request, in bytes.
     room:
@@ -71,6 +72,7 @@ class NativeDoor:
         endpoint: str,
         service: Service,
         texts: Texts,
+        resets: Resets,
         *,
         max_body_size: int,
         room: Room,
@@ -78,6 +80,7 @@ class NativeDoor:
     ) -> None:
         self._service = service
         self._texts = texts
+        self._resets = resets
         self._room = room
         self._max_frame = max_body_size
         self._refusal = refusal
@@ -252,6 +255,12 @@ class NativeDoor:
     async def _detokenize(self, peer: bytes, call: int, held: Held, body: memoryview, _: list[memoryview]) -> None:
         self._json(peer, call, held, await self._texts.detokenize(body))
 
+    async def _reset_mm_cache(self, peer: bytes, call: int, held: Held, *_: object) -> None:
+        self._json(peer, call, held, await self._resets.mm_cache())
+
+    async def _reset_media_cache(self, peer: bytes, call: int, held: Held, *_: object) -> None:
+        self._json(peer, call, held, await self._resets.media_cache())
+
     def _json(self, peer: bytes, call: int, held: Held, encoded: bytes) -> None:
         held.hold_answer(len(encoded))
         if len(encoded) < _TRACKED:
@@ -273,6 +282,8 @@ class NativeDoor:
         "completions": _completions,
         "tokenize": _tokenize,
         "detokenize": _detokenize,
+        "reset_mm_cache": _reset_mm_cache,
+        "reset_media_cache": _reset_media_cache,
     }
 
 

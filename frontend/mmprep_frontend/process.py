@@ -37,6 +37,7 @@ from mmprep_frontend.media.memory import MediaMemory
 from mmprep_frontend.media.policy import UrlPolicy
 from mmprep_frontend.model import load_model
 from mmprep_frontend.native import NativeDoor
+from mmprep_frontend.resets import Resets
 from mmprep_frontend.room import Room
 from mmprep_frontend.service import Service
 from mmprep_frontend.supervision import SupervisorLink
@@ -80,7 +81,9 @@ class Frontend:
         root = settings.allowed_local_media_path
         self._files = None if root is None else LocalFiles(root, largest, self._memory)
         self._cache = self._open_cache(policy)
-        self._supervisor = SupervisorLink(self._context, self._runtime.supervisor, settings.index, self._report)
+        self._supervisor = SupervisorLink(
+            self._context, self._runtime.supervisor, settings.index, self._report, self._forget
+        )
         self._tokenizer = asyncio.get_running_loop().run_in_executor(
             self._render_thread, _load_tokenizer, Path(settings.model)
         )
@@ -119,6 +122,16 @@ class Frontend:
             trusts_templates=settings.trust_request_chat_template,
         )
 
+    async def _forget(self, cache: messages.Cache) -> None:
+        """Forget what this process keeps of a cache."""
+        if cache == "mm":
+            if self._service.model is not None:
+                self._service.model.prompts.clear()
+        elif self._cache is None:
+            self._fetcher.forget()
+        else:
+            await self._cache.forget()
+
     def _open_cache(self, policy: UrlPolicy) -> MediaCache | None:
         settings = self._settings
         if settings.media_cache_dir is None:
@@ -141,9 +154,11 @@ class Frontend:
         loop.add_signal_handler(signal.SIGTERM, self._told_to_stop)
         loop.add_reader(_INPUT, self._input_ready)
         texts = Texts(self._service)
+        resets = Resets(self._supervisor.let_all_forget, self._writer, self._cache, self._metrics)
         door = HttpDoor(
             self._service,
             texts,
+            resets,
             not_ready=self._not_ready,
             refusal=self._refusal,
             collect=self._supervisor.metrics,
@@ -161,6 +176,7 @@ class Frontend:
             self._runtime.frontend(self._settings.index),
             self._service,
             texts,
+            resets,
             max_body_size=max_body,
             room=room,
             refusal=self._refusal,

@@ -333,6 +333,21 @@ class AsyncClient:
         text: str = answer["prompt"]
         return text
 
+    async def reset_mm_cache(self, *, timeout: float | None = None) -> dict[str, int]:
+        """Empty the cache of processed items, of the whole service; what somebody holds stays readable for him.
+
+        Returns
+        -------
+        ``entries`` that are found no more, and ``bytes`` that are free now.
+        """
+        answer: dict[str, int] = await self._json("reset_mm_cache", {}, timeout)
+        return answer
+
+    async def reset_media_cache(self, *, timeout: float | None = None) -> dict[str, int]:
+        """Empty the disk cache of fetched media and let every frontend forget its downloads; as :meth:`reset_mm_cache`."""
+        answer: dict[str, int] = await self._json("reset_media_cache", {}, timeout)
+        return answer
+
     # --- behind the scenes ----------------------------------------------------------------------------------------
 
     async def _registered(self) -> Registration:
@@ -540,6 +555,16 @@ class Client:
         """Return the text of token ids."""
         text: str = self._thread.run(self._client.detokenize(tokens, **arguments))
         return text
+
+    def reset_mm_cache(self, **arguments: Any) -> dict[str, int]:
+        """Empty the cache of processed items; see :meth:`AsyncClient.reset_mm_cache`."""
+        answer: dict[str, int] = self._thread.run(self._client.reset_mm_cache(**arguments))
+        return answer
+
+    def reset_media_cache(self, **arguments: Any) -> dict[str, int]:
+        """Empty the disk cache of fetched media; see :meth:`AsyncClient.reset_media_cache`."""
+        answer: dict[str, int] = self._thread.run(self._client.reset_media_cache(**arguments))
+        return answer
 
 
 __all__ = ["AsyncClient", "Client", "InvalidRequest", "Payload", "Result"]

@@ -19,6 +19,7 @@ from mmprep_frontend.caller import Caller
 from mmprep_frontend.http.chat_answer import encode_chat_answer
 from mmprep_frontend.http.exposition import METRICS, HistogramData, Numbers, Series, expose
 from mmprep_frontend.http.ports import Rendered
+from mmprep_frontend.resets import Resets
 from mmprep_frontend.service import Form, Service
 from mmprep_frontend.texts import Texts
 
@@ -41,8 +42,8 @@ class HttpDoor:
 
     Parameters
     ----------
-    service, texts:
-        What answers: chats, and what has no media.
+    service, texts, resets:
+        What answers: chats, what has no media, and the operator.
     not_ready:
         Returns why the service is not ready, or ``None``.
     refusal:
@@ -57,6 +58,7 @@ class HttpDoor:
         self,
         service: Service,
         texts: Texts,
+        resets: Resets,
         *,
         not_ready: Callable[[], str | None],
         refusal: Callable[[], str | None],
@@ -65,6 +67,7 @@ class HttpDoor:
     ) -> None:
         self._service = service
         self._texts = texts
+        self._resets = resets
         self._not_ready = not_ready
         self._refusal = refusal
         self._collect = collect
@@ -99,6 +102,12 @@ class HttpDoor:
         request = _lease_request(body)
         await self._service.writer.release(request.backend_id, _ids(request))
         return b'{"released":true}'
+
+    async def reset_mm_cache(self, body: bytes, caller: Caller) -> bytes:  # noqa: ARG002, the seam
+        return await self._counted("/reset_mm_cache", self._resets.mm_cache())
+
+    async def reset_media_cache(self, body: bytes, caller: Caller) -> bytes:  # noqa: ARG002, the seam
+        return await self._counted("/reset_media_cache", self._resets.media_cache())
 
     async def metrics(self) -> bytes:
         return expose(_numbers(await self._collect()))

@@ -92,6 +92,9 @@ METRICS: Final[Mapping[str, MetricSpec]] = {
     "mmprep_refused_total": MetricSpec(
         "counter", "Messages between processes that were refused, by the link that they came on.", ("link", "error")
     ),
+    "mmprep_resets_total": MetricSpec(
+        "counter", "Resets of a cache: mm, of processed items, or media, the disk cache.", ("cache",)
+    ),
     "mmprep_quarantined": MetricSpec("gauge", "Media that are refused for a time because they broke a lane."),
 }
 

@@ -102,6 +102,13 @@ class Released(Struct, frozen=True, forbid_unknown_fields=True):
     released: bool
 
 
+class Reset(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a cache has lost: entries that are found no more, and bytes that are free now."""
+
+    entries: _Natural
+    bytes: _Natural
+
+
 class ServedModels(Struct, frozen=True):
     """What is served, in the form of OpenAI's API."""
 

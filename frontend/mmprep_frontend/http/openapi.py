@@ -58,6 +58,8 @@ OPERATIONS: Final = (
     Operation("post", "/detokenize", "Token ids to text", DetokenizeRequest, forms.DetokenizedText, _TEXT),
     Operation("post", "/leases/renew", "Prolong leases", LeaseRequest, forms.Renewed, _LEASES),
     Operation("post", "/leases/release", "End leases", LeaseRequest, forms.Released, _LEASES),
+    Operation("post", "/reset_mm_cache", "Empty the cache of processed items", None, forms.Reset, _LEASES),
+    Operation("post", "/reset_media_cache", "Empty the disk cache of fetched media", None, forms.Reset, _LEASES),
     Operation("get", "/v1/models", "What is served", None, forms.ServedModels, (401,)),
     Operation("get", "/health", "Whether the process is alive", None, forms.Status, open=True),
     Operation("get", "/ready", "Whether requests are taken", None, forms.Status, (503,), open=True),

@@ -28,6 +28,7 @@ HEAVY_COST = 16_000_000
 MAX_INSPECTED = 512
 Need = Literal["tensors", "plan"]
 LeaseKind = Literal["copy", "view"]
+Cache = Literal["mm", "media"]
 
 
 class Wire(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -565,7 +566,7 @@ class Request(Wire, frozen=True):
     """One call. Frames: the request as JSON, then attachments, which its URLs name as ``attachment:0`` and so on."""
 
     call: Call
-    operation: Literal["chat", "completions", "tokenize", "detokenize"]
+    operation: Literal["chat", "completions", "tokenize", "detokenize", "reset_mm_cache", "reset_media_cache"]
 
 
 class Response(Wire, frozen=True):
@@ -606,6 +607,16 @@ class Ask(Wire, frozen=True):
     subject: Literal["status", "metrics"]
 
 
+class Forget(Wire, frozen=True):
+    """A process asks the supervisor to let every frontend forget what it keeps of a cache; the supervisor asks each.
+
+    Answered by :class:`Done`, by the supervisor when all have, or Failed.
+    """
+
+    call: Call
+    cache: Cache
+
+
 class Told(Wire, frozen=True):
     """The supervisor's answer. Frames: JSON."""
 
@@ -626,5 +637,5 @@ class SupervisorWelcome(Wire, frozen=True):
     protocol: int
 
 
-ToSupervisor: TypeAlias = Hello | Report | Ask | StateChange
-FromSupervisor: TypeAlias = SupervisorWelcome | Refused | Collect | Told | Failed
+ToSupervisor: TypeAlias = Hello | Report | Ask | StateChange | Forget | Done
+FromSupervisor: TypeAlias = SupervisorWelcome | Refused | Collect | Told | Failed | Forget | Done
