@@ -27,6 +27,8 @@ from mmprep.wire import messages
 from mmprep.wire.codec import MAX_FRAMES, PROTOCOL, pack, unpack
 from mmprep.wire.messages import LeaseKind
 from mmprep.wire.sockets import Pump, router
+from mmprep_frontend.caller import ANONYMOUS
+from mmprep_frontend.injection.service import Injecting
 from mmprep_frontend.render.answer import new_request_id
 from mmprep_frontend.render.sampling import max_tokens
 from mmprep_frontend.resets import Resets
@@ -56,8 +58,10 @@ class NativeDoor:
     ----------
     endpoint:
         Where to bind; the caller owns the path.
-    service, texts, resets:
-        What answers: chats, what has no media, and the operator.
+    service, texts:
+        What answers: chats, and what has no media.
+    resets, injecting:
+        What answers the operator.
     max_body_size:
         Of one frame of a request, in bytes.
     room:
@@ -72,8 +76,9 @@ class NativeDoor:
         endpoint: str,
         service: Service,
         texts: Texts,
-        resets: Resets,
         *,
+        resets: Resets,
+        injecting: Injecting,
         max_body_size: int,
         room: Room,
         refusal: Callable[[], str | None],
@@ -81,6 +86,7 @@ class NativeDoor:
         self._service = service
         self._texts = texts
         self._resets = resets
+        self._injecting = injecting
         self._room = room
         self._max_frame = max_body_size
         self._refusal = refusal
@@ -255,6 +261,9 @@ class NativeDoor:
     async def _detokenize(self, peer: bytes, call: int, held: Held, body: memoryview, _: list[memoryview]) -> None:
         self._json(peer, call, held, await self._texts.detokenize(body))
 
+    async def _inject(self, peer: bytes, call: int, held: Held, body: memoryview, _: list[memoryview]) -> None:
+        self._json(peer, call, held, await self._injecting.inject(body, principal=ANONYMOUS, held=held))
+
     async def _reset_mm_cache(self, peer: bytes, call: int, held: Held, *_: object) -> None:
         self._json(peer, call, held, await self._resets.mm_cache())
 
@@ -282,6 +291,7 @@ class NativeDoor:
         "completions": _completions,
         "tokenize": _tokenize,
         "detokenize": _detokenize,
+        "inject": _inject,
         "reset_mm_cache": _reset_mm_cache,
         "reset_media_cache": _reset_media_cache,
     }

@@ -27,6 +27,7 @@ from mmprep_frontend.http.app import make_app
 from mmprep_frontend.http.door import HttpDoor
 from mmprep_frontend.http.keyring import Keyring
 from mmprep_frontend.http.server import HttpServer, serve_http
+from mmprep_frontend.injection.service import Injecting
 from mmprep_frontend.media.allowance import MediaLimits
 from mmprep_frontend.media.cache import MediaCache
 from mmprep_frontend.media.cache_disk import CacheDisk
@@ -120,6 +121,10 @@ class Frontend:
             request_timeout=settings.request_timeout,
             trusts_kwargs=settings.trust_request_mm_kwargs,
             trusts_templates=settings.trust_request_chat_template,
+            injection=settings.enable_injection,
+        )
+        self._injecting = Injecting(
+            self._service, self._writer, hasher, enabled=settings.enable_injection, max_bytes=settings.max_media_size
         )
 
     async def _forget(self, cache: messages.Cache) -> None:
@@ -158,7 +163,8 @@ class Frontend:
         door = HttpDoor(
             self._service,
             texts,
-            resets,
+            resets=resets,
+            injecting=self._injecting,
             not_ready=self._not_ready,
             refusal=self._refusal,
             collect=self._supervisor.metrics,
@@ -176,7 +182,8 @@ class Frontend:
             self._runtime.frontend(self._settings.index),
             self._service,
             texts,
-            resets,
+            resets=resets,
+            injecting=self._injecting,
             max_body_size=max_body,
             room=room,
             refusal=self._refusal,

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from mmprep.card import Io
 from mmprep.digest import Hasher
-from mmprep.errors import DeadlineExceeded, InternalError, InvalidRequest, ServiceUnavailable
+from mmprep.errors import DeadlineExceeded, InternalError, InvalidRequest, NotFound, ServiceUnavailable
 from mmprep.items import ItemMeta, unpack_meta
 from mmprep.keys import item_key
 from mmprep.metrics import Metrics
@@ -38,7 +38,7 @@ from mmprep_frontend.render.responses import read_responses
 from mmprep_frontend.render.sampling import check_wanted
 from mmprep_frontend.render.tokens import EncodedPrompt
 from mmprep_frontend.render.truncation import truncate, truncate_offsets
-from mmprep_frontend.wanted import key_of, recalled_within, wanted
+from mmprep_frontend.wanted import check_injected, key_of, recalled_within, wanted
 
 T = TypeVar("T")
 #: A request's JSON as a door holds it.
@@ -176,6 +176,8 @@ class Service:
         Whether requests may say how media are read.
     trusts_templates:
         Whether they may bring or choose their chat template.
+    injection:
+        Whether items may have been injected.
     """
 
     def __init__(
@@ -192,6 +194,7 @@ class Service:
         request_timeout: float,
         trusts_kwargs: bool,
         trusts_templates: bool,
+        injection: bool = False,
     ) -> None:
         self.writer = writer
         self.metrics = metrics
@@ -206,6 +209,7 @@ class Service:
         self._request_timeout = request_timeout
         self.trusts_kwargs = trusts_kwargs
         self.trusts_templates = trusts_templates
+        self._injection = injection
 
     async def on_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         """Return what ``work`` returns on a thread; awaits its end also when cancelled.
@@ -425,6 +429,7 @@ class Service:
                 hash_name=self._hasher.name,
                 dtype=terms.dtype,
                 io=terms.io,
+                injected=self._injection,
             )
             for part, medium in zip(parts, recalled_within(parts, media), strict=True)
         ]
@@ -440,12 +445,15 @@ class Service:
                 offered.give_back()
                 raise answer.fault.error().at(part.param)
         try:
-            items = [
-                RenderedItem(part, key_of(item, answer), answer, unpack_meta(answer.meta))
-                for part, item, answer in zip(parts, asked, offered.items, strict=True)
-            ]
-        except ValueError:
+            items = []
+            for part, item, answer in zip(parts, asked, offered.items, strict=True):
+                meta = unpack_meta(answer.meta)
+                check_injected(part, meta, model.card, terms.dtype)
+                items.append(RenderedItem(part, key_of(item, answer, meta), answer, meta))
+        except (ValueError, NotFound) as error:
             offered.give_back()
+            if isinstance(error, NotFound):
+                raise
             raise InternalError("an item's metadata cannot be read") from None
         return offered, items
 

@@ -10,7 +10,7 @@ from typing import Annotated, TypeAlias
 
 import msgspec
 
-from mmprep.items import Normalization
+from mmprep.items import FieldKind, Normalization
 
 _Text = Annotated[str, msgspec.Meta(max_length=64)]
 _Whole = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]
@@ -80,6 +80,24 @@ class Embeds(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     merge: int
 
 
+class FieldForm(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What one tensor of an item is like, for whoever makes such items elsewhere.
+
+    Attributes
+    ----------
+    name: of the field.
+    dtypes: that it may have.
+    shape: of one item's tensor; ``None`` where an extent differs from item to item.
+    kind, keep_on_cpu: as :class:`mmprep.items.FieldSpec` has them.
+    """
+
+    name: str
+    dtypes: tuple[str, ...]
+    shape: tuple[int | None, ...]
+    kind: FieldKind
+    keep_on_cpu: bool
+
+
 class ModelCard(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What the worker tells a frontend of the served model.
 
@@ -91,6 +109,7 @@ class ModelCard(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     dtypes: a modality's possible dtypes of its main tensor; the first is what ``auto`` means.
     normalization: a modality's constants, for those who receive uint8; may be empty.
     embeds: how embedded media of a modality are taken; a modality that is not named takes none.
+    fields: exactly the fields of a modality's items, the main tensor first.
     """
 
     family: str
@@ -99,6 +118,7 @@ class ModelCard(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     dtypes: dict[str, tuple[str, ...]]
     normalization: dict[str, Normalization]
     embeds: dict[str, Embeds] = {}
+    fields: dict[str, tuple[FieldForm, ...]] = {}
 
     def placeholder(self, modality: str) -> Placeholder | None:
         """Return the placeholder of ``modality``, or ``None`` where the model takes none of it."""

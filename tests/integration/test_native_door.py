@@ -88,7 +88,15 @@ async def door(runtime_dir, room):
     endpoint = f"ipc://{runtime_dir}/frontend-0.sock"
     service = Counter()
     opened = NativeDoor(
-        context, endpoint, service, service, service, max_body_size=LARGE, room=room, refusal=lambda: None
+        context,
+        endpoint,
+        service,
+        service,
+        resets=service,
+        injecting=service,
+        max_body_size=LARGE,
+        room=room,
+        refusal=lambda: None,
     )
     opened.open()
     asker = Asker(context, endpoint)

@@ -88,9 +88,10 @@ def test_a_reset_media_cache_asks_the_host_again_whatever_frontend_is_asked(serv
         return [path for path in bodies.iterdir() if path.suffix != ".part"]
 
     for round_number in (1, 2):
+        chat(service, text("?"), part)
+        eventually(kept, "the medium on the disk")
         for _ in range(4):
             chat(service, text("?"), part)
-        eventually(kept, "the medium on the disk")
         assert [tag for path, tag in host.asked if path == "/reset.png"] == [None] * round_number
         with Client(service.endpoint) as client:
             assert client.reset_media_cache()["entries"] == 1

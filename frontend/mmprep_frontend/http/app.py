@@ -108,6 +108,7 @@ def make_app(
         ("/detokenize", edge.answering(service.detokenize)),
         ("/leases/renew", edge.answering(service.renew_leases, needs_model=False)),
         ("/leases/release", edge.answering(service.release_leases, needs_model=False)),
+        ("/inject", edge.answering(service.inject, needs="admin")),
         ("/reset_mm_cache", edge.answering(service.reset_mm_cache, needs="admin")),
         ("/reset_media_cache", edge.answering(service.reset_media_cache, needs="admin")),
     ):

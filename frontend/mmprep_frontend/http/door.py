@@ -19,6 +19,7 @@ from mmprep_frontend.caller import Caller
 from mmprep_frontend.http.chat_answer import encode_chat_answer
 from mmprep_frontend.http.exposition import METRICS, HistogramData, Numbers, Series, expose
 from mmprep_frontend.http.ports import Rendered
+from mmprep_frontend.injection.service import Injecting
 from mmprep_frontend.resets import Resets
 from mmprep_frontend.service import Form, Service
 from mmprep_frontend.texts import Texts
@@ -42,8 +43,10 @@ class HttpDoor:
 
     Parameters
     ----------
-    service, texts, resets:
-        What answers: chats, what has no media, and the operator.
+    service, texts:
+        What answers: chats, and what has no media.
+    resets, injecting:
+        What answers the operator.
     not_ready:
         Returns why the service is not ready, or ``None``.
     refusal:
@@ -58,8 +61,9 @@ class HttpDoor:
         self,
         service: Service,
         texts: Texts,
-        resets: Resets,
         *,
+        resets: Resets,
+        injecting: Injecting,
         not_ready: Callable[[], str | None],
         refusal: Callable[[], str | None],
         collect: Callable[[], Awaitable[Snapshot]],
@@ -68,6 +72,7 @@ class HttpDoor:
         self._service = service
         self._texts = texts
         self._resets = resets
+        self._injecting = injecting
         self._not_ready = not_ready
         self._refusal = refusal
         self._collect = collect
@@ -102,6 +107,10 @@ class HttpDoor:
         request = _lease_request(body)
         await self._service.writer.release(request.backend_id, _ids(request))
         return b'{"released":true}'
+
+    async def inject(self, body: bytes, caller: Caller) -> bytes:
+        work = self._injecting.inject(body, principal=caller.principal, held=caller.held)
+        return await self._counted("/inject", work)
 
     async def reset_mm_cache(self, body: bytes, caller: Caller) -> bytes:  # noqa: ARG002, the seam
         return await self._counted("/reset_mm_cache", self._resets.mm_cache())

@@ -57,6 +57,7 @@ class ServeOptions(msgspec.Struct, frozen=True):
     admin_key_file: tuple[ApiKey, ...]
     share_cache_across_keys: bool
     trust_request_chat_template: bool
+    enable_injection: bool
     log_level: str
     log_format: str
 
@@ -143,4 +144,5 @@ class ServeOptions(msgspec.Struct, frozen=True):
             share_cache_across_keys=self.share_cache_across_keys,
             logs=self.logs,
             trust_request_chat_template=self.trust_request_chat_template,
+            enable_injection=self.enable_injection,
         )

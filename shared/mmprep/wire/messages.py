@@ -27,6 +27,7 @@ HEAVY_COST = 16_000_000
 #: Entries of the ring in one message; about 32 KiB.
 MAX_INSPECTED = 512
 Need = Literal["tensors", "plan"]
+Work = Literal["tensors", "plan", "injected"]
 LeaseKind = Literal["copy", "view"]
 Cache = Literal["mm", "media"]
 
@@ -127,10 +128,14 @@ class Card(Wire, frozen=True):
 
 
 class Alias(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A caller's name for content, from :func:`mmprep_frontend.media.keys.alias`, and the digest of that content."""
+    """A caller's name for content, from :func:`mmprep_frontend.media.keys.alias`, and the digest of that content.
+
+    ``injected`` is the key of what may have been injected under this name, of which the content takes the place.
+    """
 
     id: Digest
     digest: Digest
+    injected: Digest | None = None
 
 
 class Offered(Wire, frozen=True):
@@ -150,12 +155,14 @@ class Offered(Wire, frozen=True):
 class Recalled(Wire, frozen=True):
     """One item of an offer whose medium the frontend does not have: the content that ``alias`` stands for.
 
-    Its key is that of ``variant`` with the content's digest. It is never what a flight is opened for.
+    Its key is that of ``variant`` with the content's digest; where the alias stands for none, it is ``injected``, the key
+    of what was injected under the name. It is never what a flight is opened for.
     """
 
     alias: Digest
     variant: Digest
     modality: Modality
+    injected: Digest | None = None
 
     @property
     def cost(self) -> int:
@@ -166,6 +173,22 @@ class Recalled(Wire, frozen=True):
     def nbytes(self) -> int:
         """There are none."""
         return 0
+
+
+class Injected(Wire, frozen=True):
+    """One item of an offer that was processed elsewhere; the frontend has it, laid out as :mod:`mmprep.injected` says.
+
+    Its key is that of its name, not of its content: what is there may be another than the one that is offered, and its
+    metadata tell. ``replace``: it is put in the place of what is there, whatever that is. ``alias`` stands for no content
+    any more once it is there.
+    """
+
+    key: Digest
+    modality: Modality
+    cost: Natural
+    nbytes: Natural
+    alias: Digest
+    replace: bool
 
 
 class LeaseTo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -185,12 +208,12 @@ class Offer(Wire, frozen=True):
     need: Need
     deadline_ms: Natural
     priority: int
-    items: Annotated[tuple[Offered | Recalled, ...], msgspec.Meta(min_length=1, max_length=MAX_ITEMS)]
+    items: Annotated[tuple[Offered | Recalled | Injected, ...], msgspec.Meta(min_length=1, max_length=MAX_ITEMS)]
     lease: LeaseTo | None = None
 
 
 class Want(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Item ``index`` of the offer, an :class:`Offered`, is missing; its bytes are to be put under ``flight``."""
+    """Item ``index`` of the offer, which the frontend has, is missing; its bytes are to be put under ``flight``."""
 
     index: Natural
     flight: Natural
@@ -459,10 +482,10 @@ class LaneBroken(Wire, frozen=True):
 
 
 class Task(Wire, frozen=True):
-    """One medium to process. Frames: the medium."""
+    """One medium to process. Frames: the medium, or, for ``injected``, an item that only has to be checked and copied."""
 
     task: Natural
-    need: Need
+    need: Work
     modality: str
     hasher: Literal["blake3", "sha256"]
     digest: Digest
@@ -563,10 +586,12 @@ class FrontendWelcome(Wire, frozen=True):
 
 
 class Request(Wire, frozen=True):
-    """One call. Frames: the request as JSON, then attachments, which its URLs name as ``attachment:0`` and so on."""
+    """One call. Frames: the request as JSON, then attachments, which its URLs name as ``attachment:0`` and so on; of an
+    injection, its body as over HTTP.
+    """
 
     call: Call
-    operation: Literal["chat", "completions", "tokenize", "detokenize", "reset_mm_cache", "reset_media_cache"]
+    operation: Literal["chat", "completions", "tokenize", "detokenize", "inject", "reset_mm_cache", "reset_media_cache"]
 
 
 class Response(Wire, frozen=True):
