@@ -5,7 +5,7 @@ frontends, which goes last: what a frontend still had to write is there then, or
 
 - *mm*: the writer's ring and what is beside it, plans, aliases and quarantine; each frontend's rendered prompts. What
   somebody has leased stays readable for him. A computation that is under way goes on and is published: its key says what
-  its content is, so it is never a wrong one.
+  its content is, so it is never a wrong one. An injection that is under way counts as one that came later.
 - *media*: the disk cache; each frontend's downloads that others may still join. Who waits for one gets it, and nothing that
   was asked for before is kept.
 """

@@ -449,10 +449,12 @@ class AsyncClient:
         frontend = await self._any_up()
         for number, frame in enumerate((encoded, *attachments)):
             if (size := memoryview(frame).nbytes) > frontend.max_frame:
+                injects = operation == "inject"
                 what = f"medium {number} has" if number else "the request without its media has"
                 raise TooLarge(
-                    f"{what} {size:,} bytes, above the limit of {frontend.max_frame:,} (--max-body-size)",
-                    param="messages",
+                    f"{'the item has' if injects else what} {size:,} bytes, above the limit of {frontend.max_frame:,} "
+                    "(--max-body-size)",
+                    param="fields" if injects else "messages",
                 )
         number, future = frontend.calls.open()
         try:

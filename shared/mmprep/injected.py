@@ -63,7 +63,7 @@ def request_body(
     Raises
     ------
     InvalidRequest
-        An array's dtype is none that items have, or a name is of no field.
+        An array's dtype is none that items have, a name is of no field, or something is no MessagePack.
     """
     for name in (*dtypes, *kinds):
         if name not in fields:
@@ -78,7 +78,10 @@ def request_body(
         },
         **more,
     }
-    packed: bytes = msgpack.packb(body)
+    try:
+        packed: bytes = msgpack.packb(body)
+    except (ValueError, TypeError, OverflowError) as error:  # as for half a character in a key
+        raise InvalidRequest(f"the injection cannot be sent as MessagePack: {error}") from None
     return packed
 
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import msgpack
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 from tests.integration.service import DATA, decode_item, image, photo, serving, text, user
 from transformers import AutoImageProcessor
 
-from mmprep import Backend, Client, InvalidRequest, NotFound, embedded
+from mmprep import Backend, Client, InvalidRequest, embedded
 
 KEY, SAME, OTHER, ADMIN = (f"sk-{name}-0123456789abcdef" for name in ("client", "same", "other", "admin"))
 GRID = (1, 4, 6)
@@ -397,11 +398,18 @@ def test_what_is_too_large_for_the_service_is_refused(service, token, name):
     assert chat(service, alone(f"{name}-large"), mm_payload="none").status == 404
 
 
-def test_only_an_admin_key_injects_and_a_service_that_was_not_told_to_does_not(service, token, name):
+def test_only_an_admin_key_injects(service, token, name):
     assert inject(service, made(name, token), key=KEY).error["type"] == "AuthenticationError"
-    with serving("--frontends", 1, "--cache-size", "8MiB") as plain:
-        refused = plain.request("POST", "/inject", msgpack.packb(made(name, token)))
-        assert (refused.status, refused.error["type"]) == (404, "NotFoundError")
-        assert "--enable-injection" in refused.error["message"]
-        with Client(plain.endpoint) as client, pytest.raises(NotFound, match="--enable-injection"):
-            client.inject(name, {"pixel_values": pixels(1)}, expansion=[token])
+    assert chat(service, alone(name)).status == 404
+
+
+def test_of_two_who_inject_under_one_name_at_once_each_is_told_the_truth(service, token, name):
+    with ThreadPoolExecutor(2) as threads:
+        jobs = [threads.submit(inject, service, made(name, token, seed=seed)) for seed in (1, 2) * 10]
+        answers = [(seed, job.result()) for seed, job in zip((1, 2) * 10, jobs, strict=True)]
+    assert {answer.status for _, answer in answers} <= {200, 429}
+    hashes = {(seed, answer.json["hash"]) for seed, answer in answers if answer.status == 200}
+    assert len({seed for seed, _ in hashes}) == len(hashes)
+    features = rendered(service, alone(name))
+    (seed,) = [seed for seed, known in hashes if known == hash_of(features)]
+    assert np.array_equal(patches(features), pixels(seed))

@@ -1,4 +1,4 @@
-"""Resetting the caches of a service: whatever frontend is asked, all of it is reset, and what is held stays readable."""
+"""What an operator asks of a service over HTTP: whatever frontend is asked, all of it is reset; what is held stays readable."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from tests.integration.media_host import media_host
 from tests.integration.service import DATA, eventually, photo, serving, text, user
 
-from mmprep import Client
+from mmprep import Client, NotFound
 
 KEY, ADMIN = "sk-client-0123456789abcdef", "sk-admin-0123456789abcdef"
 AS_CLIENT, AS_ADMIN = {"Authorization": f"Bearer {KEY}"}, {"Authorization": f"Bearer {ADMIN}"}
@@ -98,3 +98,11 @@ def test_a_reset_media_cache_asks_the_host_again_whatever_frontend_is_asked(serv
     answer = service.post("/reset_media_cache", b"", **AS_ADMIN)
     assert answer.json == {"entries": 0, "bytes": 0}
     assert resets(service, "media") == 3
+
+
+def test_a_service_that_was_not_told_to_inject_does_not(service):
+    refused = service.post("/inject", b"\x80", **AS_ADMIN)
+    assert (refused.status, refused.error["type"]) == (404, "NotFoundError")
+    assert "--enable-injection" in refused.error["message"]
+    with Client(service.endpoint) as client, pytest.raises(NotFound, match="--enable-injection"):
+        client.inject("name", {"pixel_values": np.zeros((4, 1176), np.uint8)}, expansion=[1])

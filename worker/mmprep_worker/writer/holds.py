@@ -54,7 +54,7 @@ class Holds:
 
     def hit(self, pending: PendingCall, key: bytes) -> ItemAnswer | None:
         """Answer from what is there; ``None`` where it has to be computed."""
-        if self._is_replaced(pending, key):
+        if any(item.replace and item.key == key for item in pending.injected):
             return None
         if pending.need == "plan" and (meta := self._plans.get(key)) is not None:
             return ItemAnswer("hit", meta=meta)
@@ -156,9 +156,6 @@ class Holds:
         """End the call's pins."""
         self._ring.unpin(pending.holder)
         pending.pinned.clear()
-
-    def _is_replaced(self, pending: PendingCall, key: bytes) -> bool:
-        return any(item.replace and item.key == key for item in pending.injected)
 
     def _may_pin(self, pending: PendingCall, entry: Entry) -> bool:
         if pending.need == "plan" or entry.generation in pending.pinned or isinstance(entry, Spill):
