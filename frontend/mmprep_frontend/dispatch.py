@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import msgspec
 import zmq
@@ -70,6 +70,38 @@ class OfferItem:
     def offered(self) -> messages.Offered:
         """Return what the writer is told of it."""
         return messages.Offered(self.key, self.modality, self.cost, len(self.medium), self.alias)
+
+
+@dataclass(frozen=True, slots=True)
+class InjectedItem:
+    """One item that was processed elsewhere.
+
+    Attributes
+    ----------
+    key: made of its name, 32 bytes.
+    medium: the packed item.
+    digest: of that, 32 bytes.
+    cost: estimated pixels.
+    alias: what its name is as a ``uuid``, 32 bytes.
+    replace: whether it takes the place of what is there.
+    """
+
+    key: bytes
+    modality: str
+    medium: bytes | memoryview
+    digest: bytes
+    cost: int
+    alias: bytes
+    replace: bool = False
+    options: bytes = b""
+
+    def offered(self) -> messages.Injected:
+        """Return what the writer is told of it."""
+        return messages.Injected(self.key, self.modality, self.cost, len(self.medium), self.alias, self.replace)
+
+
+#: One item of an offer.
+Wanted: TypeAlias = OfferItem | InjectedItem | messages.Recalled
 
 
 class Offered:
@@ -218,7 +250,7 @@ class WriterLink:
         self._hasher = hasher
         self._on_card = on_card
         self._offers = Offers()
-        self._waiting: dict[int, tuple[Sequence[OfferItem | messages.Recalled], asyncio.Future[Offered]]] = {}
+        self._waiting: dict[int, tuple[Sequence[Wanted], asyncio.Future[Offered]]] = {}
         self._calls = CallTable(first=_FIRST_CALL)
         self._back = asyncio.Event()
         self._lock = ProcessLock(runtime.lock_path("frontend", self._id))
@@ -255,7 +287,7 @@ class WriterLink:
 
     async def offer(
         self,
-        items: Sequence[OfferItem | messages.Recalled],
+        items: Sequence[Wanted],
         *,
         need: messages.Need,
         deadline: float,
@@ -287,7 +319,7 @@ class WriterLink:
             The whole offer failed. A single item's failure is in its answer.
         """
         loop = asyncio.get_running_loop()
-        offered = tuple(item.offered() if isinstance(item, OfferItem) else item for item in items)
+        offered = tuple(item if isinstance(item, messages.Recalled) else item.offered() for item in items)
         terms = Terms(offered, need, priority, lease, deadline, traced)
         resends_left = MOST_RESENDS
         while True:
@@ -303,7 +335,7 @@ class WriterLink:
                 # It lives, and this writer is too young to know it.
                 await asyncio.sleep(min(_REGISTERS_SECONDS, max(0.0, deadline - loop.time())))
 
-    async def _offer_once(self, items: Sequence[OfferItem | messages.Recalled], terms: Terms) -> Offered:
+    async def _offer_once(self, items: Sequence[Wanted], terms: Terms) -> Offered:
         try:
             async with asyncio.timeout_at(terms.deadline):
                 offered = await self._answer(items, terms)
@@ -316,7 +348,7 @@ class WriterLink:
         except TimeoutError:
             raise DeadlineExceeded("the request's time was over before its media were processed") from None
 
-    async def _answer(self, items: Sequence[OfferItem | messages.Recalled], terms: Terms) -> Offered:
+    async def _answer(self, items: Sequence[Wanted], terms: Terms) -> Offered:
         loop = asyncio.get_running_loop()
         token, actions = self._offers.offer(terms, loop.time())
         future: asyncio.Future[Offered] = loop.create_future()
@@ -349,6 +381,11 @@ class WriterLink:
         """Prolong leases in the name of a backend."""
         renewed: messages.Renewed = await self._call(lambda number: messages.Renew(number, leases, backend))
         return renewed
+
+    async def clear(self) -> messages.Cleared:
+        """Drop every entry of the cache; what somebody holds goes when it is let go."""
+        cleared: messages.Cleared = await self._call(messages.Clear)
+        return cleared
 
     async def _call(self, make: Callable[[int], msgspec.Struct]) -> Any:
         """Ask the writer, and its successor where it goes away before it answers: every call may be made twice."""
@@ -397,7 +434,7 @@ class WriterLink:
             case messages.Failed():
                 self._calls.resolve(message.call, message.fault.error())
                 self._carry_out(self._offers.failed(message.call, message.fault.error()))
-            case messages.Done() | messages.Renewed():
+            case messages.Done() | messages.Renewed() | messages.Cleared():
                 self._calls.resolve(message.call, message)
                 self._offers.heard(message.call)
             case messages.Refused():
@@ -466,7 +503,7 @@ class WriterLink:
         if waiting is None:
             return
         item = waiting[0][put.position]
-        assert isinstance(item, OfferItem), "the bytes of a recalled item are put"
+        assert not isinstance(item, messages.Recalled), "the bytes of a recalled item are put"
         header = messages.Put(self._id, put.flight, self._hasher, item.digest, item.options)
         try:
             self._bulk.send([pack(header), item.medium])

@@ -27,8 +27,11 @@ from mmprep.wire import messages
 from mmprep.wire.codec import MAX_FRAMES, PROTOCOL, pack, unpack
 from mmprep.wire.messages import LeaseKind
 from mmprep.wire.sockets import Pump, router
+from mmprep_frontend.caller import ANONYMOUS
+from mmprep_frontend.injection.service import Injecting
 from mmprep_frontend.render.answer import new_request_id
 from mmprep_frontend.render.sampling import max_tokens
+from mmprep_frontend.resets import Resets
 from mmprep_frontend.room import Held, Room
 from mmprep_frontend.service import RenderedChat, RenderedItem, Service
 from mmprep_frontend.texts import Texts
@@ -59,6 +62,8 @@ class NativeDoor:
         Where to bind; the caller owns the path.
     service, texts:
         What answers: chats, and what has no media.
+    resets, injecting:
+        What answers the operator.
     max_body_size:
         Of one frame of a request, in bytes.
     room:
@@ -76,6 +81,8 @@ class NativeDoor:
         service: Service,
         texts: Texts,
         *,
+        resets: Resets,
+        injecting: Injecting,
         max_body_size: int,
         room: Room,
         refusal: Callable[[], str | None],
@@ -84,6 +91,8 @@ class NativeDoor:
         self._exporter = exporter
         self._service = service
         self._texts = texts
+        self._resets = resets
+        self._injecting = injecting
         self._room = room
         self._max_frame = max_body_size
         self._refusal = refusal
@@ -266,6 +275,15 @@ class NativeDoor:
     async def _detokenize(self, peer: bytes, call: int, held: Held, body: memoryview, _: list[memoryview]) -> None:
         self._json(peer, call, held, await self._texts.detokenize(body))
 
+    async def _inject(self, peer: bytes, call: int, held: Held, body: memoryview, _: list[memoryview]) -> None:
+        self._json(peer, call, held, await self._injecting.inject(body, principal=ANONYMOUS, held=held))
+
+    async def _reset_mm_cache(self, peer: bytes, call: int, held: Held, *_: object) -> None:
+        self._json(peer, call, held, await self._resets.mm_cache())
+
+    async def _reset_media_cache(self, peer: bytes, call: int, held: Held, *_: object) -> None:
+        self._json(peer, call, held, await self._resets.media_cache())
+
     def _json(self, peer: bytes, call: int, held: Held, encoded: bytes) -> None:
         held.hold_answer(len(encoded))
         if len(encoded) < _TRACKED:
@@ -287,6 +305,9 @@ class NativeDoor:
         "completions": _completions,
         "tokenize": _tokenize,
         "detokenize": _detokenize,
+        "inject": _inject,
+        "reset_mm_cache": _reset_mm_cache,
+        "reset_media_cache": _reset_media_cache,
     }
 
 

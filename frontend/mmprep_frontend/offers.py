@@ -47,7 +47,7 @@ Action: TypeAlias = Say | Put | Settle
 class Terms(NamedTuple):
     """What is offered, and how; ``deadline`` in the caller's seconds, ``traced``: answers are to say when."""
 
-    items: tuple[messages.Offered | messages.Recalled, ...]
+    items: tuple[messages.Offered | messages.Recalled | messages.Injected, ...]
     need: messages.Need
     priority: int
     lease: messages.LeaseTo | None
@@ -146,7 +146,7 @@ class Offers:
         offer = self._by_number.get(wants.call)
         if offer is None:
             return []
-        sent = {index for index, item in enumerate(offer.terms.items) if isinstance(item, messages.Offered)}
+        sent = {index for index, item in enumerate(offer.terms.items) if not isinstance(item, messages.Recalled)}
         return [Put(offer.token, want.index, want.flight) for want in wants.wants if want.index in sent]
 
     def answered(self, answer: messages.Answer, items: Sequence[messages.ItemAnswer]) -> list[Action]:

@@ -29,6 +29,7 @@ from mmprep_frontend.http.app import make_app
 from mmprep_frontend.http.door import HttpDoor
 from mmprep_frontend.http.keyring import Keyring
 from mmprep_frontend.http.server import HttpServer, serve_http
+from mmprep_frontend.injection.service import Injecting
 from mmprep_frontend.media.allowance import MediaLimits
 from mmprep_frontend.media.cache import MediaCache
 from mmprep_frontend.media.cache_disk import CacheDisk
@@ -39,6 +40,7 @@ from mmprep_frontend.media.memory import MediaMemory
 from mmprep_frontend.media.policy import UrlPolicy
 from mmprep_frontend.model import ServedModel, load_model
 from mmprep_frontend.native import NativeDoor
+from mmprep_frontend.resets import Resets
 from mmprep_frontend.room import Room
 from mmprep_frontend.service import Service
 from mmprep_frontend.supervision import SupervisorLink
@@ -91,7 +93,9 @@ class Frontend:
         self._files = None if root is None else LocalFiles(root, largest, self._memory)
         self._cache = self._open_cache(policy)
         self._exporter = _open_exporter(settings.otlp_traces_endpoint)
-        self._supervisor = SupervisorLink(self._context, self._runtime.supervisor, settings.index, self._report)
+        self._supervisor = SupervisorLink(
+            self._context, self._runtime.supervisor, settings.index, self._report, self._forget
+        )
         self._tokenizer = asyncio.get_running_loop().run_in_executor(
             self._render_thread, _load_tokenizer, Path(settings.model)
         )
@@ -131,7 +135,21 @@ class Frontend:
             request_timeout=settings.request_timeout,
             trusts_kwargs=settings.trust_request_mm_kwargs,
             trusts_templates=settings.trust_request_chat_template,
+            injection=settings.enable_injection,
         )
+        self._injecting = Injecting(
+            self._service, self._writer, hasher, enabled=settings.enable_injection, max_bytes=settings.max_media_size
+        )
+
+    async def _forget(self, cache: messages.Cache) -> None:
+        """Forget what this process keeps of a cache."""
+        if cache == "mm":
+            if self._service.model is not None:
+                self._service.model.prompts.clear()
+        elif self._cache is None:
+            self._fetcher.forget()
+        else:
+            await self._cache.forget()
 
     def _open_cache(self, policy: UrlPolicy) -> MediaCache | None:
         settings = self._settings
@@ -155,9 +173,12 @@ class Frontend:
         loop.add_signal_handler(signal.SIGTERM, self._told_to_stop)
         loop.add_reader(_INPUT, self._input_ready)
         texts = Texts(self._service)
+        resets = Resets(self._supervisor.let_all_forget, self._writer, self._cache, self._metrics)
         door = HttpDoor(
             self._service,
             texts,
+            resets=resets,
+            injecting=self._injecting,
             not_ready=self._not_ready,
             refusal=self._refusal,
             collect=self._supervisor.metrics,
@@ -177,6 +198,8 @@ class Frontend:
             self._runtime.frontend(self._settings.index),
             self._service,
             texts,
+            resets=resets,
+            injecting=self._injecting,
             max_body_size=max_body,
             room=room,
             refusal=self._refusal,

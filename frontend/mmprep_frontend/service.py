@@ -22,7 +22,7 @@ import numpy as np
 from mmprep.arguments import choose
 from mmprep.card import Io
 from mmprep.digest import Hasher
-from mmprep.errors import DeadlineExceeded, InternalError, InvalidRequest, ServiceUnavailable
+from mmprep.errors import DeadlineExceeded, InternalError, InvalidRequest, NotFound, ServiceUnavailable
 from mmprep.items import ItemMeta, unpack_meta
 from mmprep.keys import item_key
 from mmprep.metrics import Metrics
@@ -44,7 +44,7 @@ from mmprep_frontend.render.sampling import check_wanted
 from mmprep_frontend.render.tokens import EncodedPrompt
 from mmprep_frontend.render.truncation import truncate, truncate_offsets
 from mmprep_frontend.tracing.spans import current, record, record_lookup, recording
-from mmprep_frontend.wanted import key_of, recalled_within, wanted
+from mmprep_frontend.wanted import check_injected, key_of, recalled_within, wanted
 
 T = TypeVar("T")
 #: A request's JSON as a door holds it.
@@ -195,6 +195,8 @@ class Service:
         Whether requests may say how media are read and processed.
     trusts_templates:
         Whether they may bring or choose their chat template.
+    injection:
+        Whether items may have been injected.
     """
 
     def __init__(
@@ -211,6 +213,7 @@ class Service:
         request_timeout: float,
         trusts_kwargs: bool,
         trusts_templates: bool,
+        injection: bool = False,
     ) -> None:
         self.writer = writer
         self.metrics = metrics
@@ -225,6 +228,7 @@ class Service:
         self._request_timeout = request_timeout
         self.trusts_kwargs = trusts_kwargs
         self.trusts_templates = trusts_templates
+        self._injection = injection
 
     async def on_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         """Return what ``work`` returns on a thread; awaits its end also when cancelled.
@@ -435,11 +439,7 @@ class Service:
     async def _items(
         self, model: ServedModel, parts: Sequence[MediaPart], media: Sequence[Medium | None], terms: Terms
     ) -> tuple[Offered, list[RenderedItem]]:
-        for medium in media:
-            if medium is not None:
-                self._observe("hash", medium.seconds)
-                if medium.hashed:
-                    record("hash", medium.hashed - medium.seconds, medium.hashed)
+        self._note_hashing(media)
         asked = [
             wanted(
                 part,
@@ -450,6 +450,7 @@ class Service:
                 dtype=terms.dtype,
                 io=terms.io,
                 kwargs=terms.kwargs,
+                injected=self._injection,
             )
             for part, medium in zip(parts, recalled_within(parts, media), strict=True)
         ]
@@ -463,14 +464,24 @@ class Service:
                 offered.give_back()
                 raise answer.fault.error().at(part.param)
         try:
-            items = [
-                RenderedItem(part, key_of(item, answer), answer, unpack_meta(answer.meta))
-                for part, item, answer in zip(parts, asked, offered.items, strict=True)
-            ]
-        except ValueError:
+            items = []
+            for part, item, answer in zip(parts, asked, offered.items, strict=True):
+                meta = unpack_meta(answer.meta)
+                check_injected(part, meta, model.card, terms.dtype)
+                items.append(RenderedItem(part, key_of(item, answer, meta), answer, meta))
+        except (ValueError, NotFound) as error:
             offered.give_back()
+            if isinstance(error, NotFound):
+                raise
             raise InternalError("an item's metadata cannot be read") from None
         return offered, items
+
+    def _note_hashing(self, media: Sequence[Medium | None]) -> None:
+        for medium in media:
+            if medium is not None:
+                self._observe("hash", medium.seconds)
+                if medium.hashed:
+                    record("hash", medium.hashed - medium.seconds, medium.hashed)
 
     async def _offer(self, parts: Sequence[MediaPart], asked: Sequence[OfferItem | Recalled], terms: Terms) -> Offered:
         trace, started = current.get(), time.monotonic()

@@ -1,10 +1,10 @@
-"""The frontend's link to the supervisor: tells its state, reports when asked, and asks for the whole service's metrics."""
+"""The frontend's link to the supervisor: tells its state, reports and forgets when asked, and asks about the whole service."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
 import msgspec
@@ -29,13 +29,22 @@ class SupervisorLink:
     ----------
     report:
         Makes the process's report.
+    forget:
+        Forgets what the process keeps of a cache.
     """
 
     def __init__(
-        self, context: zmq.Context[Any], endpoint: str, index: int, report: Callable[[], ProcessReport]
+        self,
+        context: zmq.Context[Any],
+        endpoint: str,
+        index: int,
+        report: Callable[[], ProcessReport],
+        forget: Callable[[messages.Cache], Awaitable[None]],
     ) -> None:
         self._id = str(index)
         self._report = report
+        self._forget = forget
+        self._forgetting: set[asyncio.Task[None]] = set()
         self._calls = CallTable()
         self._state = messages.StateChange(False, "the frontend is starting")
         self._link = Link(
@@ -62,10 +71,23 @@ class SupervisorLink:
         """Return the whole service's status as JSON; raises as :meth:`metrics`."""
         return bytes(await self._ask("status"))
 
+    async def let_all_forget(self, cache: messages.Cache) -> None:
+        """Let every frontend, this one too, forget what it keeps of a cache.
+
+        Raises
+        ------
+        ServiceUnavailable
+            One of them, or the supervisor, has not answered.
+        """
+        await self._call(lambda number: messages.Forget(number, cache))
+
     async def _ask(self, subject: Literal["status", "metrics"]) -> Any:
+        return await self._call(lambda number: messages.Ask(number, subject))
+
+    async def _call(self, make: Callable[[int], msgspec.Struct]) -> Any:
         number, future = self._calls.open()
         try:
-            self._link.send([pack(messages.Ask(number, subject))])
+            self._link.send([pack(make(number))])
             async with asyncio.timeout(_ANSWER_SECONDS):
                 return await future
         except TimeoutError:
@@ -76,6 +98,10 @@ class SupervisorLink:
     def close(self) -> None:
         """Disconnect."""
         self._link.close()
+
+    async def _have_forgotten(self, message: messages.Forget) -> None:
+        await self._forget(message.cache)
+        self._link.send([pack(messages.Done(message.call))])
 
     def _greeting(self) -> list[bytes]:
         return [pack(messages.Hello(PROTOCOL, mmprep.__version__, "frontend", self._id, os.getpid()))]
@@ -92,6 +118,12 @@ class SupervisorLink:
                 self._link.send([pack(messages.Report(message.call)), msgspec.json.encode(self._report())])
             case messages.Told():
                 self._calls.resolve(message.call, frames[1])
+            case messages.Done():
+                self._calls.resolve(message.call, None)
+            case messages.Forget():
+                task = asyncio.create_task(self._have_forgotten(message))
+                self._forgetting.add(task)
+                task.add_done_callback(self._forgetting.discard)
             case messages.Failed():
                 self._calls.resolve(message.call, message.fault.error())
             case _:

@@ -8,12 +8,13 @@ import msgspec
 
 from mmprep.card import Io, ItemOptions, ModelCard, pack_io
 from mmprep.digest import HashName
-from mmprep.errors import InvalidRequest
+from mmprep.errors import InvalidRequest, NotFound
+from mmprep.items import ItemMeta
 from mmprep.keys import encode_parts, item_key
 from mmprep.wire.messages import HEAVY_COST, Alias, ItemAnswer, Recalled
 from mmprep_frontend.dispatch import OfferItem
 from mmprep_frontend.media.intake import Medium
-from mmprep_frontend.media.keys import alias, variant
+from mmprep_frontend.media.keys import alias, injected_hash, injected_key, variant
 from mmprep_frontend.render.conversation import MediaPart
 
 #: What one medium is estimated to cost, in pixels: the least, and for each encoded byte where its pixels are not known. A
@@ -31,6 +32,7 @@ def wanted(
     dtype: str,
     io: Mapping[str, Io],
     kwargs: Mapping[str, bytes],
+    injected: bool = False,
 ) -> OfferItem | Recalled:
     """Return what the writer is asked for.
 
@@ -52,6 +54,8 @@ def wanted(
         How media are read, by modality.
     kwargs:
         How they are processed, by modality, from :func:`mmprep.arguments.choose`.
+    injected:
+        Whether items may have been injected.
 
     Raises
     ------
@@ -74,9 +78,12 @@ def wanted(
         options=encode_parts((options.io, options.kwargs)) if options.kwargs else options.io,
     )
     name = None if part.uuid is None else alias(scope=scope, modality=part.modality, uuid=part.uuid)
+    other = None
+    if injected and part.uuid is not None:
+        other = injected_key(scope=scope, modality=part.modality, fingerprint=card.fingerprint, name=part.uuid)
     if medium is None:
         assert name is not None, "a part without data and uuid was not refused"
-        return Recalled(name, processed, part.modality)
+        return Recalled(name, processed, part.modality, other)
     least, a_byte = _COST[part.modality]
     pixels = medium.pixels if part.modality == "image" else 0
     return OfferItem(
@@ -86,7 +93,7 @@ def wanted(
         digest=medium.digest,
         options=msgspec.msgpack.encode(options),
         cost=max(least, pixels or len(medium.data) * a_byte),
-        alias=None if name is None else Alias(name, medium.digest),
+        alias=None if name is None else Alias(name, medium.digest, other),
     )
 
 
@@ -109,9 +116,30 @@ def recalled_within(parts: Sequence[MediaPart], media: Sequence[Medium | None]) 
     return found
 
 
-def key_of(item: OfferItem | Recalled, answer: ItemAnswer) -> bytes:
-    """Return an item's key; raises ValueError where a recalled one's is missing."""
+def key_of(item: OfferItem | Recalled, answer: ItemAnswer, meta: ItemMeta) -> bytes:
+    """Return what an item is to engines, by its metadata; raises ValueError where a recalled one's key is missing."""
     key = item.key if isinstance(item, OfferItem) else answer.key
     if key is None:
         raise ValueError("an answer lacks the key of an item that was recalled")
-    return key
+    return key if meta.injected is None else injected_hash(key, meta.injected)
+
+
+def check_injected(part: MediaPart, meta: ItemMeta, card: ModelCard, dtype: str) -> None:
+    """Refuse an item that was injected as another dtype than a request wants: an engine would take its numbers for something else.
+
+    Raises
+    ------
+    NotFound
+        ``param`` names the part.
+    """
+    if meta.injected is None:
+        return
+    wanted_dtype = card.dtype(part.modality, dtype)
+    main = card.fields[part.modality][0].name
+    given = next(spec.dtype for spec in meta.fields if spec.name == main)
+    if given != wanted_dtype:
+        raise NotFound(
+            f"What is known here by this 'uuid' was injected as {given}, not as {wanted_dtype}; inject it so, or ask for "
+            f"mm_dtype {given}.",
+            param=part.param,
+        )

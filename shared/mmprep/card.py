@@ -11,7 +11,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 
 from mmprep.arguments import Argument
-from mmprep.items import Normalization
+from mmprep.items import FieldKind, Normalization
 
 _Text = Annotated[str, msgspec.Meta(max_length=64)]
 _Packed = Annotated[bytes, msgspec.Meta(max_length=4096)]
@@ -84,6 +84,24 @@ class Embeds(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     merge: int
 
 
+class FieldForm(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What one tensor of an item is like, for whoever makes such items elsewhere.
+
+    Attributes
+    ----------
+    name: of the field.
+    dtypes: that it may have.
+    shape: of one item's tensor; ``None`` where an extent differs from item to item.
+    kind, keep_on_cpu: as :class:`mmprep.items.FieldSpec` has them.
+    """
+
+    name: str
+    dtypes: tuple[str, ...]
+    shape: tuple[int | None, ...]
+    kind: FieldKind
+    keep_on_cpu: bool
+
+
 class ModelCard(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What the worker tells a frontend of the served model.
 
@@ -96,6 +114,7 @@ class ModelCard(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     normalization: a modality's constants, for those who receive uint8; may be empty.
     embeds: how embedded media of a modality are taken; a modality that is not named takes none.
     arguments: what requests may choose about processing, by modality; one that is not named takes none.
+    fields: exactly the fields of a modality's items, the main tensor first.
     """
 
     family: str
@@ -105,6 +124,7 @@ class ModelCard(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     normalization: dict[str, Normalization]
     embeds: dict[str, Embeds] = {}
     arguments: dict[str, tuple[Argument, ...]] = {}
+    fields: dict[str, tuple[FieldForm, ...]] = {}
 
     def placeholder(self, modality: str) -> Placeholder | None:
         """Return the placeholder of ``modality``, or ``None`` where the model takes none of it."""

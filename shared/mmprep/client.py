@@ -13,13 +13,13 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
 
 import msgspec
 import zmq
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 import mmprep
 from mmprep.address import Address, address_fields
@@ -32,6 +32,7 @@ from mmprep.errors import (
     StaleAddress,
     TooLarge,
 )
+from mmprep.injected import request_body
 from mmprep.item import Inline, Item, Runner, Shared, Source
 from mmprep.items import unpack_meta
 from mmprep.loop_thread import LoopThread
@@ -45,6 +46,8 @@ from mmprep.wire.codec import MAX_FRAMES, PROTOCOL, pack, unpack
 from mmprep.wire.sockets import Link
 
 Payload = Literal["shm", "tensors", "none"]
+#: ``traceparent`` and ``tracestate``.
+_Trace: TypeAlias = tuple[str | None, str | None]
 
 _FRAME_LIMIT = 1 << 32
 _CONNECT_SECONDS = 10.0
@@ -337,6 +340,81 @@ class AsyncClient:
         text: str = answer["prompt"]
         return text
 
+    async def inject(
+        self,
+        key_or_hash: str | bytes,
+        fields: Mapping[str, ArrayLike],
+        *,
+        expansion: Sequence[int],
+        is_embed: Sequence[bool] | None = None,
+        modality: str = "image",
+        dtypes: Mapping[str, str] | None = None,
+        kinds: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """Put an item that was processed elsewhere into the cache; the service must allow it (``--enable-injection``).
+
+        Parts of later requests name it by ``uuid``, without data, as they name what was sent before.
+
+        Parameters
+        ----------
+        key_or_hash:
+            Its name: any text of up to 1,024 characters, or a hash as 64 hexadecimal digits or 32 bytes.
+        fields:
+            Exactly the fields of the model's items of this modality, of one item's shapes.
+        expansion:
+            The token ids that the placeholder becomes.
+        is_embed:
+            Which of them take an embedding; by default all. Those are the placeholder's id, and no others are.
+        modality:
+            ``image``, ``video`` or ``audio``.
+        dtypes:
+            ``{"pixel_values": "bfloat16"}`` for bit patterns in uint16.
+        kinds:
+            ``batched``, ``flat`` or ``shared`` by field, to have them checked; by default the model's own.
+        more:
+            Other members of the body, as ``cache_salt``.
+
+        Returns
+        -------
+        ``hash``, which requests will show as that of the item; ``length`` of its range; whether it was ``cached`` before.
+
+        Raises
+        ------
+        MmprepError
+            NotFound where injection is off, InvalidRequest where something does not fit the model, TooLarge, Busy.
+        """
+        seconds = self._timeout if timeout is None else timeout
+        body = request_body(
+            key_or_hash,
+            fields,
+            token_ids=expansion,
+            is_embed=is_embed,
+            modality=modality,
+            dtypes=dtypes or {},
+            kinds=kinds or {},
+            more={"deadline_ms": max(1, int(seconds * 1000)), **more},
+        )
+        frames = await self._send("inject", body, [], seconds)
+        answer: dict[str, Any] = _only(frames)
+        return answer
+
+    async def reset_mm_cache(self, *, timeout: float | None = None) -> dict[str, int]:
+        """Empty the cache of processed items, of the whole service; what somebody holds stays readable for him.
+
+        Returns
+        -------
+        ``entries`` that are found no more, and ``bytes`` that are free now.
+        """
+        answer: dict[str, int] = await self._json("reset_mm_cache", {}, timeout)
+        return answer
+
+    async def reset_media_cache(self, *, timeout: float | None = None) -> dict[str, int]:
+        """Empty the disk cache of fetched media and let every frontend forget its downloads; as :meth:`reset_mm_cache`."""
+        answer: dict[str, int] = await self._json("reset_media_cache", {}, timeout)
+        return answer
+
     # --- behind the scenes ----------------------------------------------------------------------------------------
 
     async def _registered(self) -> Registration:
@@ -348,10 +426,7 @@ class AsyncClient:
         return self._registration
 
     async def _json(self, operation: Any, body: dict[str, Any], timeout: float | None) -> Any:
-        frames = await self._request(operation, body, timeout)
-        if len(frames) != 1:
-            raise ProtocolError("an answer without its frame")
-        return msgspec.json.decode(frames[0].buffer)
+        return _only(await self._request(operation, body, timeout))
 
     async def _request(self, operation: Any, body: dict[str, Any], timeout: float | None) -> list[zmq.Frame]:
         seconds = self._timeout if timeout is None else timeout
@@ -362,6 +437,11 @@ class AsyncClient:
         encoded = msgspec.json.encode(body)
         if len(attachments) > MAX_FRAMES - _OTHER_FRAMES:
             raise InvalidRequest(f"a request has at most {MAX_FRAMES - _OTHER_FRAMES} media", param="messages")
+        return await self._send(operation, encoded, attachments, seconds, trace=trace)
+
+    async def _send(
+        self, operation: Any, encoded: bytes, attachments: list[Any], seconds: float, *, trace: _Trace = (None, None)
+    ) -> list[zmq.Frame]:
         try:
             async with asyncio.timeout(seconds):
                 for resends_left in reversed(range(_MOST_RESENDS + 1)):
@@ -375,15 +455,17 @@ class AsyncClient:
         raise AssertionError
 
     async def _request_once(
-        self, operation: Any, encoded: bytes, attachments: list[Any], trace: tuple[str | None, str | None]
+        self, operation: Any, encoded: bytes, attachments: list[Any], trace: _Trace
     ) -> list[zmq.Frame]:
         frontend = await self._any_up()
         for number, frame in enumerate((encoded, *attachments)):
             if (size := memoryview(frame).nbytes) > frontend.max_frame:
+                injects = operation == "inject"
                 what = f"medium {number} has" if number else "the request without its media has"
                 raise TooLarge(
-                    f"{what} {size:,} bytes, above the limit of {frontend.max_frame:,} (--max-body-size)",
-                    param="messages",
+                    f"{'the item has' if injects else what} {size:,} bytes, above the limit of {frontend.max_frame:,} "
+                    "(--max-body-size)",
+                    param="fields" if injects else "messages",
                 )
         number, future = frontend.calls.open()
         try:
@@ -474,6 +556,12 @@ class AsyncClient:
             address=address,
             run=self._run,
         )
+
+
+def _only(frames: list[zmq.Frame]) -> Any:
+    if len(frames) != 1:
+        raise ProtocolError("an answer without its frame")
+    return msgspec.json.decode(frames[0].buffer)
 
 
 def _detach(node: Any, attachments: list[Any]) -> Any:
@@ -570,6 +658,25 @@ class Client:
         """Return the text of token ids."""
         text: str = self._thread.run(self._client.detokenize(tokens, **arguments))
         return text
+
+    def inject(
+        self, key_or_hash: str | bytes, fields: Mapping[str, ArrayLike], *, expansion: Sequence[int], **arguments: Any
+    ) -> dict[str, Any]:
+        """Put an item that was processed elsewhere into the cache; see :meth:`AsyncClient.inject`."""
+        answer: dict[str, Any] = self._thread.run(
+            self._client.inject(key_or_hash, fields, expansion=expansion, **arguments)
+        )
+        return answer
+
+    def reset_mm_cache(self, **arguments: Any) -> dict[str, int]:
+        """Empty the cache of processed items; see :meth:`AsyncClient.reset_mm_cache`."""
+        answer: dict[str, int] = self._thread.run(self._client.reset_mm_cache(**arguments))
+        return answer
+
+    def reset_media_cache(self, **arguments: Any) -> dict[str, int]:
+        """Empty the disk cache of fetched media; see :meth:`AsyncClient.reset_media_cache`."""
+        answer: dict[str, int] = self._thread.run(self._client.reset_media_cache(**arguments))
+        return answer
 
 
 __all__ = ["AsyncClient", "Client", "InvalidRequest", "Payload", "Result"]

@@ -163,6 +163,8 @@ class ItemMeta(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     #: Raw bytes of the fields that stay on the CPU: small, and needed where the tensors are not.
     cpu: dict[str, bytes]
     normalization: Normalization | None = None
+    #: Digest of what was injected, for an item that was processed elsewhere.
+    injected: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)] | None = None
 
     def pack(self) -> bytes:
         """Return the MessagePack form, at most a few kB."""

@@ -77,6 +77,7 @@ class FrontendSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chat_template: str | None
     trust_request_mm_kwargs: bool
     trust_request_chat_template: bool
+    enable_injection: bool
     api_keys: tuple[ApiKey, ...]
     admin_keys: tuple[ApiKey, ...]
     share_cache_across_keys: bool

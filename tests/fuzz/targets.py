@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, get_args
 import msgpack
 import msgspec
 from tests.fuzz.fuzzing import Target, outcome_of
+from tests.fuzz.injections import Injections
 from tests.fuzz.media import MEDIA
 from tests.fuzz.mutate import LONGEST, mutate_bytes, mutate_plain
 from tests.fuzz.schema import Strict, fits, info, sample
@@ -477,4 +478,6 @@ def _believed(address: Address, record: bytes) -> None:
         assert 0 <= field.offset <= field.offset + size <= length, "a field reaches out of the extent"
 
 
-TARGETS: dict[str, Target] = {target.name: target for target in (Wire(), Directory(), AddressOf(), *MEDIA)}
+TARGETS: dict[str, Target] = {
+    target.name: target for target in (Wire(), Directory(), AddressOf(), Injections(), *MEDIA)
+}

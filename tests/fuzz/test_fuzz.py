@@ -18,6 +18,7 @@ from tests.fuzz.targets import TARGETS
 from mmprep import layout
 from mmprep.errors import FetchError, TooLarge
 from mmprep.wire import codec
+from mmprep_frontend.injection import item
 from mmprep_worker.audio import waveform
 from mmprep_worker.images import decode
 from mmprep_worker.ring import recovery
@@ -28,6 +29,7 @@ NORMAL = {
     "wire": (20_000, 200),
     "directory": (1000, 25),
     "address": (20_000, 20),
+    "injections": (10_000, 60),
     "pictures": (3000, 60),
     "videos": (4000, 16),
     "recordings": (1000, 40),
@@ -194,6 +196,7 @@ def test_a_fault_planted_in_the_process_that_hears_is_found():
         ("wire", codec, "_refuse_extension", lambda _code, data: data),
         ("directory", recovery, "_overlapping", lambda _records: set()),
         ("address", layout.Record, "readable", property(lambda _record: True)),
+        ("injections", item, "_check_bytes", lambda _name, _given: None),
     ],
 )
 def test_a_planted_fault_is_found(name, owner, attribute, fault, monkeypatch):

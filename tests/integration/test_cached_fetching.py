@@ -400,3 +400,21 @@ def test_hits_take_their_part_of_the_memory_and_are_refused_where_there_is_none(
         assert world.counts == {"hits": 2, "misses": 1}
 
     check(world, main)
+
+
+def test_what_was_fetched_before_a_reset_is_not_kept_after_it_and_what_waited_is_dropped_with_the_rest(world):
+    async def main():
+        await world.get("/kept")
+        before = await world.get("/late", keep=False)
+        await world.cache.forget()
+        dropped = await world.cache.clear()
+        assert dropped[0] == 1
+        world.cache.keep(before.keepable, before.data, Hasher("blake3").content_digest(BODY), "blake3")
+        await world.settled()
+        assert (await world.get("/late")).asked
+        assert (await world.get("/kept")).asked
+        # Nobody was asked whether something is still the same: nothing is there.
+        assert [tag for _, tag in world.host.asked] == [None] * 4
+        assert not (await world.get("/late")).asked
+
+    check(world, main)

@@ -800,6 +800,39 @@ def test_downloads_count_once_however_many_wait_and_as_long_as_somebody_has_them
     run(main())
 
 
+def test_after_all_was_forgotten_nobody_joins_what_was_asked_for_before_and_who_waited_gets_it(run: Run) -> None:
+    async def main() -> None:
+        asked: asyncio.Queue[asyncio.Event] = asyncio.Queue()
+        number = 0
+
+        async def handler(_request: web.BaseRequest) -> web.Response:
+            nonlocal number
+            number += 1
+            body, may_answer = bytes([number]) * 10, asyncio.Event()
+            asked.put_nowait(may_answer)
+            await may_answer.wait()
+            return web.Response(body=body)
+
+        async with serving(handler) as port, fetching(recent=60.0) as (fetcher, _, _):
+            url = f"http://media.test:{port}/"
+            former = asyncio.create_task(fetcher.fetch(url))
+            let_former = await asked.get()
+            fetcher.forget()
+            newer = asyncio.create_task(fetcher.fetch(url))
+            (await asked.get()).set()
+            in_use = await newer
+            let_former.set()
+            assert ((await former).data, in_use.data) == (b"\1" * 10, b"\2" * 10)
+            # That one landed later does not make it the newer one.
+            assert await fetcher.fetch(url) is in_use
+            fetcher.forget()
+            newest = asyncio.create_task(fetcher.fetch(url))
+            (await asked.get()).set()
+            assert (await newest).data == b"\3" * 10
+
+    run(main())
+
+
 @pytest.mark.parametrize(
     ("control", "recent", "joins"),
     [("max-age=60", 60.0, True), ("max-age=60", 0.0, False), ("no-cache", 60.0, False), ("no-store", 60.0, False)],

@@ -112,6 +112,15 @@ class Echo:
     async def release_leases(self, body: bytes, caller: Caller) -> bytes:
         return await self._answer("release", body, principal=caller.principal)
 
+    async def inject(self, body: bytes, caller: Caller) -> bytes:
+        return await self._answer("inject", body, principal=caller.principal)
+
+    async def reset_mm_cache(self, body: bytes, caller: Caller) -> bytes:
+        return await self._answer("reset_mm_cache", body, principal=caller.principal)
+
+    async def reset_media_cache(self, body: bytes, caller: Caller) -> bytes:
+        return await self._answer("reset_media_cache", body, principal=caller.principal)
+
     async def metrics(self) -> bytes:
         return expose({"counters": {("mmprep_singleflight_joins_total", ()): 3}, "gauges": {}, "histograms": {}})
 

@@ -3,6 +3,7 @@
 URLs of media are kept to ``data:``: whatever is made up here, nothing is asked for elsewhere.
 """
 
+import msgpack
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
@@ -28,9 +29,17 @@ ROUTES = [
 ]
 
 
+@schemathesis.serializer("application/msgpack")
+def packed(_context, value):
+    """Return what was made up as MessagePack; whole numbers that it cannot hold as text."""
+    return msgpack.packb(value, default=str)
+
+
 @pytest.fixture(scope="module")
 def service():
-    with serving("--frontends", 1, "--cache-size", "64MiB", "--request-timeout", "20s") as service:
+    with serving(
+        "--frontends", 1, "--cache-size", "64MiB", "--request-timeout", "20s", "--enable-injection"
+    ) as service:
         yield service
 
 

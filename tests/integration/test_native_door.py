@@ -87,7 +87,17 @@ async def door(runtime_dir, room):
     context = zmq.Context()
     endpoint = f"ipc://{runtime_dir}/frontend-0.sock"
     service = Counter()
-    opened = NativeDoor(context, endpoint, service, service, max_body_size=LARGE, room=room, refusal=lambda: None)
+    opened = NativeDoor(
+        context,
+        endpoint,
+        service,
+        service,
+        resets=service,
+        injecting=service,
+        max_body_size=LARGE,
+        room=room,
+        refusal=lambda: None,
+    )
     opened.open()
     asker = Asker(context, endpoint)
     try:

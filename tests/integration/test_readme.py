@@ -21,7 +21,7 @@ DEFAULT_URL = "http://127.0.0.1:8790"
 def service():
     """Give a service in the default runtime directory of those who are told this ``XDG_RUNTIME_DIR``."""
     with tempfile.TemporaryDirectory(prefix="mmprep-", dir="/tmp") as directory:
-        running = Service(Path(directory) / "mmprep", "--cache-size", "64MiB")
+        running = Service(Path(directory) / "mmprep", "--cache-size", "64MiB", "--enable-injection")
         try:
             yield running.ready()
         finally:

@@ -4,7 +4,9 @@ The machine plays frontends, backends, lanes and the shell. Memory is a byte arr
 what they were granted, garbage first; whoever may read an extent must find his key's content there after every step, and
 whoever was promised tensors inline must be able to fetch them. What may be spilled and sent inline is drawn. A peer that is
 sent something on a dead connection is reported as unreachable, as the shell does. Media come with aliases, of which the
-core remembers fewer than there are, and are recalled by them: what comes must be what was last sent, or nothing. At the
+core remembers fewer than there are, and are recalled by them: what comes must be what was last sent, or nothing. Items are
+injected under the same names, with this content or that, and whoever gets one by its name must get the metadata of the
+tensors that he can read, and none after other content was sent with the name. At the
 end all faults stop, and everyone who waits must get his answer.
 """
 
@@ -20,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from mmprep import errors
 from mmprep.items import align
 from mmprep.keys import item_key
-from mmprep.layout import Geometry
+from mmprep.layout import Geometry, State
 from mmprep.lease_id import mark_of, was_granted_to
 from mmprep.metrics import Metrics
 from mmprep.segment import sibling_name
@@ -75,11 +77,11 @@ class Medium:
 
     @property
     def encoded(self):
-        return bytes([self.number]) * (40 + self.number)
+        return bytes([self.number]) * (40 + self.number % 7)
 
     @property
     def meta(self):
-        return b"meta of %d " % self.number + b"." * 40 * self.number
+        return b"meta of %d " % self.number + b"." * (40 * self.number % 250)
 
     @property
     def extent(self):
@@ -93,7 +95,27 @@ class Medium:
 LENGTHS = [64, 300, 700, 832, 2000, 500]  # the fifth is above what one item of the ring may have
 KEYS = [item_key(VARIANT, bytes([number]) * 32) for number in range(len(LENGTHS))]
 MEDIA = [Medium(n, length, HEAVY_COST if n == 3 else 10) for n, length in enumerate(LENGTHS)]
-BY_KEY = {medium.key: medium for medium in MEDIA}
+
+
+@dataclass(frozen=True)
+class Elsewhere(Medium):
+    """What somebody injects under a name: of one key there are several contents."""
+
+    name: int
+
+    @property
+    def key(self):
+        return NAMED[self.name]
+
+
+#: Keys of what is injected, by the places of their aliases.
+NAMED = [bytes([150 + number]) * 32 for number in range(len(ALIASES))]
+ELSEWHERE = [
+    Elsewhere(20 + 3 * name + number, length, 10, name)
+    for name in range(len(ALIASES))
+    for number, length in enumerate([100, 600, 1500])
+]
+BY_META = {medium.meta: medium for medium in (*MEDIA, *ELSEWHERE)}
 
 
 @dataclass(frozen=True)
@@ -120,11 +142,15 @@ TERMS = st.builds(
 
 @dataclass
 class Call:
-    """An offer that was made; ``media`` are what it may be answered with, ``None`` for what nobody has sent."""
+    """An offer that was made; ``media`` are what it may be answered with, ``None`` for what nobody has sent.
+
+    Under the ``superseded`` names nothing is there that was injected.
+    """
 
     offer: messages.Offer
     deadline: float
     media: list[Medium | None]
+    superseded: frozenset[bytes] = frozenset()
     state: str = "waiting"  # then "pinned" or "over"
     answers: list = field(default_factory=list)
 
@@ -172,6 +198,8 @@ class WriterCoreMachine(RuleBasedStateMachine):
         self.offered: list[list[Medium]] = []
         #: What was last sent with each alias.
         self.aliases: dict[bytes, Medium] = {}
+        #: Those with which content was sent after the last item was injected under their names.
+        self.superseded: set[bytes] = set()
 
     def new_core(self, spill, inline):
         quarantine = Quarantine(max_keys=4, seconds=30)
@@ -301,7 +329,7 @@ class WriterCoreMachine(RuleBasedStateMachine):
     def offer(self, pick, media, terms, aliases):
         self.make_offer(self.choose(self.living("frontend"), pick), media, terms, aliases)
 
-    @precondition(lambda self: self.aliases and self.living("frontend"))
+    @precondition(lambda self: self.living("frontend"))
     @rule(
         pick=PICK,
         aliases=st.lists(st.sampled_from(ALIASES), min_size=1, max_size=3),
@@ -313,7 +341,7 @@ class WriterCoreMachine(RuleBasedStateMachine):
         """Offer what the frontend only knows aliases of, alone or with a medium that it has, first or last."""
         connection = self.choose(self.living("frontend"), pick)
         sent = self.items(media, terms, [])
-        recalled = [messages.Recalled(alias, VARIANT, "image") for alias in aliases]
+        recalled = [messages.Recalled(alias, VARIANT, "image", NAMED[ALIASES.index(alias)]) for alias in aliases]
         expected = [self.aliases.get(alias) for alias in aliases]
         items, found = (recalled + sent, expected + media) if first else (sent + recalled, media + expected)
         flights = {flight.id for flight in self.core.flights}
@@ -322,6 +350,16 @@ class WriterCoreMachine(RuleBasedStateMachine):
         assert len(opened) <= len(media), "what was recalled opened a flight"
         if number in connection.calls and connection.calls[number].state == "waiting" and not media:
             assert not opened
+
+    @precondition(lambda self: self.living("frontend"))
+    @rule(pick=PICK, medium=st.sampled_from(ELSEWHERE), replace=st.booleans(), terms=TERMS, rounds=st.integers(0, 3))
+    def inject(self, pick, medium, replace, terms, rounds):
+        connection = self.choose(self.living("frontend"), pick)
+        alias = ALIASES[medium.name]
+        item = messages.Injected(medium.key, "image", medium.cost, len(medium.encoded), alias, replace)
+        self.superseded.discard(alias)
+        self.say_offer(connection, [item], [medium], Terms("tensors", None, terms.seconds, terms.priority, 0))
+        self.work_goes_on(rounds)
 
     @precondition(lambda self: self.offered and self.living("frontend"))
     @rule(pick=PICK, which=PICK, lease=st.booleans(), rounds=st.integers(0, 3))
@@ -365,7 +403,7 @@ class WriterCoreMachine(RuleBasedStateMachine):
                 "image",
                 m.cost,
                 len(m.encoded) + terms.lie,
-                None if name is None else messages.Alias(name, m.digest),
+                None if name is None else messages.Alias(name, m.digest, NAMED[ALIASES.index(name)]),
             )
             for m, name in zip(media, names, strict=False)
         ]
@@ -373,7 +411,7 @@ class WriterCoreMachine(RuleBasedStateMachine):
     def say_offer(self, connection, items, media, terms):
         number = next(self.numbers)
         made = messages.Offer(number, terms.need, terms.seconds * 1000, terms.priority, tuple(items), terms.lease)
-        connection.calls[number] = Call(made, self.now + terms.seconds, media)
+        connection.calls[number] = Call(made, self.now + terms.seconds, [*media], frozenset(self.superseded))
         if terms.lease is None or any(
             b.id == terms.lease.backend for b in self.core.peers.values() if b.role == "backend"
         ):
@@ -383,6 +421,9 @@ class WriterCoreMachine(RuleBasedStateMachine):
                 if isinstance(i, messages.Offered) and i.alias
             ]
             self.aliases |= dict(names)
+            under_way = {flight.key for flight in self.core.flights}
+            taken_on = len(self.core.peers[connection.identity].calls) < 65_536
+            self.superseded |= {a for a, _ in names if NAMED[ALIASES.index(a)] not in under_way and taken_on}
         held = self.core.ring.holders
         flights = {flight.id for flight in self.core.flights}
         evictions = self.core.ring.stats().evictions
@@ -480,6 +521,7 @@ class WriterCoreMachine(RuleBasedStateMachine):
         assert not len(self.core.plans)
         assert not len(self.core.aliases)
         self.aliases.clear()
+        self.superseded.clear()
 
     # -- Lanes -------------------------------------------------------------------------------------------------------
 
@@ -582,7 +624,7 @@ class WriterCoreMachine(RuleBasedStateMachine):
             "filled": (not self.room(lane), messages.Filled(task.task, 1, 1), []),
             "inlined": (True, messages.Inlined(task.task, 1, 1), [b"of another size"]),
             "no spill": (not isinstance(lane.granted, messages.GrantedSpill), messages.NoSpill(task.task), []),
-            "planned": (task.need == "tensors", messages.Planned(task.task), [b"meta"]),
+            "planned": (task.need != "plan", messages.Planned(task.task), [b"meta"]),
             "no frames": (task.need == "plan", messages.Planned(task.task), []),
             "plan too large": (task.need == "plan", messages.Planned(task.task), [bytes(1 << 16)]),
         }
@@ -708,7 +750,9 @@ class WriterCoreMachine(RuleBasedStateMachine):
         entry = self.core.ring._at(lease.slot)
         spill = entry.epoch if isinstance(entry, Spill) else None
         about = messages.ItemAnswer("hit", entry.slot, entry.offset, entry.length, entry.generation, spill=spill)
-        self.leased(message.lease, connection.id, lease.kind, about, BY_KEY[entry.key])
+        meta = entry.meta if spill else bytes(self.memory[entry.offset : entry.offset + entry.meta_len])
+        assert BY_META[meta].key == entry.key
+        self.leased(message.lease, connection.id, lease.kind, about, BY_META[meta])
 
     def leased(self, lease, backend, kind, about, medium):
         """A lease was granted; its holder can see that it is its own."""
@@ -721,12 +765,13 @@ class WriterCoreMachine(RuleBasedStateMachine):
     def answered(self, call, answers):
         assert len(answers) == len(call.offer.items)
         failed = any(answer.outcome == "failed" for answer in answers)
-        for answer, medium, item in zip(answers, call.media, call.offer.items, strict=True):
+        for position, item in enumerate(call.offer.items):
+            answer = answers[position]
             if answer.outcome == "failed":
                 assert answer.fault is not None
                 assert isinstance(item, messages.Recalled) or answer.fault.kind != "NotFound"
                 continue
-            assert medium is not None, "what nobody has sent was found"
+            medium = call.media[position] = self.found(call, item, call.media[position], answer)
             assert answer.key == (medium.key if isinstance(item, messages.Recalled) else None)
             assert answer.meta == medium.meta, "the metadata of another key"
             assert bool(answer.length or answer.inline) == (call.offer.need == "tensors")
@@ -741,6 +786,20 @@ class WriterCoreMachine(RuleBasedStateMachine):
         inline = any(answer.inline for answer in answers)
         keeps = call.offer.need == "tensors" and (call.offer.lease is None or inline) and not failed
         call.state = "pinned" if keeps else "over"
+
+    def found(self, call, item, medium, answer):
+        """Return what an item was answered with: what was expected, or something that was injected under its name."""
+        actual = BY_META[answer.meta]
+        if isinstance(actual, Elsewhere):
+            assert actual.key == (item.injected if isinstance(item, messages.Recalled) else item.key)
+            assert item.alias not in call.superseded, "what was injected is found behind content that came later"
+            assert not answer.inline, "what was sent to be kept travels"
+            if isinstance(item, messages.Injected):
+                self.aliases.pop(item.alias, None)
+                assert self.core.aliases.get(item.alias) is None
+            return actual
+        assert medium is not None, "what nobody has sent was found"
+        return medium
 
     def lane_receives(self, lane, message, medium):
         match message:
@@ -814,6 +873,13 @@ class WriterCoreMachine(RuleBasedStateMachine):
                 assert self.segments[sibling_name(RING, answer.spill)] == medium.extent
             else:
                 assert self.memory[answer.offset : answer.offset + answer.length] == medium.extent
+
+    @invariant()
+    def what_was_injected_is_gone_when_other_content_came_with_its_name(self):
+        ready = {
+            entry.key for entry in (*self.core.ring._directory, *self.core.ring.spills) if entry.state is State.READY
+        }
+        assert not ready & {NAMED[ALIASES.index(alias)] for alias in self.superseded}
 
     @invariant()
     def the_segments_beside_the_ring_are_those_of_its_spills(self):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmprep.keys import item_key
-from mmprep_frontend.media.keys import alias, fetched_key, scope, url_digest, variant
+from mmprep_frontend.media.keys import alias, fetched_key, injected_hash, injected_key, scope, url_digest, variant
 
 PARTS: dict[str, Any] = {
     "scope": bytes(range(32)),
@@ -43,6 +43,9 @@ def test_keys_scopes_variants_and_aliases_are_those_of_their_versions() -> None:
     assert alias(**{**NAMED, "uuid": "Grüße"}) == written_by_hand(
         b"mmprep uuid alias 1", NAMED["scope"], b"image", b"Gr\xc3\xbc\xc3\x9fe"
     )
+    named = injected_key(scope=PARTS["scope"], modality="image", fingerprint=b"fingerprint", name="cat")
+    assert named == written_by_hand(b"mmprep injected 1", PARTS["scope"], b"image", b"fingerprint", b"cat")
+    assert injected_hash(named, DIGEST) == written_by_hand(b"mmprep injected item 1", named, DIGEST)
     assert scope("alice", None).hex() == "f5b9897e40adef0c2ff5f3bfd952d9d378d8ff5ed1c5d3d57255beb2614a94f0"
     assert scope("alice", "").hex() == "8f989103c58d0bd710a866ce135238abca4ef5a5d6915dcd73e7400bd23aaaad"
     assert scope("alice", "salt").hex() == "a1a54ae0e05bd1088cf1dacfa06b0120c1cfa9ce24e92725cf2bcb388d6cc968"

@@ -42,6 +42,7 @@ WRONG = {
     "admin-key-file": ["/nonexistent/keys"],
     "share-cache-across-keys": ["maybe", ""],
     "trust-request-chat-template": ["maybe", ""],
+    "enable-injection": ["maybe", ""],
     "image-background": ["white", "#fff", "#fffffg", "ffffff", "255,255,255", "#ffffff00", "", " "],
     "allow-private-networks": ["maybe", "2", ""],
     "allowed-local-media-path": ["/nonexistent", "/proc/self/maps"],
@@ -123,6 +124,7 @@ def test_a_wrong_value_is_an_error_that_names_the_option_wherever_it_stands(opti
         "allow-private-networks",
         "trust-request-mm-kwargs",
         "trust-request-chat-template",
+        "enable-injection",
         "share-cache-across-keys",
     }:
         places.append({"arguments": [f"--{option}={value}"]})

@@ -118,6 +118,9 @@ def make_app(
         ("/detokenize", edge.answering(service.detokenize)),
         ("/leases/renew", edge.answering(service.renew_leases, needs_model=False)),
         ("/leases/release", edge.answering(service.release_leases, needs_model=False)),
+        ("/inject", edge.answering(service.inject, needs="admin")),
+        ("/reset_mm_cache", edge.answering(service.reset_mm_cache, needs="admin")),
+        ("/reset_media_cache", edge.answering(service.reset_media_cache, needs="admin")),
     ):
         app.router.add_post(path, handler, expect_handler=edge.go_on)
     app.router.add_get("/v1/models", edge.models)

@@ -19,6 +19,8 @@ from mmprep_frontend.caller import Caller
 from mmprep_frontend.http.chat_answer import encode_chat_answer
 from mmprep_frontend.http.exposition import METRICS, HistogramData, Numbers, Series, expose
 from mmprep_frontend.http.ports import Rendered
+from mmprep_frontend.injection.service import Injecting
+from mmprep_frontend.resets import Resets
 from mmprep_frontend.service import Form, Service
 from mmprep_frontend.texts import Texts
 
@@ -40,6 +42,8 @@ class HttpDoor:
     ----------
     service, texts:
         What answers: chats, and what has no media.
+    resets, injecting:
+        What answers the operator.
     not_ready:
         Returns why the service is not ready, or ``None``.
     refusal:
@@ -55,6 +59,8 @@ class HttpDoor:
         service: Service,
         texts: Texts,
         *,
+        resets: Resets,
+        injecting: Injecting,
         not_ready: Callable[[], str | None],
         refusal: Callable[[], str | None],
         collect: Callable[[], Awaitable[Snapshot]],
@@ -62,6 +68,8 @@ class HttpDoor:
     ) -> None:
         self._service = service
         self._texts = texts
+        self._resets = resets
+        self._injecting = injecting
         self._not_ready = not_ready
         self._refusal = refusal
         self._collect = collect
@@ -99,6 +107,16 @@ class HttpDoor:
         request = _lease_request(body)
         await self._service.writer.release(request.backend_id, _ids(request))
         return caller.encoding.encode({"released": True})
+
+    async def inject(self, body: bytes, caller: Caller) -> bytes:
+        work = self._injecting.inject(body, principal=caller.principal, held=caller.held)
+        return await self._counted("/inject", work)
+
+    async def reset_mm_cache(self, body: bytes, caller: Caller) -> bytes:  # noqa: ARG002, the seam
+        return await self._counted("/reset_mm_cache", self._resets.mm_cache())
+
+    async def reset_media_cache(self, body: bytes, caller: Caller) -> bytes:  # noqa: ARG002, the seam
+        return await self._counted("/reset_media_cache", self._resets.media_cache())
 
     async def metrics(self) -> bytes:
         return expose(_numbers(await self._collect()))

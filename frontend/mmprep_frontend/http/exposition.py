@@ -92,6 +92,10 @@ METRICS: Final[Mapping[str, MetricSpec]] = {
     "mmprep_refused_total": MetricSpec(
         "counter", "Messages between processes that were refused, by the link that they came on.", ("link", "error")
     ),
+    "mmprep_injections_total": MetricSpec("counter", "Items that were injected.", ("modality",)),
+    "mmprep_resets_total": MetricSpec(
+        "counter", "Resets of a cache: mm, of processed items, or media, the disk cache.", ("cache",)
+    ),
     "mmprep_trace_spans_total": MetricSpec(
         "counter", "Spans of traced requests: exported, or dropped since the collector was slow or gone.", ("outcome",)
     ),

@@ -102,6 +102,48 @@ class Released(Struct, frozen=True, forbid_unknown_fields=True):
     released: bool
 
 
+class InjectedField(Struct, frozen=True, forbid_unknown_fields=True):
+    """One tensor: dtype, shape and raw little-endian bytes as extension type 3; and, to have it checked, its kind with arguments."""
+
+    data: Annotated[list[Any], Meta(min_length=3, max_length=3)]
+    field: Annotated[list[Any], Meta(min_length=2, max_length=2)] | None = None
+
+
+class Expansion(Struct, frozen=True, forbid_unknown_fields=True):
+    """The ids that a placeholder becomes, and which of them take an embedding: all where nothing is said."""
+
+    token_ids: list[int]
+    is_embed: list[bool] | None = None
+
+
+class InjectRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """An item that was processed elsewhere, in MessagePack."""
+
+    key: Annotated[str, Meta(min_length=1, max_length=1024)]
+    modality: str
+    fields: dict[str, InjectedField]
+    expansion: Expansion
+    model: str | None = None
+    cache_salt: str | None = None
+    priority: int | None = None
+    deadline_ms: int | None = None
+
+
+class InjectedItem(Struct, frozen=True, forbid_unknown_fields=True):
+    """An item that is in the cache now: its hash in later answers, how long its range is, whether it was there before."""
+
+    hash: _Hash
+    length: _Natural
+    cached: bool
+
+
+class Reset(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a cache has lost: entries that are found no more, and bytes that are free now."""
+
+    entries: _Natural
+    bytes: _Natural
+
+
 class ServedModels(Struct, frozen=True):
     """What is served, in the form of OpenAI's API."""
 

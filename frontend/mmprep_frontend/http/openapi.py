@@ -29,6 +29,7 @@ class Operation(NamedTuple):
     answer: the type of its answer, ``None`` where that is no JSON.
     errors: the statuses that it may answer with beside 200.
     open: whether it needs no key.
+    takes: the media type of its body.
     """
 
     method: str
@@ -38,6 +39,7 @@ class Operation(NamedTuple):
     answer: Any
     errors: tuple[int, ...] = ()
     open: bool = False
+    takes: str = "application/json"
 
 
 _TEXT: Final = (400, 401, 404, 405, 408, 413, 429, 500, 503)
@@ -59,6 +61,17 @@ OPERATIONS: Final = (
     Operation("post", "/detokenize", "Token ids to text", DetokenizeRequest, forms.DetokenizedText, _TEXT),
     Operation("post", "/leases/renew", "Prolong leases", LeaseRequest, forms.Renewed, _LEASES),
     Operation("post", "/leases/release", "End leases", LeaseRequest, forms.Released, _LEASES),
+    Operation(
+        "post",
+        "/inject",
+        "Put an item that was processed elsewhere into the cache",
+        forms.InjectRequest,
+        forms.InjectedItem,
+        _TEXT,
+        takes="application/msgpack",
+    ),
+    Operation("post", "/reset_mm_cache", "Empty the cache of processed items", None, forms.Reset, _LEASES),
+    Operation("post", "/reset_media_cache", "Empty the disk cache of fetched media", None, forms.Reset, _LEASES),
     Operation("get", "/v1/models", "What is served", None, forms.ServedModels, (401,)),
     Operation("get", "/health", "Whether the process is alive", None, forms.Status, open=True),
     Operation("get", "/ready", "Whether requests are taken", None, forms.Status, (503,), open=True),
@@ -139,7 +152,7 @@ def _operation(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
     if operation.request is not None:
         described["requestBody"] = {
             "required": True,
-            **_content(operation.request, schemas, JSON.media_type),
+            **_content(operation.request, schemas, operation.takes),
         }
     described["security"] = [] if operation.open else [{"key": []}, {}]
     return described

@@ -54,6 +54,15 @@ class Service(Protocol):
     async def release_leases(self, body: bytes, caller: Caller) -> bytes:
         """End leases."""
 
+    async def inject(self, body: bytes, caller: Caller) -> bytes:
+        """Put an item that was processed elsewhere into the cache; the body is MessagePack, see :mod:`mmprep.injected`."""
+
+    async def reset_mm_cache(self, body: bytes, caller: Caller) -> bytes:
+        """Empty the cache of processed items, of the whole service."""
+
+    async def reset_media_cache(self, body: bytes, caller: Caller) -> bytes:
+        """Empty the disk cache of fetched media, and let every frontend forget its downloads."""
+
     async def metrics(self) -> bytes:
         """Return the whole service's metrics as Prometheus text, see :mod:`mmprep_frontend.http.exposition`."""
 

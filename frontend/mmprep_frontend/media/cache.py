@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from mmprep.digest import HashName
-from mmprep.errors import Busy, MmprepError
+from mmprep.errors import Busy, MmprepError, ServiceUnavailable
 from mmprep.metrics import Metrics
 from mmprep_frontend.media.allowance import Hold
 from mmprep_frontend.media.cache_disk import CacheDisk, Damaged, Found
@@ -61,12 +62,14 @@ class Keepable:
     reply: what its host said, without the bytes.
     fetched: the wall clock before it was asked for.
     claim: to be kept until it was written, or turned out not to be a medium.
+    reset: how often the cache had been reset by then.
     """
 
     key: bytes
     reply: Reply
     fetched: float
     claim: Claim | None
+    reset: int
 
 
 class _Seen(NamedTuple):
@@ -150,6 +153,7 @@ class MediaCache:
         self._touching = False
         self._closed = False
         self._warned = False
+        self._resets = 0
         self._later(disk.sweep, self._swept)
 
     async def fetch(
@@ -181,7 +185,7 @@ class MediaCache:
             condition = Condition(found.kept.source, found.kept.validators)
         elif found is not None:
             self._later(partial(self._disk.drop, found.kept.name))
-        fetched = self._disk.now()
+        fetched, reset = self._disk.now(), self._resets
         try:
             reply = await self._fetcher.fetch(
                 url, param=param, timeout=max(0.001, deadline - self._loop.time()), condition=condition, hold=hold
@@ -194,16 +198,25 @@ class MediaCache:
             self._renew(found.kept, reply)
             return self._hit(found, asked=True)
         self._metrics.count("mmprep_media_cache_misses_total", 1)
-        return Fetched(reply.data, None, None, True, self._keepable(key, found, reply, fetched, claim), reply)
+        return Fetched(
+            reply.data,
+            None,
+            None,
+            True,
+            self._keepable(key, found, reply, fetched=fetched, claim=claim, reset=reset),
+            reply,
+        )
 
     def keep(self, keepable: Keepable, data: bytes | memoryview, digest: bytes, hash_name: HashName) -> None:
-        """Keep a medium that was fetched and decoded; returns at once, and may do nothing.
+        """Keep a medium that was fetched and decoded, unless the cache was reset since; returns at once, and may do nothing.
 
         Parameters
         ----------
         digest, hash_name:
             Of ``data``, to check it with when it is read.
         """
+        if keepable.reset != self._resets:
+            return
         key, reply = keepable.key, keepable.reply
         waiting = sum(self._keeping.values())
         if key in self._keeping or len(self._keeping) >= _BACKLOG or (waiting and waiting + len(data) > _BACKLOG_BYTES):
@@ -234,6 +247,30 @@ class MediaCache:
                     self._metrics.count("mmprep_media_cache_evictions_total", change.evicted)
 
         self._later(write, done)
+
+    async def forget(self) -> None:
+        """Keep and give to nobody else what was asked for before this; returns when nothing is left to be written of it."""
+        self._resets += 1
+        self._fetcher.forget()
+        if not self._closed:
+            await self._loop.run_in_executor(self._writer, lambda: None)
+
+    async def clear(self) -> tuple[int, int]:
+        """Drop all media from the disk; return how many, and their bytes.
+
+        Raises
+        ------
+        ServiceUnavailable
+            The disk or its index does not let them be dropped.
+        """
+        try:
+            gone = await self._loop.run_in_executor(self._writer, self._disk.clear)
+        except (OSError, sqlite3.Error) as error:
+            self._failed(error)
+            raise ServiceUnavailable(
+                "the media cache cannot be emptied for the moment; its disk or index fails"
+            ) from None
+        return len(gone), sum(kept.charge for kept in gone)
 
     async def close(self) -> None:
         """Write what waits, within a second, and let go of the disk."""
@@ -347,13 +384,13 @@ class MediaCache:
         self._later(partial(self._disk.renew, kept.name, kept.validators.renewed(reply.validators), ask=ask))
 
     def _keepable(
-        self, key: bytes, found: Found | None, reply: Reply, fetched: float, claim: Claim | None
+        self, key: bytes, found: Found | None, reply: Reply, *, fetched: float, claim: Claim | None, reset: int
     ) -> Keepable | None:
         if reply.keeping == "never":
             if found is not None:
                 self._later(partial(self._disk.drop, found.kept.name))
             return None
-        return Keepable(key, Reply(None, reply.hops, reply.validators, reply.keeping), fetched, claim)
+        return Keepable(key, Reply(None, reply.hops, reply.validators, reply.keeping), fetched, claim, reset)
 
     def _later(self, work: Callable[[], Any], then: Callable[[Any], None] | None = None) -> None:
         """Do ``work`` on the writing thread, then tell ``then`` on the loop what came of it, ``None`` after an error."""

@@ -94,6 +94,8 @@ class Fetcher:
         self._metrics = metrics
         self._slots = Slots(connections, connections_per_host, waiting)
         self._flights: dict[_Course, _Flight] = {}
+        #: Those that were under way when all was forgotten: who waits for them gets them, and nobody else.
+        self._former: set[_Flight] = set()
         self._recent = recent
         #: What has landed and is in use, and when it did.
         self._in_use: dict[_Course, tuple[ref[Reply], float]] = {}
@@ -120,13 +122,19 @@ class Fetcher:
 
     async def close(self) -> None:
         """Close every connection. Fetches under way fail."""
-        flights = [flight.task for flight in self._flights.values()]
+        flights = [flight.task for flight in (*self._flights.values(), *self._former)]
         for task in flights:
             task.cancel()
         if flights:
             await asyncio.wait(flights)
         await self._exchange.close()
         self._resolver.close()
+
+    def forget(self) -> None:
+        """Give nobody who asks from now on what was asked for before."""
+        self._former.update(self._flights.values())
+        self._flights.clear()
+        self._in_use.clear()
 
     async def fetch(
         self,
@@ -228,13 +236,15 @@ class Fetcher:
         return flight.task.result()
 
     def _landed(self, course: _Course, flight: _Flight) -> None:
-        if self._flights.get(course) is flight:
+        current = self._flights.get(course) is flight
+        if current:
             del self._flights[course]
         if not flight.task.done():
             return
+        self._former.discard(flight)
         outcome = _outcome(flight.task)
         self._metrics.count("mmprep_fetches_total", outcome=outcome)
-        if outcome == "ok":
+        if outcome == "ok" and current:
             self._remember(course, flight.task.result())
 
     def _remember(self, course: _Course, reply: Reply) -> None:

@@ -8,6 +8,9 @@ picture. A *variant* is
 and makes, with the digest of a medium, the key of an item (:func:`mmprep.keys.item_key`). An *alias* is what a ``uuid``
 becomes: H(scope, modality, uuid). It is no key and never made into one: the writer keeps which content it stands for.
 
+What was processed elsewhere has a name space of its own: H("injected", scope, modality, processor fingerprint, name) is its
+key, and H of that and of its digest is what engines are told.
+
 Changing anything here changes every key: raise the version in the name of the hash, and the vectors in the tests.
 """
 
@@ -23,6 +26,8 @@ from mmprep.keys import encode_parts, hash_parts
 _SCOPE_DOMAIN: Final = b"mmprep scope 1"
 _VARIANT_DOMAIN: Final = b"mmprep item variant 1"
 _ALIAS_DOMAIN: Final = b"mmprep uuid alias 1"
+_INJECTED_DOMAIN: Final = b"mmprep injected 1"
+_INJECTED_ITEM_DOMAIN: Final = b"mmprep injected item 1"
 _FETCHED_DOMAIN: Final = b"mmprep fetched medium 1"
 _URL_DOMAIN: Final = b"mmprep media url 1"
 
@@ -93,6 +98,32 @@ def alias(*, scope: bytes, modality: str, uuid: str) -> bytes:
     """
     _check_scope(scope)
     return hash_parts(_ALIAS_DOMAIN, scope, modality.encode(), uuid.encode("utf-8", "surrogatepass"))
+
+
+def injected_key(*, scope: bytes, modality: str, fingerprint: bytes, name: str) -> bytes:
+    """Return the key of what is injected under a name, 32 bytes: never that of content, nor an alias.
+
+    Parameters
+    ----------
+    scope:
+        From :func:`scope`.
+    modality, fingerprint:
+        As for :func:`variant`.
+    name:
+        The caller's: what parts give as their ``uuid``.
+
+    Raises
+    ------
+    ValueError
+        ``scope`` is not 32 bytes long.
+    """
+    _check_scope(scope)
+    return hash_parts(_INJECTED_DOMAIN, scope, modality.encode(), fingerprint, name.encode("utf-8", "surrogatepass"))
+
+
+def injected_hash(key: bytes, digest: bytes) -> bytes:
+    """Return what an injected item is to engines, 32 bytes: another one for other content under the same key."""
+    return hash_parts(_INJECTED_ITEM_DOMAIN, key, digest)
 
 
 def fetched_key(*, scope: bytes, url: str, allow_private: bool) -> bytes:

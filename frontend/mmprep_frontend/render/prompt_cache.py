@@ -104,6 +104,11 @@ class PromptCache:
             _, dropped = self._prompts.popitem(last=False)
             self._bytes -= self.size(dropped)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self._prompts.clear()
+        self._bytes = 0
+
     def validate(self) -> None:
         """Check the invariants."""
         assert self._bytes == sum(self.size(prompt) for prompt in self._prompts.values()), "bytes are miscounted"

@@ -251,6 +251,7 @@ OPTIONS = (
         "let requests bring their own chat template, or name one of the model's",
         flag=True,
     ),
+    Option("enable-injection", _switch, "false", "take items that were processed elsewhere into the cache", flag=True),
     Option("chat-template", _optional, "", "file with a chat template in place of the model's"),
     Option(
         "otlp-traces-endpoint",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgspec
 import zmq
 
-from mmprep.errors import MmprepError, ProtocolError
+from mmprep.errors import MmprepError, ProtocolError, ServiceUnavailable
 from mmprep.metrics import ProcessReport, Snapshot, merge, without_gauges
 from mmprep.wire import messages
 from mmprep.wire.calls import CallTable
@@ -18,6 +18,8 @@ from mmprep.wire.codec import PROTOCOL, pack, unpack
 from mmprep.wire.sockets import Pump, router
 
 _COLLECT_SECONDS = 2.0
+#: Seconds that frontends get to forget something: below what the one that asked for it waits.
+_FORGET_SECONDS = 4.0
 _FRAME_LIMIT = 16 << 20
 _EMPTY = Snapshot([], [], [])
 
@@ -145,10 +147,12 @@ class Desk:
                     self._changed(identity, message)
                 case messages.Report():
                     self._calls.resolve(message.call, msgspec.json.decode(frames[2], type=ProcessReport))
+                case messages.Done():
+                    self._calls.resolve(message.call, None)
                 case messages.Ask():
-                    task = asyncio.create_task(self._answer(identity, message))
-                    self._tasks.add(task)
-                    task.add_done_callback(self._tasks.discard)
+                    self._start(self._answer(identity, message))
+                case messages.Forget():
+                    self._start(self._let_forget(identity, message))
         except (MmprepError, msgspec.MsgspecError, IndexError):
             self._send(identity, messages.Refused(messages.Fault.of(ProtocolError("not a message of this protocol"))))
 
@@ -170,6 +174,30 @@ class Desk:
     async def _answer(self, identity: bytes, ask: messages.Ask) -> None:
         answer: Any = await (self.status() if ask.subject == "status" else self.metrics())
         self._send(identity, messages.Told(ask.call), msgspec.json.encode(answer))
+
+    async def _let_forget(self, identity: bytes, forget: messages.Forget) -> None:
+        """Let every frontend forget a cache; one that does not say in time that it has must not be passed over."""
+        asked = {}
+        numbers = []
+        for reporter in [r for r in self._reporters.values() if r.role == "frontend"]:
+            number, asked[reporter.identity] = self._calls.open()
+            numbers.append(number)
+            self._send(reporter.identity, messages.Forget(number, forget.cache))
+        if asked:
+            await asyncio.wait(asked.values(), timeout=_FORGET_SECONDS)
+        for number in numbers:
+            self._calls.forget(number)
+        # Who is gone has nothing to forget any more.
+        if any(not done.done() and frontend in self._reporters for frontend, done in asked.items()):
+            silent = ServiceUnavailable("not every frontend has answered; try again", retry_after=1.0)
+            self._send(identity, messages.Failed(forget.call, messages.Fault.of(silent)))
+        else:
+            self._send(identity, messages.Done(forget.call))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _send(self, identity: bytes, message: msgspec.Struct, *frames: bytes) -> None:
         try:

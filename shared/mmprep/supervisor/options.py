@@ -58,6 +58,7 @@ class ServeOptions(msgspec.Struct, frozen=True):
     share_cache_across_keys: bool
     trust_request_chat_template: bool
     otlp_traces_endpoint: str | None
+    enable_injection: bool
     log_level: str
     log_format: str
 
@@ -146,4 +147,5 @@ class ServeOptions(msgspec.Struct, frozen=True):
             logs=self.logs,
             trust_request_chat_template=self.trust_request_chat_template,
             otlp_traces_endpoint=self.otlp_traces_endpoint,
+            enable_injection=self.enable_injection,
         )

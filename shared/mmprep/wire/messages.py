@@ -27,7 +27,9 @@ HEAVY_COST = 16_000_000
 #: Entries of the ring in one message; about 32 KiB.
 MAX_INSPECTED = 512
 Need = Literal["tensors", "plan"]
+Work = Literal["tensors", "plan", "injected"]
 LeaseKind = Literal["copy", "view"]
+Cache = Literal["mm", "media"]
 
 
 class Wire(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -132,10 +134,14 @@ class NotWarm(Wire, frozen=True):
 
 
 class Alias(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A caller's name for content, from :func:`mmprep_frontend.media.keys.alias`, and the digest of that content."""
+    """A caller's name for content, from :func:`mmprep_frontend.media.keys.alias`, and the digest of that content.
+
+    ``injected`` is the key of what may have been injected under this name, of which the content takes the place.
+    """
 
     id: Digest
     digest: Digest
+    injected: Digest | None = None
 
 
 class Offered(Wire, frozen=True):
@@ -155,12 +161,14 @@ class Offered(Wire, frozen=True):
 class Recalled(Wire, frozen=True):
     """One item of an offer whose medium the frontend does not have: the content that ``alias`` stands for.
 
-    Its key is that of ``variant`` with the content's digest. It is never what a flight is opened for.
+    Its key is that of ``variant`` with the content's digest; where the alias stands for none, it is ``injected``, the key
+    of what was injected under the name. It is never what a flight is opened for.
     """
 
     alias: Digest
     variant: Digest
     modality: Modality
+    injected: Digest | None = None
 
     @property
     def cost(self) -> int:
@@ -171,6 +179,22 @@ class Recalled(Wire, frozen=True):
     def nbytes(self) -> int:
         """There are none."""
         return 0
+
+
+class Injected(Wire, frozen=True):
+    """One item of an offer that was processed elsewhere; the frontend has it, laid out as :mod:`mmprep.injected` says.
+
+    Its key is that of its name, not of its content: what is there may be another than the one that is offered, and its
+    metadata tell. ``replace``: it is put in the place of what is there, whatever that is. ``alias`` stands for no content
+    any more once it is there.
+    """
+
+    key: Digest
+    modality: Modality
+    cost: Natural
+    nbytes: Natural
+    alias: Digest
+    replace: bool
 
 
 class LeaseTo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -191,13 +215,13 @@ class Offer(Wire, frozen=True):
     need: Need
     deadline_ms: Natural
     priority: int
-    items: Annotated[tuple[Offered | Recalled, ...], msgspec.Meta(min_length=1, max_length=MAX_ITEMS)]
+    items: Annotated[tuple[Offered | Recalled | Injected, ...], msgspec.Meta(min_length=1, max_length=MAX_ITEMS)]
     lease: LeaseTo | None = None
     traced: bool = False
 
 
 class Want(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Item ``index`` of the offer, an :class:`Offered`, is missing; its bytes are to be put under ``flight``."""
+    """Item ``index`` of the offer, which the frontend has, is missing; its bytes are to be put under ``flight``."""
 
     index: Natural
     flight: Natural
@@ -486,10 +510,10 @@ class LaneBroken(Wire, frozen=True):
 
 
 class Task(Wire, frozen=True):
-    """One medium to process. Frames: the medium."""
+    """One medium to process. Frames: the medium, or, for ``injected``, an item that only has to be checked and copied."""
 
     task: Natural
-    need: Need
+    need: Work
     modality: str
     hasher: Literal["blake3", "sha256"]
     digest: Digest
@@ -590,13 +614,14 @@ class FrontendWelcome(Wire, frozen=True):
 
 
 class Request(Wire, frozen=True):
-    """One call. Frames: the request as JSON, then attachments, which its URLs name as ``attachment:0`` and so on.
+    """One call. Frames: the request as JSON, then attachments, which its URLs name as ``attachment:0`` and so on; of an
+    injection, its body as over HTTP.
 
     ``traceparent`` and ``tracestate`` are the W3C's headers, of the caller's trace.
     """
 
     call: Call
-    operation: Literal["chat", "completions", "tokenize", "detokenize"]
+    operation: Literal["chat", "completions", "tokenize", "detokenize", "inject", "reset_mm_cache", "reset_media_cache"]
     traceparent: ShortText | None = None
     tracestate: ShortText | None = None
 
@@ -639,6 +664,16 @@ class Ask(Wire, frozen=True):
     subject: Literal["status", "metrics"]
 
 
+class Forget(Wire, frozen=True):
+    """A process asks the supervisor to let every frontend forget what it keeps of a cache; the supervisor asks each.
+
+    Answered by :class:`Done`, by the supervisor when all have, or Failed.
+    """
+
+    call: Call
+    cache: Cache
+
+
 class Told(Wire, frozen=True):
     """The supervisor's answer. Frames: JSON."""
 
@@ -659,5 +694,5 @@ class SupervisorWelcome(Wire, frozen=True):
     protocol: int
 
 
-ToSupervisor: TypeAlias = Hello | Report | Ask | StateChange
-FromSupervisor: TypeAlias = SupervisorWelcome | Refused | Collect | Told | Failed
+ToSupervisor: TypeAlias = Hello | Report | Ask | StateChange | Forget | Done
+FromSupervisor: TypeAlias = SupervisorWelcome | Refused | Collect | Told | Failed | Forget | Done

@@ -47,6 +47,7 @@ from mmprep_worker.lanes.config import LaneConfig
 from mmprep_worker.lanes.garbage import garbage
 from mmprep_worker.lanes.warmup import ColdError, warm_up
 from mmprep_worker.models.family import Family, Prepared
+from mmprep_worker.models.injected import open_injected
 from mmprep_worker.models.registry import load_family
 
 _log = logging.getLogger("mmprep.lane")
@@ -133,13 +134,19 @@ class Lane:
     def _process(self, family: Family, task: messages.Task, medium: memoryview) -> None:
         _check_digest(task, medium)
         failpoints.reach("lane.digest.checked")
-        options = unpack(task.options, ItemOptions)
         started, self._waited_ns = time.monotonic_ns(), 0
+        if task.need == "injected":
+            self._hand_over(task, open_injected(family, task.modality, medium, task.digest), started)
+            return
+        options = unpack(task.options, ItemOptions)
         if task.need == "plan":
             meta = ItemMeta(task.modality, family.plan(task.modality, medium, options), (), {})
             self._send(messages.Planned(task.task), meta.pack())
             return
-        prepared = family.open(task.modality, medium, options)
+        self._hand_over(task, family.open(task.modality, medium, options), started)
+
+    def _hand_over(self, task: messages.Task, prepared: Prepared, started: int) -> None:
+        """Write an item to where there is room for it; its task was started at ``started``, in nanoseconds."""
         for spec in prepared.meta.fields:
             if spec.dtype not in DTYPE_SIZES:
                 raise DecodeError(f"the model's processor returned dtype {spec.dtype}, which cannot be handed over")

@@ -72,6 +72,24 @@ class Family(Protocol):
     def plan(self, modality: str, medium: bytes | memoryview, options: ItemOptions) -> Plan:
         """Return the plan of one medium; cheaper than :meth:`open` where the family allows it."""
 
+    def check_injected(self, modality: str, plan: Plan, tensors: Mapping[str, NDArray[Any]]) -> None:
+        """Refuse an item that was processed elsewhere and does not hang together.
+
+        Parameters
+        ----------
+        modality:
+            One of ``card.fields``.
+        plan:
+            Its expansion; the ids that take an embedding are the placeholder's, and no others are.
+        tensors:
+            A read-only array for each field, of a shape and dtype that the card names; floats are finite.
+
+        Raises
+        ------
+        mmprep.errors.InvalidRequest
+            ``param`` names the field, or ``expansion``.
+        """
+
     def open(self, modality: str, medium: bytes | memoryview, options: ItemOptions) -> Prepared:
         """Read the header of one medium and decide its plan and shapes.
 

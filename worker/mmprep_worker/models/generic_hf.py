@@ -11,21 +11,22 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmprep.arguments import Value, read_chosen
-from mmprep.card import ItemOptions, ModelCard, Placeholder, unpack_io
+from mmprep.card import FieldForm, ItemOptions, ModelCard, Placeholder, unpack_io
 from mmprep.errors import DecodeError, InvalidRequest, StartupError
 from mmprep.items import FieldSpec, ItemMeta, Plan, Run, lay_out
 from mmprep_worker.images.decode import Background
 from mmprep_worker.images.tables import cast
 from mmprep_worker.models.family import MediaLimits, Prepared
 from mmprep_worker.models.generic_media import PROBES, Pictures, Taken, taken_by
+from mmprep_worker.models.injected import embeds
 
 #: ``auto`` is the first.
 DTYPES = ("float32", "bfloat16", "float16")
@@ -111,6 +112,8 @@ class GenericFamily:
             )
         self._taken = {one.modality: one for one in taken}
         self._ids = {one.modality: int(processor.tokenizer.convert_tokens_to_ids(one.token)) for one in taken}
+        #: What the probes of each modality became.
+        self._probed: dict[str, list[_Probed]] = {}
         self._counts = self._try_probes()
         self.card = ModelCard(
             family=f"hf:{model_type}",
@@ -126,7 +129,21 @@ class GenericFamily:
             dtypes=dict.fromkeys(self._taken, DTYPES),
             normalization={},
             arguments={one.modality: one.arguments for one in taken if one.arguments},
+            fields={modality: _forms(probed) for modality, probed in self._probed.items()},
         )
+
+    def check_injected(self, modality: str, plan: Plan, tensors: Mapping[str, NDArray[Any]]) -> None:  # noqa: ARG002, the seam
+        """Check the length of the expansion, where it is the same for all media.
+
+        See :meth:`Family.check_injected <.family.Family.check_injected>`. What else hangs together only the processor knows.
+        """
+        counts = {probed.embeds for probed in self._probed[modality]}
+        fixed = len(counts) == 1 and len(self._probed[modality]) > 1
+        if embeds(plan) < 1 or (fixed and embeds(plan) not in counts):
+            wanted = f"{min(counts)}" if fixed else "at least one"
+            raise InvalidRequest(
+                f"{embeds(plan)} positions of the expansion take an embedding; give {wanted}", param="expansion"
+            )
 
     def plan(self, modality: str, medium: bytes | memoryview, options: ItemOptions) -> Plan:
         """Return one medium's plan: from its header where the processor can count, else by processing it."""
@@ -201,11 +218,39 @@ class GenericFamily:
         """
         able = hasattr(self.processor, "_get_num_multimodal_tokens")
         for taken in self._taken.values():
-            plans = [self._process(taken, inputs, "a probe")[0] for inputs in taken.probes()]
+            made = [self._process(taken, inputs, "a probe") for inputs in taken.probes()]
+            plans = [plan for plan, _ in made]
+            self._probed[taken.modality] = [_probed(plan, arrays) for plan, arrays in made]
             if able and taken.modality == "image":
                 counted = (self._count(width, height) for width, height in PROBES)
                 able = plans == [Plan((Run(self._ids["image"], count),)) for count in counted]
         return able
+
+
+class _Probed(NamedTuple):
+    """What a probe became: how many of its ids take an embedding, and dtypes and shapes of its arrays."""
+
+    embeds: int
+    arrays: dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
+
+
+def _probed(plan: Plan, arrays: Mapping[str, NDArray[Any]]) -> _Probed:
+    dtypes = {name: DTYPES if array.dtype.kind == "f" else (_storage(array, ""),) for name, array in arrays.items()}
+    return _Probed(embeds(plan), {name: (dtypes[name], array.shape) for name, array in arrays.items()})
+
+
+def _forms(probed: Sequence[_Probed]) -> tuple[FieldForm, ...]:
+    """Return what fields are like, by what they have in common; extents that differ, or of which one is known, are free."""
+    forms = []
+    for name, (dtypes, first) in probed[0].arrays.items():
+        shapes = [one.arrays[name][1] for one in probed]
+        same = len(shapes) > 1
+        shape = tuple(
+            extent if same and all(len(s) == len(first) and s[axis] == extent for s in shapes) else None
+            for axis, extent in enumerate(first)
+        )
+        forms.append(FieldForm(name, dtypes, shape, "batched", False))
+    return tuple(forms)
 
 
 class PreparedArrays:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmprep.arguments import read_chosen
-from mmprep.card import ItemOptions, ModelCard, Placeholder, unpack_io
+from mmprep.card import FieldForm, ItemOptions, ModelCard, Placeholder, unpack_io
 from mmprep.errors import InvalidRequest
 from mmprep.items import ItemMeta, Plan, Run, lay_out
 from mmprep_worker.audio.bounds import too_short
@@ -27,6 +27,7 @@ from mmprep_worker.audio.recording import Recording, open_recording
 from mmprep_worker.audio.waveform import resampled_length, waveform
 from mmprep_worker.images.tables import cast
 from mmprep_worker.models.family import MediaLimits, Prepared
+from mmprep_worker.models.injected import embeds
 
 EXTRACTOR = "WhisperFeatureExtractor"
 #: ``auto`` is the first.
@@ -103,6 +104,13 @@ class Qwen2AudioFamily:
             placeholders=(placeholder,),
             dtypes={"audio": DTYPES},
             normalization={},
+            fields={
+                "audio": (
+                    FieldForm("input_features", DTYPES, (settings.bins, settings.frames), "batched", False),
+                    FieldForm("feature_attention_mask", ("int32",), (settings.frames,), "batched", False),
+                    FieldForm("audio_num_tokens", ("int64",), (), "batched", True),
+                )
+            },
         )
         self.kernel = LogMel(settings)
         self._token_id = placeholder.token_id
@@ -115,6 +123,25 @@ class Qwen2AudioFamily:
         recording = self._open(modality, medium, options)
         heard = self._announced(recording)
         return self._plan(len(self.waveform(recording)) if heard is None else heard)
+
+    def check_injected(self, modality: str, plan: Plan, tensors: Mapping[str, NDArray[Any]]) -> None:  # noqa: ARG002, the seam
+        """Check that mask, number of ids and expansion agree; see :meth:`Family.check_injected <.family.Family.check_injected>`."""
+        mask = tensors["feature_attention_mask"]
+        heard = int(np.count_nonzero(mask))
+        if not ((mask[:heard] == 1).all() and (mask[heard:] == 0).all()):
+            raise InvalidRequest(
+                "the mask is 1 for the frames that are heard, then 0", param="fields.feature_attention_mask"
+            )
+        tokens = count_tokens(heard)
+        if tokens < 1 or int(tensors["audio_num_tokens"]) != tokens:
+            raise InvalidRequest(
+                f"{heard} frames that are heard give {max(tokens, 0)} ids", param="fields.audio_num_tokens"
+            )
+        if embeds(plan) != tokens:
+            raise InvalidRequest(
+                f"{embeds(plan)} positions of the expansion take an embedding, and the mask gives {tokens}",
+                param="expansion",
+            )
 
     def open(self, modality: str, medium: bytes | memoryview, options: ItemOptions) -> Prepared:
         """Read one recording's header, and decode it where the header does not tell how long it is.

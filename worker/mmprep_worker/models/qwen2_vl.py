@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmprep.arguments import read_chosen
-from mmprep.card import Embeds, ItemOptions, ModelCard, Placeholder
+from mmprep.card import Embeds, FieldForm, ItemOptions, ModelCard, Placeholder
 from mmprep.errors import InvalidRequest, StartupError
 from mmprep.items import ItemMeta, Normalization, Plan, Run, lay_out
 from mmprep_worker.images.decode import Background, Picture, open_picture
@@ -26,6 +26,7 @@ from mmprep_worker.images.resample import Resampler, make_resampler
 from mmprep_worker.images.tables import lookup_tables
 from mmprep_worker.models.family import MediaLimits, Prepared
 from mmprep_worker.models.qwen2_vl_arguments import picture_arguments, resized_by
+from mmprep_worker.models.qwen2_vl_injected import check_picture, check_video
 from mmprep_worker.models.qwen2_vl_settings import DTYPES, Settings, smart_resize
 from mmprep_worker.models.qwen2_vl_video import Videos
 
@@ -75,6 +76,14 @@ class Qwen2VLFamily:
         arguments = {"image": picture_arguments(settings, limits)}
         if videos is not None:
             arguments["video"] = videos.arguments
+        fields: dict[str, tuple[FieldForm, ...]] = {
+            "image": (
+                FieldForm("pixel_values", DTYPES, (None, settings.width), "flat", False),
+                FieldForm("image_grid_thw", ("int64",), (3,), "batched", True),
+            )
+        }
+        if videos is not None:
+            fields["video"] = videos.fields
             placeholders = (placeholder, videos.placeholder)
             normalization["video"] = videos.normalization
         self.card = ModelCard(
@@ -87,6 +96,7 @@ class Qwen2VLFamily:
             if embeds_width is None
             else {"image": Embeds("image_embeds", embeds_width, "image_grid_thw", settings.merge)},
             arguments=arguments,
+            fields=fields,
         )
         self.resampler: Resampler = make_resampler()
         self.tables = {dtype: lookup_tables(settings.scale, settings.mean, settings.std, dtype) for dtype in DTYPES}
@@ -111,6 +121,13 @@ class Qwen2VLFamily:
         if modality == "video" and self.videos is not None:
             return self.videos.plan(medium, options)
         return self._plan(self._grid(self._open(modality, medium), options))
+
+    def check_injected(self, modality: str, plan: Plan, tensors: Mapping[str, NDArray[Any]]) -> None:
+        """Check a picture's or video's grid, rows and expansion; see :meth:`Family.check_injected <.family.Family.check_injected>`."""
+        if modality == "video" and self.videos is not None:
+            check_video(plan, tensors, self.videos.settings.frame.merge)
+        else:
+            check_picture(plan, tensors, self.settings.merge)
 
     def open(self, modality: str, medium: bytes | memoryview, options: ItemOptions) -> Prepared:
         """Read one picture's header, or open a video, as :meth:`Videos.open`.

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmprep.arguments import read_chosen
-from mmprep.card import ItemOptions, Placeholder, unpack_io
+from mmprep.card import FieldForm, ItemOptions, Placeholder, unpack_io
 from mmprep.errors import DecodeError, InvalidRequest, StartupError, TooLarge
 from mmprep.items import FieldKind, ItemMeta, Normalization, Plan, Run, lay_out
 from mmprep_worker.images.patches import write_patches
@@ -110,6 +110,19 @@ class Videos:
         self._limits = limits
         self._rated = rated
         self._marks = marks
+
+    @property
+    def fields(self) -> tuple[FieldForm, ...]:
+        """What a video's tensors are like, for the card."""
+        forms = [
+            FieldForm("pixel_values_videos", DTYPES, (None, self.settings.frame.width), "flat", False),
+            FieldForm("video_grid_thw", ("int64",), (3,), "batched", True),
+        ]
+        if self._rated:
+            forms.append(FieldForm("second_per_grid_ts", ("float32",), (), "batched", True))
+        if self._marks is not None:
+            forms.append(FieldForm("timestamps", ("float64",), (None,), "batched", True))
+        return tuple(forms)
 
     def plan(self, medium: bytes | memoryview, options: ItemOptions) -> Plan:
         """Return the plan of one video: its packets are read and its first frame is decoded."""

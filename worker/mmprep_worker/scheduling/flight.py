@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import msgspec
 
@@ -11,8 +11,11 @@ from mmprep import errors
 
 #: One request of a frontend: (peer, its number there).
 Call: TypeAlias = tuple[str, int]
-#: ``apart``: tensors that must not lie in the ring, because the call pins as much of it as a call may.
-Need: TypeAlias = Literal["tensors", "plan", "apart"]
+#: ``apart``: tensors that must not lie in the ring, because the call pins as much of it as a call may. ``injected``: tensors
+#: that somebody has made elsewhere, to be put in the place of what is there under their key.
+Need: TypeAlias = Literal["tensors", "plan", "apart", "injected"]
+#: Whose tensors may lie in the ring.
+IN_RING: Final = frozenset({"tensors", "injected"})
 
 
 class Joined(msgspec.Struct, frozen=True):

@@ -4,7 +4,7 @@ A flight is ``wanted`` (one of its waiters, the *uploader*, was asked for the me
 writer holds the bytes), then ``running`` (a lane has them), and ends with one outcome for each waiter. Rules:
 
 - A flight's identity is (key, need). A call that needs a plan also joins a flight for the tensors of its key, and one that
-  needs tensors joins a flight for tensors apart from the ring; never the other way round.
+  needs tensors joins a flight for tensors apart from the ring, or for injected ones; never the other way round.
 - A flight has the highest priority and the latest deadline of those who wait, and goes on while anyone does. Before it
   runs, the last to leave ends it; a running one goes on to its result.
 - A waiter gets one outcome a flight: published, failed or expired. One that cancels or whose peer is gone gets none.
@@ -45,9 +45,10 @@ from mmprep_worker.scheduling.flight import (
 RETRY_AFTER = 1.0
 #: Which flights give what is needed, the first that is there.
 _GIVEN_BY: dict[Need, tuple[Need, ...]] = {
-    "plan": ("plan", "tensors", "apart"),
-    "tensors": ("tensors", "apart"),
+    "plan": ("plan", "tensors", "apart", "injected"),
+    "tensors": ("tensors", "apart", "injected"),
     "apart": ("apart",),
+    "injected": ("injected",),
 }
 #: Outdated alarms that are tolerated beyond as many as there are valid ones.
 _SLACK = 1024
@@ -73,7 +74,7 @@ class Flights:
         self._max_waiting = max_waiting
         self._upload_seconds = upload_seconds
         self._flights: dict[int, Flight] = {}
-        self._by_key: dict[Need, dict[bytes, Flight]] = {"tensors": {}, "plan": {}, "apart": {}}
+        self._by_key: dict[Need, dict[bytes, Flight]] = {"tensors": {}, "plan": {}, "apart": {}, "injected": {}}
         #: ``{peer: {number of the call: {flight_id: flight}}}``, without empty dicts.
         self._by_peer: dict[str, dict[int, dict[int, Flight]]] = {}
         #: Heap of (when, tie-breaker, flight_id, call whose deadline it is, or None: the uploader's). Outdated ones

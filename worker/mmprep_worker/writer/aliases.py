@@ -12,6 +12,9 @@ An alias is a digest of scope, modality and uuid, which a frontend makes; the wr
   by an alias, whatever he calls it, and no alias is a key.
 - A recalled item is found in the cache or computed by a flight that others have opened; it never opens one. Where there is
   neither, :func:`~mmprep_worker.scheduling.flight.nobody_has_it` tells to send the data.
+- What was injected is found under a key that is made of its name, without this table, so that the next writer finds it
+  too. A name stands for one of the two: content that is sent with it takes the place of what was injected, whose entry goes,
+  and when an item has been injected its alias is forgotten.
 - The least recently used go first. All are forgotten when the cache is cleared, and by the next writer.
 """
 
@@ -21,7 +24,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 from mmprep.keys import item_key
-from mmprep.wire.messages import Offered, Recalled
+from mmprep.wire.messages import Injected, Offered, Recalled
 from mmprep_worker.scheduling.flight import nobody_has_it
 from mmprep_worker.writer.state import PendingCall, failed
 
@@ -59,6 +62,10 @@ class Aliases:
         if len(self._digests) > self._max_entries:
             self._digests.popitem(last=False)
 
+    def forget(self, alias: bytes) -> None:
+        """Let ``alias`` stand for nothing."""
+        self._digests.pop(alias, None)
+
     def clear(self) -> None:
         """Forget everything."""
         self._digests.clear()
@@ -70,12 +77,14 @@ class Aliases:
         for position, item in enumerate(pending.offered):
             if isinstance(item, Recalled):
                 digest = self.get(item.alias)
-                if digest is None:
-                    pending.answers[position] = failed(nobody_has_it())
-                else:
+                if digest is not None:
                     pending.keys[position] = item_key(item.variant, digest)
+                elif item.injected is not None:
+                    pending.keys[position] = item.injected
+                else:
+                    pending.answers[position] = failed(nobody_has_it())
 
-    def note(self, items: Iterable[Offered | Recalled]) -> None:
+    def note(self, items: Iterable[Offered | Recalled | Injected]) -> None:
         """Let the aliases in an offer stand for what they came with."""
         for item in items:
             if isinstance(item, Offered) and item.alias is not None:

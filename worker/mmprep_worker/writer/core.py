@@ -469,6 +469,7 @@ class WriterCore:
             for position, key in enumerate(pending.keys):
                 if pending.answers[position] is None:
                     pending.answers[position] = self._holds.hit(pending, key)
+            self._supersede(offer)
             self._wait_for_misses(pending, offer, now)
         except errors.MmprepError:
             self._holds.let_go(pending)
@@ -478,6 +479,12 @@ class WriterCore:
             peer.calls[pending.number] = self._calls[pending.call] = pending
         else:
             self._finish(pending, now)
+
+    def _supersede(self, offer: messages.Offer) -> None:
+        """Take out what was injected under the names that came with other content now; its own call may have pinned it."""
+        for item in offer.items:
+            if isinstance(item, messages.Offered) and item.alias is not None and item.alias.injected is not None:
+                self._holds.forget(item.alias.injected)
 
     def _backend(self, to: messages.LeaseTo) -> Peer:
         for peer in self.peers.values():
@@ -548,6 +555,8 @@ class WriterCore:
     def _count(self, pending: PendingCall) -> None:
         """Count a call that was taken on: every item is a query, and a hit unless it has to be computed for it."""
         computed = {positions[0] for flight, positions in pending.by_flight.items() if flight in pending.opened}
+        if pending.injected:
+            return  # nobody has looked for something
         for position, item in enumerate(pending.offered):
             answer = pending.answers[position]
             self.metrics.count("mmprep_mm_cache_queries_total", modality=item.modality)
@@ -566,6 +575,9 @@ class WriterCore:
         except errors.MmprepError as error:
             self._fail(pending, error)
             return
+        if not pending.failed:
+            for item in pending.injected:
+                self.aliases.forget(item.alias)
         if pending.failed:
             self._drop(pending)
         elif pending.lease is not None:

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from mmprep import errors
-from mmprep.wire.messages import ItemAnswer
+from mmprep.wire.messages import ItemAnswer, Recalled
 from mmprep_worker.ring.directory import Entry
 from mmprep_worker.ring.ring import Ring
 from mmprep_worker.ring.spills import SLOT as SPILL_SLOT
 from mmprep_worker.ring.spills import Spill
-from mmprep_worker.scheduling.flight import Need
+from mmprep_worker.scheduling.flight import IN_RING, Need, nobody_has_it
 from mmprep_worker.scheduling.flights import Flights
 from mmprep_worker.writer.plans import PlanStore
 from mmprep_worker.writer.state import PendingCall, Result, failed
@@ -54,6 +54,8 @@ class Holds:
 
     def hit(self, pending: PendingCall, key: bytes) -> ItemAnswer | None:
         """Answer from what is there; ``None`` where it has to be computed."""
+        if any(item.replace and item.key == key for item in pending.injected):
+            return None
         if pending.need == "plan" and (meta := self._plans.get(key)) is not None:
             return ItemAnswer("hit", meta=meta)
         entry = self._ring.lookup(key)
@@ -73,6 +75,9 @@ class Holds:
         """
         outcome: Literal["computed", "joined"] = "computed" if flight_id in pending.opened else "joined"
         if isinstance(result, errors.MmprepError):
+            item = pending.offered[position]
+            if isinstance(item, Recalled) and item.injected == pending.keys[position]:
+                return failed(nobody_has_it())  # what is wrong with it is the matter of who injects it
             plan = self._plans.get(pending.keys[position]) if pending.need == "plan" else None
             return failed(result) if plan is None else ItemAnswer(outcome, meta=plan)
         if isinstance(result, bytes):
@@ -92,8 +97,8 @@ class Holds:
     def needs(self, pending: PendingCall, positions: Iterable[int]) -> list[Need]:
         """Return for each missing item what a flight has to give for this call."""
         promised = sum(pending.pinned.values())
-        needs: dict[bytes, Need] = {}
         wanted = [pending.keys[position] for position in positions]
+        needs: dict[bytes, Need] = dict.fromkeys((item.key for item in pending.injected), "injected")
         for key in wanted:
             if pending.need == "plan" or key in needs:
                 continue
@@ -113,7 +118,7 @@ class Holds:
         filling = 0
         for flight_id in pending.by_flight:
             flight = self._flights[flight_id]
-            entry = self._ring.in_ring(flight.key) if flight.need == "tensors" else None
+            entry = self._ring.in_ring(flight.key) if flight.need in IN_RING else None
             filling += 0 if entry is None else entry.extent
         return sum(pending.pinned.values()) + filling + extent <= self._limit
 
@@ -121,6 +126,15 @@ class Holds:
         """Return the bytes of the spills that the call pins, and of the transfers that it holds."""
         spills = [entry for entry in self._ring.pinned_by(pending.holder) if isinstance(entry, Spill)]
         return sum(spill.extent for spill in spills), self._transfers.bytes_of(pending.transfers)
+
+    def forget(self, key: bytes) -> None:
+        """Take what is there under a key out of the cache; who holds it keeps it until he lets go."""
+        self._ring.remove(key)
+        self._plans.drop(key)
+
+    def metadata(self, entry: Entry) -> bytes:
+        """Return the packed metadata of an entry."""
+        return entry.meta if isinstance(entry, Spill) else self._read(entry.offset, entry.meta_len)
 
     def repin(self, pending: PendingCall, places: Sequence[tuple[int, int]]) -> None:
         """Pin entries by slot and generation; those that are not there any more are passed over."""
@@ -160,7 +174,7 @@ class Holds:
         if pending.need == "tensors" and entry.generation not in pending.pinned:
             self._ring.pin(pending.holder, entry.slot)
             pending.pinned[entry.generation] = 0 if spill else entry.extent
-        meta = spill.meta if spill else self._read(entry.offset, entry.meta_len)
+        meta = self.metadata(entry)
         if pending.need == "plan":
             return ItemAnswer(outcome, meta=meta)
         slot, epoch = (SPILL_SLOT, spill.epoch) if spill else (entry.slot, None)

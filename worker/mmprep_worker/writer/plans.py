@@ -45,6 +45,12 @@ class PlanStore:
             _, dropped = self._plans.popitem(last=False)
             self._bytes -= len(dropped) + self.OVERHEAD
 
+    def drop(self, key: bytes) -> None:
+        """Forget the metadata of ``key``; an unknown one changes nothing."""
+        dropped = self._plans.pop(key, None)
+        if dropped is not None:
+            self._bytes -= len(dropped) + self.OVERHEAD
+
     def clear(self) -> None:
         """Forget everything."""
         self._plans.clear()

@@ -106,6 +106,7 @@ class PendingCall:
     holder: how the ring knows it.
     keys: of its items; empty for one that is recalled and not known.
     recalled: the positions whose media its frontend does not have.
+    injected: its items that were processed elsewhere.
     by_flight: the positions that wait for each flight, those whose medium its frontend has first.
     traced: whether its answers are to say when what they are about was computed.
     missing: how many positions wait.
@@ -119,6 +120,7 @@ class PendingCall:
         "by_flight",
         "call",
         "holder",
+        "injected",
         "keys",
         "lease",
         "missing",
@@ -142,6 +144,7 @@ class PendingCall:
         self.offered = offer.items
         self.keys = [b"" if isinstance(item, messages.Recalled) else item.key for item in offer.items]
         self.recalled = {n for n, item in enumerate(offer.items) if isinstance(item, messages.Recalled)}
+        self.injected = [item for item in offer.items if isinstance(item, messages.Injected)]
         self.call: Call = (peer.name, offer.call)
         self.holder = f"{peer.name}#{offer.call}"
         self.answers: list[ItemAnswer | None] = [None] * len(offer.items)

@@ -5,6 +5,8 @@ A lane has one task at a time and speaks about it: it asks for an extent, fills 
 - The bytes of a medium are kept from their upload until the flight ends, so that a lost lane's task can run again.
 - An item goes into the ring; where that has no room for it, into a segment of its own (a spill); where that cannot be, it
   travels inline; and where the budget for that is used up, those who wait are told to try again. Nobody waits for room.
+- What was injected is copied by a lane as what is computed is written by one. It goes into the ring or a spill, in the place
+  of what was there under its key, or is refused.
 - A lane that breaks the protocol is killed like one that is beyond its time: it gets no further task, and nothing that
   it still says counts. What it was granted is free again when its exit is confirmed, and not before.
 - An upload has exactly the size that was offered: admission has reserved for that much and no more.
@@ -27,7 +29,7 @@ from mmprep_worker.ring.ring import Grant, Ring
 from mmprep_worker.ring.spills import Spill
 from mmprep_worker.scheduling import flight as flight_events
 from mmprep_worker.scheduling.admission import CRASHED, Admission
-from mmprep_worker.scheduling.flight import Call, Flight, Need
+from mmprep_worker.scheduling.flight import IN_RING, Call, Flight, Need
 from mmprep_worker.scheduling.flights import Flights
 from mmprep_worker.scheduling.queue import Entry as Queued
 from mmprep_worker.scheduling.queue import FairQueue
@@ -198,8 +200,8 @@ class Tasks:
             medium, put, since, _ = self._media[flight.id]
             self._media[flight.id] = _Medium(medium, put, since, now)
             self._metrics.observe("mmprep_stage_seconds", now - since, stage="queue")
-            need: messages.Need = "plan" if flight.need == "plan" else "tensors"
-            task = messages.Task(flight.id, need, flight.modality, put.hasher, put.digest, put.options)
+            work: messages.Work = "tensors" if flight.need == "apart" else flight.need
+            task = messages.Task(flight.id, work, flight.modality, put.hasher, put.digest, put.options)
             self._out.append(ToLane(number, task, medium))
 
     # --- lanes ----------------------------------------------------------------------------------------------------
@@ -274,10 +276,13 @@ class Tasks:
         if len(meta) > MAX_METADATA:
             large = errors.TooLarge(f"the item's metadata have {len(meta)} bytes, above the limit of {MAX_METADATA}")
             return self._deny(number, lane, flight, large)
-        self._plans.put(flight.key, meta)  # those who need no more get it, even where there is no room for tensors
+        if flight.need == "injected":
+            self._ring.remove(flight.key)  # what this takes the place of; its plan goes when this one is there
+        else:
+            self._plans.put(flight.key, meta)  # those who need no more get it, even where there is no room for tensors
         length = align(len(meta)) + tensor_len
         fitting = [self._holds.may_fit(self._calls[call], align(length)) for call in flight.waiters]
-        in_ring = flight.need == "tensors" and length <= self._ring.max_object_size and (any(fitting) or not fitting)
+        in_ring = flight.need in IN_RING and length <= self._ring.max_object_size and (any(fitting) or not fitting)
         granted = (
             (in_ring and all(fitting) and self._in_ring(number, lane, flight, meta, tensor_len))
             or self._in_spill(number, lane, flight, meta, tensor_len)
@@ -310,6 +315,8 @@ class Tasks:
         return True
 
     def _inline(self, number: int, lane: LaneState, flight: Flight, meta: bytes, tensor_len: int) -> bool:
+        if flight.need == "injected":
+            return False  # it was sent to be kept
         transfer = self._transfers.reserve(flight.id, tensor_len, meta)
         if transfer is None:
             return False
@@ -338,7 +345,7 @@ class Tasks:
     def _could_fit(self, pending: PendingCall, need: Need, meta_len: int, tensor_len: int) -> bool:
         """Whether there could be room for a call beside what it holds itself, or what is filled for it."""
         length = align(meta_len) + tensor_len
-        if need == "tensors" and length <= self._ring.max_object_size and self._holds.may_fit(pending, align(length)):
+        if need in IN_RING and length <= self._ring.max_object_size and self._holds.may_fit(pending, align(length)):
             return True
         spilled, inline = self._holds.apart(pending)
         for lane in self.lanes:
@@ -346,7 +353,7 @@ class Tasks:
                 spilled += lane.grant.extent if isinstance(lane.grant, Spill) else 0
                 inline += lane.grant.nbytes if isinstance(lane.grant, Transfer) else 0
         could_spill = self._ring.could_spill(meta_len, tensor_len, beside=spilled)
-        return could_spill or tensor_len + inline <= self._transfers.max_bytes
+        return could_spill or (need != "injected" and tensor_len + inline <= self._transfers.max_bytes)
 
     def _deny(self, number: int, lane: LaneState, flight: Flight, error: errors.MmprepError) -> list[Step]:
         self._out.append(ToLane(number, messages.Denied(flight.id)))
@@ -376,6 +383,8 @@ class Tasks:
             entry: Entry = self._ring.publish_spill(grant)
         else:
             entry = self._ring.publish(grant.slot, grant.generation)
+        if flight.need == "injected":
+            self._plans.put(flight.key, self._holds.metadata(entry))
         self._observe(filled)
         return self._published(number, lane, flight, entry, self._times(flight, now, filled))
 
@@ -459,9 +468,8 @@ class Tasks:
             assert lane.flight is not None
             need = self._flights[lane.flight].need
             assert need != "plan", f"{name} has an extent for a plan"
-            assert need == "tensors" or not isinstance(lane.grant, Grant), (
-                f"{name} fills the ring for what must be apart"
-            )
+            assert need in IN_RING or not isinstance(lane.grant, Grant), f"{name} fills the ring for what must be apart"
+            assert need != "injected" or not isinstance(lane.grant, Transfer), f"{name} sends what was sent to be kept"
         if lane.idle and not self.paused:
             waiting = [flight for flight in self._flights if flight.state == "queued"]
             assert all(f.cost >= HEAVY_COST and not lane.heavy_allowed for f in waiting), f"{name} is idle beside work"
