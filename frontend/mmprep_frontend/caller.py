@@ -21,8 +21,12 @@ class Caller:
     request_id: the sender's own, or a fresh one.
     principal: whose cache the request uses.
     held: what the request holds of the frontend's memory.
+    sender: who it is, whoever else uses the same cache.
+    key: under which the sender may send the request again (``Idempotency-Key``), or ``None``.
     """
 
     request_id: str
     principal: str
     held: Held
+    sender: str = ANONYMOUS
+    key: str | None = None

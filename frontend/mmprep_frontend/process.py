@@ -90,6 +90,7 @@ class Frontend:
             settings.index,
             hasher=settings.hash,
             inline_size=settings.inline_size,
+            queue_size=settings.queue_size,
             on_card=self._on_card,
         )
         self._service = Service(
@@ -148,6 +149,7 @@ class Frontend:
             refusal=self._refusal,
             collect=self._supervisor.metrics,
             status=self._supervisor.status,
+            job_expiry=self._settings.job_expiry,
         )
         max_body = self._settings.max_body_size
         keyring = Keyring(
@@ -164,6 +166,7 @@ class Frontend:
             max_body_size=max_body,
             room=room,
             refusal=self._refusal,
+            job_expiry=self._settings.job_expiry,
         )
         if self._reason is None:
             native.open()

@@ -29,10 +29,10 @@ class FairQueueMachine(RuleBasedStateMachine):
         cost=st.integers(0, 9),
         priority=PRIORITIES,
         nbytes=st.integers(0, 9),
-        heavy=st.booleans(),
-        first=st.booleans(),
+        flags=st.tuples(st.booleans(), st.booleans()),
     )
-    def push(self, client, cost, priority, nbytes, heavy, first):
+    def push(self, client, cost, priority, nbytes, flags):
+        heavy, first = flags
         self.last_id += 1
         entry = Entry(self.last_id, client, cost, priority, nbytes, heavy)
         if len(self.entries) == MAX_ITEMS or sum(e.nbytes for e in self.entries) + nbytes > MAX_BYTES:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Final
 
 import msgspec
@@ -28,6 +29,7 @@ from mmprep_frontend.caller import Caller
 from mmprep_frontend.http.answers import (
     REQUEST_ID_HEADER,
     error_answer,
+    idempotency_key,
     internal_error,
     json_answer,
     plain_answer,
@@ -181,9 +183,12 @@ class _Edge:
             if needs_model:
                 self._check_ready()
             async with self._bodies.body(request) as (body, held):
-                caller = Caller(prefix + request[_REQUEST_ID], principal, held)
+                sender = self._keyring.sender(request.headers)
+                caller = Caller(prefix + request[_REQUEST_ID], principal, held, sender, idempotency_key(request))
                 made = await answer(body, caller)
                 rendered = made if isinstance(made, Rendered) else Rendered(made)
+                if rendered.status == HTTPStatus.ACCEPTED:
+                    return json_answer(rendered.body, rendered.status)
                 return await self._send(request, rendered.body, held, rendered.unread)
 
         return handler

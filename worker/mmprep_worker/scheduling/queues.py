@@ -139,6 +139,13 @@ class Queues:
         ended, self._ended = self._ended, []
         return ended
 
+    def succeed(self, former: Queues, now: float) -> None:
+        """Go on in place of another table of this process: its queues are here, and what has ended there stays ended."""
+        self._finished.update(former._finished)
+        for queue in former:
+            if queue.name not in self._queues:
+                self._make(queue.name, now)
+
     # --- producers ------------------------------------------------------------------------------------------------
 
     def knows(self, job_id: str) -> bool:
@@ -254,7 +261,7 @@ class Queues:
         """Let a backend go on with what an earlier writer gave it; return whether it may."""
         if token_incarnation(held.token) >= self.incarnation or held.job_id in self._finished:
             return False
-        if held.job_id in self._by_job or held.token in self._deliveries:
+        if held.token in self._deliveries or not self._yields(held):
             return False
         job = self._jobs.get(held.job_id)
         if job is not None:
@@ -273,6 +280,18 @@ class Queues:
                 job=job,
             )
         )
+        return True
+
+    def _yields(self, held: Held) -> bool:
+        """Whether nobody has the job of a delivery, or one who had it before: earlier attempts were over with this one."""
+        other = self._by_job.get(held.job_id)
+        if other is None:
+            return True
+        if other.attempt >= held.attempt or token_incarnation(other.token) >= self.incarnation:
+            return False
+        self._end(other)
+        if other.job is not None:
+            self._queues[other.queue].put_back(other.job)
         return True
 
     def away(self, backend: str, now: float) -> None:
@@ -339,6 +358,8 @@ class Queues:
         The backend with the fewest deliveries is served, of several the one that was served longest ago, from its
         queues by turns.
         """
+        if not any(queue.depth for queue in self._queues.values()):
+            return None
         chosen: Puller | None = None
         name = ""
         for puller in self._pullers.values():
