@@ -44,7 +44,7 @@ def values(kind: inspect.Type) -> st.SearchStrategy:  # noqa: C901 -- one case a
         case inspect.StrType() if kind.pattern:
             return st.from_regex(kind.pattern, fullmatch=True)
         case inspect.StrType():
-            return st.text(max_size=min(kind.max_length or _LARGEST, _LARGEST))
+            return st.text(min_size=kind.min_length or 0, max_size=min(kind.max_length or _LARGEST, _LARGEST))
         case inspect.LiteralType():
             return st.sampled_from(kind.values)
         case inspect.NoneType():

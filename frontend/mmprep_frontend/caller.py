@@ -23,9 +23,13 @@ class Caller:
     principal: whose cache the request uses.
     held: what the request holds of the frontend's memory.
     encoding: of its answer.
+    sender: who it is, whoever else uses the same cache.
+    key: under which the sender may send the request again (``Idempotency-Key``), or ``None``.
     """
 
     request_id: str
     principal: str
     held: Held
     encoding: Encoding = JSON
+    sender: str = ANONYMOUS
+    key: str | None = None

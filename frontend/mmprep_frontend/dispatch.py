@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import zmq
 import mmprep
 from mmprep import failpoints, layout
 from mmprep.card import ModelCard
-from mmprep.errors import DeadlineExceeded, MmprepError, NotFound, ServiceUnavailable, StaleAddress
+from mmprep.errors import Busy, DeadlineExceeded, MmprepError, NotFound, ServiceUnavailable, StaleAddress
 from mmprep.holdings import Life
 from mmprep.process_lock import ProcessLock, holder
 from mmprep.registration import Mapping, WriterLostError
@@ -30,6 +31,9 @@ from mmprep.wire.calls import CallTable
 from mmprep.wire.codec import PROTOCOL, pack, unpack
 from mmprep.wire.sockets import Link, Pump, configure
 from mmprep_frontend.offers import MOST_RESENDS, Action, Offers, Put, Say, Settle, Terms
+from mmprep_frontend.posts import Action as PostAction
+from mmprep_frontend.posts import Posts
+from mmprep_frontend.posts import Say as SayPost
 from mmprep_frontend.tensors import TensorLink, Tensors, TensorsLostError
 
 _log = logging.getLogger("mmprep.dispatch")
@@ -39,6 +43,8 @@ _BULK_OUTBOX = 256 << 20
 _CALL_SECONDS = 10.0
 #: Numbers of these calls are above those of offers, which have the same connection.
 _FIRST_CALL = 1 << 47
+#: And of posts.
+_FIRST_POST = 1 << 46
 _REPLACED = "the worker was replaced while the answer was written; try again"
 _REFUSED = "the preprocessing worker has refused a message of this frontend"
 #: Seconds until a writer that does not know a living backend is asked again.
@@ -220,6 +226,8 @@ class WriterLink:
         Name of the content hash.
     inline_size:
         Bytes of tensors that may travel inline.
+    queue_size:
+        Bytes of posted jobs that are kept until they have ended.
     on_card:
         Called with the model card when the lanes are warm, after every (re)connection.
 
@@ -238,6 +246,7 @@ class WriterLink:
         *,
         hasher: Any,
         inline_size: int,
+        queue_size: int,
         on_card: Callable[[ModelCard], None],
     ) -> None:
         self.mapping: Mapping | None = None
@@ -250,6 +259,9 @@ class WriterLink:
         self._hasher = hasher
         self._on_card = on_card
         self._offers = Offers()
+        self._posts = Posts(queue_size, first=_FIRST_POST)
+        self._posting: dict[int, asyncio.Future[str]] = {}
+        self._post_again: asyncio.TimerHandle | None = None
         self._waiting: dict[int, tuple[Sequence[Wanted], asyncio.Future[Offered]]] = {}
         self._calls = CallTable(first=_FIRST_CALL)
         self._back = asyncio.Event()
@@ -278,6 +290,9 @@ class WriterLink:
         self._bulk.close()
         self._tensors.close()
         self._carry_out(self._offers.fail_all(ServiceUnavailable("the service is stopping")))
+        self._carry_out_posts(self._posts.fail_all(ServiceUnavailable("the service is stopping")))
+        if self._post_again is not None:
+            self._post_again.cancel()
         self._calls.fail_all(ServiceUnavailable, "the service is stopping")
         if self.mapping is not None:
             self.mapping.segment.close()
@@ -365,6 +380,48 @@ class WriterLink:
         finally:
             del self._waiting[token]
 
+    async def post(self, post: messages.Post, content: Sequence[bytes], *, expires: float, deadline: float) -> str:
+        """Post a job to a queue; return its id, or that of the job which an equal request has become.
+
+        Parameters
+        ----------
+        post:
+            With a fresh id. What its places name must be pinned until this returns.
+        content:
+            Its frames.
+        expires, deadline:
+            When it must have been taken, and when it must have been accepted, by the loop's clock.
+
+        Raises
+        ------
+        MmprepError
+            It was not accepted; DeadlineExceeded: not within the time.
+        """
+        try:
+            async with asyncio.timeout_at(deadline):
+                while True:
+                    try:
+                        return await self._post_once(post, content, expires)
+                    except ServiceUnavailable as error:
+                        if error.retry_after is None:
+                            raise
+                        await asyncio.sleep(error.retry_after)  # a writer that takes over hears of older jobs first
+        except TimeoutError:
+            raise DeadlineExceeded("the request's time was over before its job was accepted") from None
+
+    async def _post_once(self, post: messages.Post, content: Sequence[bytes], expires: float) -> str:
+        loop = asyncio.get_running_loop()
+        token, actions = self._posts.post(post, content, expires, loop.time())
+        future: asyncio.Future[str] = loop.create_future()
+        self._posting[token] = future
+        try:
+            self._carry_out_posts(actions)
+            failpoints.reach("frontend.post.sent")
+            return await future
+        finally:
+            del self._posting[token]
+            self._posts.give_up(token)
+
     def unpin(self, token: int) -> None:
         """Let go of what an offer's answer pinned."""
         self._carry_out(self._offers.release(token))
@@ -421,6 +478,7 @@ class WriterLink:
     def _on_down(self) -> None:
         self.warm, self.cold = False, None
         self._offers.down()
+        self._posts.down()
         self._calls.fail_all(WriterLostError, "the writer went away; try again")
 
     def _on_message(self, frames: list[Any]) -> None:
@@ -432,11 +490,14 @@ class WriterLink:
                 failpoints.reach("frontend.wants.received")
                 self._carry_out(self._offers.wanted(message))
             case messages.Failed():
-                self._calls.resolve(message.call, message.fault.error())
-                self._carry_out(self._offers.failed(message.call, message.fault.error()))
+                self._failed(message.call, message.fault.error())
             case messages.Done() | messages.Renewed() | messages.Cleared():
                 self._calls.resolve(message.call, message)
                 self._offers.heard(message.call)
+            case messages.Posted():
+                self._carry_out_posts(self._posts.posted(message.call, message.job))
+            case messages.Finished():
+                self._carry_out_posts(self._posts.finished(message.jobs))
             case messages.Refused():
                 self._refused(message)
             case messages.WriterWelcome():
@@ -445,8 +506,11 @@ class WriterLink:
                 self._got_card(message.card)
             case messages.NotWarm():
                 self.cold = message.why
-            case _:
-                pass
+
+    def _failed(self, call: int, error: MmprepError) -> None:
+        self._calls.resolve(call, error)
+        self._carry_out(self._offers.failed(call, error))
+        self._carry_out_posts(self._posts.failed(call, error, asyncio.get_running_loop().time()))
 
     def _answered(self, answer: messages.Answer, frames: list[bytes]) -> None:
         failpoints.reach("frontend.answer.received")
@@ -464,6 +528,7 @@ class WriterLink:
         """
         _log.error("the writer has refused a message of this frontend: %s", refused.fault.message)
         self._carry_out(self._offers.fail_all(ServiceUnavailable(_REFUSED)))
+        self._carry_out_posts(self._posts.refused(ServiceUnavailable(_REFUSED)))
         self._calls.fail_all(ServiceUnavailable, _REFUSED)
         self._link.reopen()
 
@@ -477,6 +542,8 @@ class WriterLink:
                 self._link.reopen()
                 return
         self._calls.fail_all(WriterLostError, "the writer has begun anew; try again")
+        # Before the word that this was all: what the jobs hold is pinned before anything is granted.
+        self._carry_out_posts(self._posts.welcomed(asyncio.get_running_loop().time()))
         self._carry_out(self._offers.welcomed(life, asyncio.get_running_loop().time()))
         self._back.set()
         if welcome.card:
@@ -497,6 +564,32 @@ class WriterLink:
                     self._put(action)
                 case Settle():
                     self._settle(action)
+
+    def _carry_out_posts(self, actions: list[PostAction]) -> None:
+        for action in actions:
+            if isinstance(action, SayPost):
+                self._say_post(action)
+            else:
+                waiting = self._posting.get(action.token)
+                if waiting is not None and not waiting.done():
+                    if isinstance(action.outcome, MmprepError):
+                        waiting.set_exception(action.outcome)
+                    else:
+                        waiting.set_result(action.outcome)
+        wake_at, loop = self._posts.wake_at, asyncio.get_running_loop()
+        if wake_at < math.inf and self._post_again is None:
+            self._post_again = loop.call_at(wake_at, self._post_due)
+
+    def _say_post(self, say: SayPost) -> None:
+        try:
+            self._link.send([pack(say.message), *say.content])
+        except Busy as error:  # the writer does not read at the moment
+            now = asyncio.get_running_loop().time()
+            self._carry_out_posts(self._posts.failed(say.message.call, error, now))
+
+    def _post_due(self) -> None:
+        self._post_again = None
+        self._carry_out_posts(self._posts.tick(asyncio.get_running_loop().time()))
 
     def _put(self, put: Put) -> None:
         waiting = self._waiting.get(put.token)

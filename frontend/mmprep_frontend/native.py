@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, ClassVar
 
 import msgspec
@@ -29,6 +29,7 @@ from mmprep.wire.messages import LeaseKind
 from mmprep.wire.sockets import Pump, router
 from mmprep_frontend.caller import ANONYMOUS
 from mmprep_frontend.injection.service import Injecting
+from mmprep_frontend.posting import once, post
 from mmprep_frontend.render.answer import new_request_id
 from mmprep_frontend.render.sampling import max_tokens
 from mmprep_frontend.resets import Resets
@@ -72,6 +73,8 @@ class NativeDoor:
         Returns why the service takes no requests, or ``None``.
     exporter:
         Of traces; ``None``: requests are not traced.
+    job_expiry:
+        Seconds in which a queued job must be taken.
     """
 
     def __init__(
@@ -87,9 +90,11 @@ class NativeDoor:
         room: Room,
         refusal: Callable[[], str | None],
         exporter: Exporter | None = None,
+        job_expiry: float = 300.0,
     ) -> None:
         self._exporter = exporter
         self._service = service
+        self._job_expiry = job_expiry
         self._texts = texts
         self._resets = resets
         self._injecting = injecting
@@ -186,7 +191,7 @@ class NativeDoor:
                 raise ServiceUnavailable(reason, retry_after=1.0)
             held.hold_body(sum(map(len, frames)))
             with self._tracing(request):
-                await self._operations[request.operation](self, peer, request.call, held, frames[0], frames[1:])
+                await self._operations[request.operation](self, peer, request, held, frames[0], frames[1:])
         except MmprepError as failure:
             outcome = failure.type
             self._send(peer, messages.Failed(request.call, messages.Fault.of(failure)))
@@ -217,8 +222,13 @@ class NativeDoor:
         self._send(peer, messages.Failed(request.call, messages.Fault.of(error)))
         self._service.metrics.count("mmprep_requests_total", path=f"native/{request.operation}", outcome=error.type)
 
-    async def _chat(self, peer: bytes, call: int, held: Held, body: memoryview, attachments: list[memoryview]) -> None:
+    async def _chat(
+        self, peer: bytes, request: messages.Request, held: Held, body: memoryview, attachments: list[memoryview]
+    ) -> None:
         chat = await self._service.chat(body, attachments)
+        if chat.request.queue is not None:
+            await self._post(chat, peer, request, [body, *attachments])
+            return
         try:
             nbytes = chat.inline_bytes()
             held.hold_answer(nbytes)
@@ -229,7 +239,7 @@ class NativeDoor:
                 elif nbytes:
                     regions = _kept_regions(chat)
                 head = self._head(chat)
-            delivered = self._send(peer, messages.Rendered(call), head, *_tracked(held, regions))
+            delivered = self._send(peer, messages.Rendered(request.call), head, *_tracked(held, regions))
         except BaseException:
             chat.give_back()
             raise
@@ -237,6 +247,19 @@ class NativeDoor:
             chat.release()
         else:
             chat.give_back()
+
+    async def _post(
+        self, chat: RenderedChat, peer: bytes, request: messages.Request, body: Sequence[memoryview]
+    ) -> None:
+        """Post a chat to its queue. Each client takes turns of its own, and its keys are its own."""
+        sender = peer.decode("latin-1").rpartition(":")[0]
+        try:
+            same = await once(self._service, sender, request.once, body)
+        except BaseException:
+            chat.give_back()
+            raise
+        posted = await post(self._service, chat, prefix="chatcmpl", sender=sender, same=same, expiry=self._job_expiry)
+        self._send(peer, messages.Response(request.call), posted)
 
     def _head(self, chat: RenderedChat) -> bytes:
         model = self._service.served()
@@ -264,25 +287,31 @@ class NativeDoor:
         )
         return head.pack()
 
-    async def _completions(self, peer: bytes, call: int, held: Held, body: memoryview, _: list[memoryview]) -> None:
-        self._json(peer, call, held, await self._texts.completions(body, new_request_id("cmpl")))
+    async def _completions(
+        self, peer: bytes, request: messages.Request, held: Held, body: memoryview, _: list[memoryview]
+    ) -> None:
+        self._json(peer, request.call, held, await self._texts.completions(body, new_request_id("cmpl")))
 
     async def _tokenize(
-        self, peer: bytes, call: int, held: Held, body: memoryview, attachments: list[memoryview]
+        self, peer: bytes, request: messages.Request, held: Held, body: memoryview, attachments: list[memoryview]
     ) -> None:
-        self._json(peer, call, held, await self._texts.tokenize(body, attachments))
+        self._json(peer, request.call, held, await self._texts.tokenize(body, attachments))
 
-    async def _detokenize(self, peer: bytes, call: int, held: Held, body: memoryview, _: list[memoryview]) -> None:
-        self._json(peer, call, held, await self._texts.detokenize(body))
+    async def _detokenize(
+        self, peer: bytes, request: messages.Request, held: Held, body: memoryview, _: list[memoryview]
+    ) -> None:
+        self._json(peer, request.call, held, await self._texts.detokenize(body))
 
-    async def _inject(self, peer: bytes, call: int, held: Held, body: memoryview, _: list[memoryview]) -> None:
-        self._json(peer, call, held, await self._injecting.inject(body, principal=ANONYMOUS, held=held))
+    async def _inject(
+        self, peer: bytes, request: messages.Request, held: Held, body: memoryview, _: list[memoryview]
+    ) -> None:
+        self._json(peer, request.call, held, await self._injecting.inject(body, principal=ANONYMOUS, held=held))
 
-    async def _reset_mm_cache(self, peer: bytes, call: int, held: Held, *_: object) -> None:
-        self._json(peer, call, held, await self._resets.mm_cache())
+    async def _reset_mm_cache(self, peer: bytes, request: messages.Request, held: Held, *_: object) -> None:
+        self._json(peer, request.call, held, await self._resets.mm_cache())
 
-    async def _reset_media_cache(self, peer: bytes, call: int, held: Held, *_: object) -> None:
-        self._json(peer, call, held, await self._resets.media_cache())
+    async def _reset_media_cache(self, peer: bytes, request: messages.Request, held: Held, *_: object) -> None:
+        self._json(peer, request.call, held, await self._resets.media_cache())
 
     def _json(self, peer: bytes, call: int, held: Held, encoded: bytes) -> None:
         held.hold_answer(len(encoded))

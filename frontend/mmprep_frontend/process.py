@@ -107,6 +107,7 @@ class Frontend:
             settings.index,
             hasher=settings.hash,
             inline_size=settings.inline_size,
+            queue_size=settings.queue_size,
             on_card=self._on_card,
         )
         self._intake = Intake(
@@ -183,6 +184,7 @@ class Frontend:
             refusal=self._refusal,
             collect=self._supervisor.metrics,
             status=self._supervisor.status,
+            job_expiry=self._settings.job_expiry,
         )
         max_body = self._settings.max_body_size
         keyring = Keyring(
@@ -204,6 +206,7 @@ class Frontend:
             room=room,
             refusal=self._refusal,
             exporter=self._exporter,
+            job_expiry=self._settings.job_expiry,
         )
         if self._reason is None:
             native.open()

@@ -120,6 +120,9 @@ class RenderedChat:
     offsets: Sequence[tuple[int, int]] | None = None
     items: list[RenderedItem] = field(default_factory=list)
     offered: Offered | None = None
+    #: When the request came, and when its time is over, by the loop's clock.
+    arrived: float = 0.0
+    deadline: float = 0.0
 
     def in_order(self) -> list[RenderedItem]:
         """Return the items in the order of the prompt's ranges."""
@@ -292,7 +295,9 @@ class Service:
             deadline = self.deadline(arrived, request.deadline_ms)
             await self.prepare(model, request, deadline)
             walked = self.walk(model, request, body, principal)
-            return await self._render(model, request, walked, attachments, deadline)
+            chat = await self._render(model, request, walked, attachments, deadline)
+            chat.arrived, chat.deadline = arrived, deadline
+            return chat
 
     def _read(self, model: ServedModel, body: Body, form: Form) -> Asked:
         trusted, templates = self.trusts_kwargs, self.trusts_templates
@@ -335,7 +340,7 @@ class Service:
             return RenderedChat(request, prompt, expanded, truncate_offsets(prompt.offsets, how))
         terms = Terms(
             need="plan" if request.payload == "none" else "tensors",
-            lease=LeaseTo(request.backend_id or "", request.lease_kind or "copy") if request.payload == "shm" else None,
+            lease=_lease(request),
             dtype=request.mm_dtype or self._tensor_dtype,
             io=request.io,
             kwargs=walked.kwargs,
@@ -567,6 +572,13 @@ class Service:
         with recording(stage):
             yield
         self._observe(stage, time.monotonic() - started)
+
+
+def _lease(request: ChatRequest) -> LeaseTo | None:
+    """Return to whom the request's addresses are leased; those of a job are leased when it is delivered."""
+    if request.payload != "shm" or request.queue is not None:
+        return None
+    return LeaseTo(request.backend_id or "", request.lease_kind or "copy")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mmprep.errors import (
     AuthenticationError,
     Busy,
+    Conflict,
     DeadlineExceeded,
     DecodeError,
     FetchError,
@@ -30,12 +31,17 @@ from mmprep.errors import (
 )
 
 if TYPE_CHECKING:
-    from mmprep.backend import Backend
+    from mmprep.backend import AsyncBackend, Backend
     from mmprep.client import AsyncClient, Client
 
 __version__ = "0.1.0"
 
-_LAZY = {"Client": "mmprep.client", "AsyncClient": "mmprep.client", "Backend": "mmprep.backend"}
+_LAZY = {
+    "Client": "mmprep.client",
+    "AsyncClient": "mmprep.client",
+    "AsyncBackend": "mmprep.backend",
+    "Backend": "mmprep.backend",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -45,11 +51,13 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "AsyncBackend",
     "AsyncClient",
     "AuthenticationError",
     "Backend",
     "Busy",
     "Client",
+    "Conflict",
     "DeadlineExceeded",
     "DecodeError",
     "FetchError",

@@ -1,14 +1,18 @@
-"""The reader's side: an engine that uses tensors where they lie.
+"""The reader's side: an engine that uses tensors where they lie, and pulls jobs from queues.
 
 A backend registers under an id. Addresses that HTTP answers carry are leased to such an id, and whoever holds the
-registration turns them into items. The registration dies with its process, however it ends, and its leases with it.
+registration turns them into items. A backend that names queues is given their jobs, with their tensors leased to it. The
+registration dies with its process, however it ends, and its leases and deliveries with it.
+
+:class:`AsyncBackend` does the work; :class:`Backend` is the same for programs without an event loop.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import msgspec
@@ -16,18 +20,21 @@ import zmq
 
 from mmprep.address import Address, parse_address
 from mmprep.errors import InvalidRequest
-from mmprep.item import Item, item_from_address
+from mmprep.item import Item, Runner, item_from_address
+from mmprep.job import AsyncJob, Job
 from mmprep.loop_thread import LoopThread
+from mmprep.pulling import Pulling
 from mmprep.registration import Lease, Registration
 from mmprep.registration import Mapping as SegmentMapping
 from mmprep.runtime import RuntimeDir, parse_endpoint
 from mmprep.wire.messages import LeaseKind
 
 _CONNECT_SECONDS = 10.0
+_CREDITS = 4
 
 
-class Backend:
-    """A registered reader of the shared memory; may be used from several threads.
+class AsyncBackend:
+    """A registered reader of the shared memory on the running asyncio loop.
 
     Parameters
     ----------
@@ -35,58 +42,126 @@ class Backend:
         ``ipc://`` and a runtime directory; by default the one that ``mmprep serve`` uses by default.
     id:
         The name that requests give as ``backend_id``; by default a fresh one.
+    queue:
+        The queue, or the queues, that it pulls jobs from; by default none.
+    credits:
+        How many jobs may be with it at a time, those that wait for the program included; at most 128.
 
     Raises
     ------
     ServiceUnavailable
         No service answers.
     InvalidRequest
-        A living process has the id.
+        A living process has the id, or a queue's name or the credits are wrong.
 
     Examples
     --------
-    >>> with Backend("ipc:///run/user/0/mmprep", id="engine-0") as backend:  # doctest: +SKIP
-    ...     item = backend.open(answer["features"]["mm_addresses"]["image"][0])
-    ...     with item.view() as arrays:
-    ...         pixels = arrays["pixel_values"]
-    ...     item.release()
+    >>> async with AsyncBackend("ipc:///run/user/0/mmprep", queue="engine-0", credits=4) as backend:  # doctest: +SKIP
+    ...     async for job in backend:
+    ...         async with job.view() as items:
+    ...             pixels = items["image"][0]["pixel_values"]
+    ...         await job.ack()
     """
 
-    def __init__(self, endpoint: str | None = None, *, id: str | None = None) -> None:  # noqa: A002 -- interface
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        *,
+        id: str | None = None,  # noqa: A002 -- interface
+        queue: str | Sequence[str] | None = None,
+        credits: int = _CREDITS,  # noqa: A002 -- interface
+        _run: Runner | None = None,
+    ) -> None:
         self.id = id or f"backend-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._thread = LoopThread("mmprep-backend")
-        self._context: zmq.Context[Any] = zmq.Context()
-        try:
-            self._registration: Registration = self._thread.run(self._register(parse_endpoint(endpoint)))
-        except BaseException:
-            self._context.destroy(linger=0)
-            self._thread.stop()
-            raise
+        self._runtime: RuntimeDir = parse_endpoint(endpoint)
+        self._queues = (queue,) if isinstance(queue, str) else queue
+        self._credits = credits
+        self._run = _run
+        self._context: zmq.Context[Any] | None = None
+        self._registration: Registration | None = None
+        self._pulling: Pulling | None = None
 
-    async def _register(self, runtime: RuntimeDir) -> Registration:
-        registration = Registration(self._context, runtime, self.id)
-        try:
-            await registration.ready(_CONNECT_SECONDS)
-        except BaseException:
-            await registration.close()
-            raise
-        return registration
-
-    def __enter__(self) -> Self:
+    async def __aenter__(self) -> Self:
+        await self.connect()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
-    def close(self) -> None:
-        """Release every lease and leave; again is no error."""
-        if self._thread.stopped:
-            return
-        self._thread.run(self._registration.close())
-        self._context.destroy(linger=0)
-        self._thread.stop()
+    async def connect(self) -> None:
+        """Register; as a context manager it does so by itself."""
+        if self._queues is not None:
+            self._pulling = Pulling(self._queues, self._credits, self._run)
+        self._context = zmq.Context()
+        try:
+            self._registration = Registration(self._context, self._runtime, self.id, self._pulling)
+            await self._registration.ready(_CONNECT_SECONDS)
+            if self._pulling is not None:
+                await self._pulling.begin(self._registration)
+        except BaseException:
+            await self.close()
+            raise
 
-    def open(self, address: Address | Mapping[str, Any]) -> Item:
+    async def close(self) -> None:
+        """Give jobs back, release every lease and leave; again is no error.
+
+        A job that the program has and has not ended counts as failed.
+        """
+        registration, self._registration = self._registration, None
+        if registration is not None:
+            if self._pulling is not None:
+                await self._pulling.close()
+            await registration.close()
+        context, self._context = self._context, None
+        if context is not None:
+            context.destroy(linger=0)
+
+    # --- jobs -----------------------------------------------------------------------------------------------------
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> AsyncJob:
+        job = await self.pull()
+        if job is None:
+            raise StopAsyncIteration
+        return job
+
+    async def pull(self, timeout: float | None = None) -> AsyncJob | None:
+        """Return the next job; ``None`` where none comes within ``timeout`` seconds, or when the backend drains."""
+        try:
+            async with asyncio.timeout(timeout):
+                job: AsyncJob | None = await self.pulling.take()
+                return job
+        except TimeoutError:
+            return None
+
+    async def drain(self) -> None:
+        """Take no more jobs: those that the program does not have go back, and iterating ends.
+
+        Jobs that the program has can be ended as before.
+        """
+        await self.pulling.drain()
+
+    @property
+    def pulling(self) -> Pulling:
+        """Its part in queues; raises InvalidRequest where it pulls from none."""
+        if self._pulling is None:
+            raise InvalidRequest("this backend pulls from no queue: name one, Backend(queue=…)", param="queue")
+        return self._pulling
+
+    # --- addresses ------------------------------------------------------------------------------------------------
+
+    def open_now(self, address: Address | Mapping[str, Any]) -> Item | None:
+        """Return the item at an address where that takes no word with the service, else ``None``; see :meth:`open`.
+
+        May be called from any thread.
+        """
+        parsed = parse_address(address)
+        held = None if parsed.lease is None else self._registered().hold_now(parsed, None)
+        return None if held is None else self._item(parsed, *held)
+
+    async def open(self, address: Address | Mapping[str, Any]) -> Item:
         """Return the item at an address that is leased to this backend, and keep its lease renewed.
 
         Parameters
@@ -104,11 +179,10 @@ class Backend:
         """
         parsed = parse_address(address)
         if parsed.lease is None:
-            return self.acquire(parsed)
-        held = self._registration.hold_now(parsed, None)
-        return self._item(parsed, *(held or self._thread.run(self._registration.hold(parsed, None))))
+            return await self.acquire(parsed)
+        return self._item(parsed, *await self._registered().hold(parsed, None))
 
-    def acquire(self, address: Address | Mapping[str, Any], *, kind: LeaseKind = "copy") -> Item:
+    async def acquire(self, address: Address | Mapping[str, Any], *, kind: LeaseKind = "copy") -> Item:
         """Lease the content of an address to this backend and return the item.
 
         Parameters
@@ -122,10 +196,10 @@ class Backend:
             The content is gone.
         """
         parsed = parse_address(address)
-        held = self._thread.run(self._registration.acquire(parsed, kind))
+        held = await self._registered().acquire(parsed, kind)
         return self._item(msgspec.structs.replace(parsed, lease_kind=kind), *held)
 
-    def renew(self, *addresses: Address | Mapping[str, Any]) -> list[bool]:
+    async def renew(self, *addresses: Address | Mapping[str, Any]) -> list[bool]:
         """Prolong leases now, beside the renewal in the background; returns for each whether it still holds.
 
         Raises
@@ -139,20 +213,115 @@ class Backend:
             if lease is None:
                 raise InvalidRequest("an address without a lease cannot be renewed; acquire it first", param="address")
             leases.append(bytes.fromhex(lease))
-        lost = self._thread.run(self._registration.renew(tuple(leases)))
+        lost = await self._registered().renew(tuple(leases))
         return [lease not in lost for lease in leases]
 
     def release(self, *addresses: Address | Mapping[str, Any]) -> None:
-        """End leases; those that are over already are passed over."""
+        """End leases; those that are over already are passed over. May be called from any thread."""
         for address in addresses:
             lease = parse_address(address).lease
             if lease is not None:
-                self._registration.drop(bytes.fromhex(lease))
+                self._registered().drop(bytes.fromhex(lease))
+
+    def _registered(self) -> Registration:
+        if self._registration is None:
+            raise InvalidRequest("this client is closed")
+        return self._registration
 
     def _item(self, address: Address, mapping: SegmentMapping, lease: Lease) -> Item:
         address = msgspec.structs.replace(address, lease=lease.id.hex())
         try:
-            return item_from_address(self._registration, mapping, address, lease, run=self._thread.run)
+            return item_from_address(self._registered(), mapping, address, lease, run=self._run)
         except BaseException:
             lease.release()
             raise
+
+
+class Backend:
+    """A registered reader of the shared memory; may be used from several threads. See :class:`AsyncBackend`.
+
+    Examples
+    --------
+    >>> with Backend("ipc:///run/user/0/mmprep", id="engine-0") as backend:  # doctest: +SKIP
+    ...     item = backend.open(answer["features"]["mm_addresses"]["image"][0])
+    ...     with item.view() as arrays:
+    ...         pixels = arrays["pixel_values"]
+    ...     item.release()
+
+    >>> with Backend("ipc:///run/user/0/mmprep", queue="engine-0", credits=4) as backend:  # doctest: +SKIP
+    ...     for job in backend:
+    ...         with job.view() as items:
+    ...             pixels = items["image"][0]["pixel_values"]
+    ...         job.ack()
+    """
+
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        *,
+        id: str | None = None,  # noqa: A002 -- interface
+        queue: str | Sequence[str] | None = None,
+        credits: int = _CREDITS,  # noqa: A002 -- interface
+    ) -> None:
+        self._thread = LoopThread("mmprep-backend")
+        try:
+            self._backend = AsyncBackend(endpoint, id=id, queue=queue, credits=credits, _run=self._thread.run)
+            self._thread.run(self._backend.connect())
+        except BaseException:
+            self._thread.stop()
+            raise
+        self.id = self._backend.id
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give jobs back, release every lease and leave; see :meth:`AsyncBackend.close`."""
+        if self._thread.stopped:
+            return
+        self._thread.run(self._backend.close())
+        self._thread.stop()
+
+    # --- jobs -----------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Job:
+        job = self.pull()
+        if job is None:
+            raise StopIteration
+        return job
+
+    def pull(self, timeout: float | None = None) -> Job | None:
+        """Return the next job; see :meth:`AsyncBackend.pull`. Several threads may wait at once."""
+        job: Job | None = self._backend.pulling.take_now()
+        return job or self._thread.run(self._backend.pull(timeout))
+
+    def drain(self) -> None:
+        """Take no more jobs; see :meth:`AsyncBackend.drain`. It ends the iterations of all threads."""
+        self._thread.run(self._backend.drain())
+
+    # --- addresses ------------------------------------------------------------------------------------------------
+
+    def open(self, address: Address | Mapping[str, Any]) -> Item:
+        """Return the item at an address that is leased to this backend; see :meth:`AsyncBackend.open`."""
+        item: Item = self._backend.open_now(address) or self._thread.run(self._backend.open(address))
+        return item
+
+    def acquire(self, address: Address | Mapping[str, Any], *, kind: LeaseKind = "copy") -> Item:
+        """Lease the content of an address to this backend; see :meth:`AsyncBackend.acquire`."""
+        item: Item = self._thread.run(self._backend.acquire(address, kind=kind))
+        return item
+
+    def renew(self, *addresses: Address | Mapping[str, Any]) -> list[bool]:
+        """Prolong leases now; see :meth:`AsyncBackend.renew`."""
+        held: list[bool] = self._thread.run(self._backend.renew(*addresses))
+        return held
+
+    def release(self, *addresses: Address | Mapping[str, Any]) -> None:
+        """End leases; those that are over already are passed over."""
+        self._backend.release(*addresses)

@@ -46,8 +46,8 @@ from mmprep.wire.codec import MAX_FRAMES, PROTOCOL, pack, unpack
 from mmprep.wire.sockets import Link
 
 Payload = Literal["shm", "tensors", "none"]
-#: ``traceparent`` and ``tracestate``.
-_Trace: TypeAlias = tuple[str | None, str | None]
+#: What a request says beside its body: ``traceparent``, ``tracestate``, and its key for being sent again.
+_Beside: TypeAlias = tuple[str | None, str | None, str | None]
 
 _FRAME_LIMIT = 1 << 32
 _CONNECT_SECONDS = 10.0
@@ -307,6 +307,8 @@ class AsyncClient:
         MmprepError
             One of the tree, with the place in the request as ``param``.
         """
+        if "queue" in fields:
+            raise InvalidRequest("a request for a queue has no result here: use post()", param="queue")
         body: dict[str, Any] = {"messages": messages, "mm_payload": payload, **fields}
         if model is not None:
             body["model"] = model
@@ -323,6 +325,49 @@ class AsyncClient:
                 if not retries_left:
                     raise
         raise AssertionError
+
+    async def post(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        queue: str,
+        idempotency_key: str | None = None,
+        timeout: float | None = None,
+        **fields: Any,
+    ) -> str:
+        """Render one chat request and put the result into a queue, which backends pull from.
+
+        Parameters
+        ----------
+        messages:
+            As in :meth:`chat`.
+        queue:
+            Its name.
+        idempotency_key:
+            1 to 255 characters. The same call under the same key is posted once, however often it is made; by default
+            each call has a key of its own, under which this client may send it again when a frontend goes away.
+        timeout:
+            Seconds until the job is accepted. When it must have been taken says ``deadline_ms``, which counts from here.
+        fields:
+            Any other field of a chat request; ``mm_payload="none"``: the job has hashes and ranges, and no tensors.
+
+        Returns
+        -------
+        The request's id, which is the job's.
+
+        Raises
+        ------
+        NotFound
+            No backend pulls from such a queue.
+        Busy
+            It is full.
+        Conflict
+            The key was used for another request.
+        """
+        key = idempotency_key or uuid.uuid4().hex
+        answer = await self._json("chat", {"messages": messages, "queue": queue, **fields}, timeout, once=key)
+        request_id: str = answer["request_id"]
+        return request_id
 
     async def completions(self, prompt: Any, *, timeout: float | None = None, **fields: Any) -> list[dict[str, Any]]:
         """Render a completion request: a text, texts, a token list or token lists; returns GenerateRequests."""
@@ -425,28 +470,38 @@ class AsyncClient:
         await self._registration.ready(_CONNECT_SECONDS)
         return self._registration
 
-    async def _json(self, operation: Any, body: dict[str, Any], timeout: float | None) -> Any:
-        return _only(await self._request(operation, body, timeout))
+    async def _json(
+        self, operation: Any, body: dict[str, Any], timeout: float | None, *, once: str | None = None
+    ) -> Any:
+        return _only(await self._request(operation, body, timeout, once=once))
 
-    async def _request(self, operation: Any, body: dict[str, Any], timeout: float | None) -> list[zmq.Frame]:
+    async def _request(
+        self, operation: Any, body: dict[str, Any], timeout: float | None, *, once: str | None = None
+    ) -> list[zmq.Frame]:
         seconds = self._timeout if timeout is None else timeout
         attachments: list[Any] = []
         body = _detach(body, attachments)
-        trace = _header(body, "traceparent"), _header(body, "tracestate")
-        body.setdefault("deadline_ms", max(1, int(seconds * 1000)))
+        beside = _header(body, "traceparent"), _header(body, "tracestate"), once
+        if once is None:
+            body.setdefault("deadline_ms", max(1, int(seconds * 1000)))
         encoded = msgspec.json.encode(body)
         if len(attachments) > MAX_FRAMES - _OTHER_FRAMES:
             raise InvalidRequest(f"a request has at most {MAX_FRAMES - _OTHER_FRAMES} media", param="messages")
-        return await self._send(operation, encoded, attachments, seconds, trace=trace)
+        return await self._send(operation, encoded, attachments, seconds, beside)
 
     async def _send(
-        self, operation: Any, encoded: bytes, attachments: list[Any], seconds: float, *, trace: _Trace = (None, None)
+        self,
+        operation: Any,
+        encoded: bytes,
+        attachments: list[Any],
+        seconds: float,
+        beside: _Beside = (None, None, None),
     ) -> list[zmq.Frame]:
         try:
             async with asyncio.timeout(seconds):
                 for resends_left in reversed(range(_MOST_RESENDS + 1)):
                     try:
-                        return await self._request_once(operation, encoded, attachments, trace)
+                        return await self._request_once(operation, encoded, attachments, beside)
                     except _FrontendLost:
                         if not resends_left:
                             raise ServiceUnavailable("the frontends went away while they had this request") from None
@@ -455,7 +510,7 @@ class AsyncClient:
         raise AssertionError
 
     async def _request_once(
-        self, operation: Any, encoded: bytes, attachments: list[Any], trace: _Trace
+        self, operation: Any, encoded: bytes, attachments: list[Any], beside: _Beside
     ) -> list[zmq.Frame]:
         frontend = await self._any_up()
         for number, frame in enumerate((encoded, *attachments)):
@@ -469,7 +524,7 @@ class AsyncClient:
                 )
         number, future = frontend.calls.open()
         try:
-            frontend.link.send([pack(messages.Request(number, operation, *trace)), encoded, *attachments])
+            frontend.link.send([pack(messages.Request(number, operation, *beside)), encoded, *attachments])
             frames: list[zmq.Frame] = await future
         except asyncio.CancelledError:
             frontend.link.send([pack(messages.Cancel(number))])
@@ -643,6 +698,11 @@ class Client:
         """Render one chat request; see :meth:`AsyncClient.chat`."""
         result: Result = self._thread.run(self._client.chat(messages, **arguments))
         return result
+
+    def post(self, messages: Sequence[dict[str, Any]], **arguments: Any) -> str:
+        """Render one chat request and put the result into a queue; see :meth:`AsyncClient.post`."""
+        request_id: str = self._thread.run(self._client.post(messages, **arguments))
+        return request_id
 
     def completions(self, prompt: Any, **arguments: Any) -> list[dict[str, Any]]:
         """Render a completion request; see :meth:`AsyncClient.completions`."""

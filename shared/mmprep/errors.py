@@ -71,6 +71,12 @@ class MethodNotAllowed(MmprepError):
     type = "BadRequestError"
 
 
+class Conflict(InvalidRequest):
+    """The same name was given to something else before."""
+
+    code = 409
+
+
 class MediaError(MmprepError):
     """One medium of the request could not be used; ``param`` names it."""
 

@@ -55,6 +55,11 @@ class Metrics:
         """Set a gauge."""
         self._gauges[name, tuple(labels.items())] = value
 
+    def forget_gauge(self, name: str) -> None:
+        """Drop a gauge with all its labels: what they were about may be gone."""
+        for series in [series for series in self._gauges if series[0] == name]:
+            del self._gauges[series]
+
     def observe(self, name: str, seconds: float, **labels: str) -> None:
         """Add an observation to a histogram."""
         series = (name, tuple(labels.items()))

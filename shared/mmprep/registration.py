@@ -18,9 +18,9 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import zmq
@@ -119,6 +119,16 @@ class Lease:
         self.release()
 
 
+class Pulls(Protocol):
+    """What takes jobs from queues, on the registration's loop."""
+
+    def greets(self) -> Iterable[tuple[Callable[[int], msgspec.Struct], Callable[[asyncio.Future[Any]], None]]]:
+        """Return what a writer that welcomes this reader is told first, and what takes each answer."""
+
+    def delivered(self, delivery: messages.Delivery, content: list[bytes]) -> None:
+        """Take a job."""
+
+
 class WriterLostError(ServiceUnavailable):
     """The writer went away while a call was under way; the call is to be made again."""
 
@@ -132,6 +142,8 @@ class Registration:
         Of the running service.
     backend_id:
         This reader's name, unique among the living.
+    pulls:
+        What takes jobs from queues, if anything.
 
     Attributes
     ----------
@@ -143,8 +155,11 @@ class Registration:
         A living process has registered under the same id.
     """
 
-    def __init__(self, context: zmq.Context[Any], runtime: RuntimeDir, backend_id: str) -> None:
+    def __init__(
+        self, context: zmq.Context[Any], runtime: RuntimeDir, backend_id: str, pulls: Pulls | None = None
+    ) -> None:
         self.id = backend_id
+        self._pulls = pulls
         self.mapping: Mapping | None = None
         self._closed = False
         self._instance = os.urandom(8)
@@ -212,7 +227,7 @@ class Registration:
             self._flush_dropped()
             with contextlib.suppress(MmprepError, TimeoutError):
                 async with asyncio.timeout(_CLOSE_SECONDS):
-                    await self._call(lambda call: messages.Release(call, ()))
+                    await self.call(lambda call: messages.Release(call, ()))
         self._link.close()
         self._calls.fail_all(InvalidRequest, "this client is closed")
         self._note_change()
@@ -324,14 +339,14 @@ class Registration:
             mapping = self._spill(ring, address) or ring
             mapping.check(address)
             sent_at = time.monotonic()
-            answer = await self._call(lambda call: messages.Acquire(call, slot, generation, kind))
+            answer = await self.call(lambda call: messages.Acquire(call, slot, generation, kind))
             with self._guard:
                 if self._holdings.acquired(answer.lease, slot, generation, kind, epoch=ring.epoch, sent_at=sent_at):
                     return mapping, Lease(self, answer.lease)
 
     async def upgrade(self, lease_id: bytes, kind: messages.LeaseKind) -> None:
         """Make a lease a view, which is never revoked while this process lives, or a copy again; raises LeaseLost."""
-        await self._call(lambda call: messages.Upgrade(call, lease_id, kind))
+        await self.call(lambda call: messages.Upgrade(call, lease_id, kind))
         with self._guard:
             self._holdings.changed(lease_id, kind)
 
@@ -341,7 +356,7 @@ class Registration:
         for start in range(0, len(lease_ids), _BATCH):
             batch = lease_ids[start : start + _BATCH]
             sent_at = time.monotonic()
-            answer = await self._call(partial(messages.Renew, leases=batch))
+            answer = await self.call(partial(messages.Renew, leases=batch))
             with self._guard:
                 self._holdings.renewed(batch, frozenset(answer.lost), sent_at)
             over += tuple(answer.lost)
@@ -363,7 +378,7 @@ class Registration:
     def _note_change(self) -> None:
         self._changed.set()
 
-    async def _call(self, make: Callable[[int], msgspec.Struct]) -> Any:
+    async def call(self, make: Callable[[int], msgspec.Struct]) -> Any:
         """Ask the writer, and its successor where it goes away before it answers: every call may be made twice."""
         try:
             async with asyncio.timeout(_CALL_SECONDS):
@@ -403,7 +418,7 @@ class Registration:
             if not batch:
                 return
             failpoints.reach("backend.release.before")
-            await self._call(partial(messages.Release, leases=batch))
+            await self.call(partial(messages.Release, leases=batch))
             failpoints.reach("backend.release.after")
             with self._guard:
                 self._holdings.released(batch)
@@ -411,7 +426,7 @@ class Registration:
     async def _tell_turn(self) -> None:
         turn = self._holdings.turn
         if turn > self._turn:
-            await self._call(partial(messages.Retag, turn=turn))
+            await self.call(partial(messages.Retag, turn=turn))
             self._turn = max(self._turn, turn)
 
     def _flush_dropped(self) -> None:
@@ -454,11 +469,13 @@ class Registration:
                 self._refuse(message.fault.error())
             case messages.Failed():
                 self._calls.resolve(message.call, message.fault.error())
-            case messages.Done() | messages.Renewed() | messages.Acquired():
+            case messages.Done() | messages.Renewed() | messages.Acquired() | messages.Kept():
                 self._calls.resolve(message.call, message)
             case messages.StillHeld():
                 with self._guard:
                     self._holdings.asked(message.leases)
+            case messages.Delivery() if self._pulls is not None:
+                self._pulls.delivered(message, frames[1:])
             case _:
                 pass
 
@@ -484,6 +501,9 @@ class Registration:
                 self._ended.append(former.epoch)
         with self._guard:
             held = self._holdings.welcomed(life, welcome.lease_ms / 1000)
+        if self._pulls is not None:  # before the word that this was all: a writer that waits for it delivers next
+            for make, answered in self._pulls.greets():
+                self._say(make, answered)
         self._reassert(held)
         self._refusal, self._up = None, True
         self._note_change()
@@ -493,10 +513,15 @@ class Registration:
         sent_at = time.monotonic()
         for start in range(0, max(1, len(held)), _BATCH):
             batch = held[start : start + _BATCH]
-            number, future = self._calls.open()
             ids = tuple(one.lease for one in batch)
-            future.add_done_callback(partial(self._reasserted, ids, sent_at))
-            self._link.send([pack(messages.Reassert(number, batch, start + _BATCH >= len(held)))])
+            told = partial(messages.Reassert, leases=batch, last=start + _BATCH >= len(held))
+            self._say(told, partial(self._reasserted, ids, sent_at))
+
+    def _say(self, make: Callable[[int], msgspec.Struct], answered: Callable[[asyncio.Future[Any]], None]) -> None:
+        """Ask without waiting for the answer; where the connection is lost the next welcome begins anew."""
+        number, future = self._calls.open()
+        future.add_done_callback(answered)
+        self._link.send([pack(make(number))])
 
     def _reasserted(self, ids: tuple[bytes, ...], sent_at: float, done: asyncio.Future[Any]) -> None:
         if done.cancelled() or done.exception() is not None:

@@ -39,6 +39,12 @@ class WriterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     image_background: tuple[int, int, int] | None
     queue_limit: int
     queue_bytes: int
+    queues: tuple[str, ...]
+    queue_jobs: int
+    queue_size: int
+    job_seconds: float
+    job_expiry: float
+    job_attempts: int
     lease_seconds: float
     upload_seconds: float
     task_seconds: float
@@ -65,6 +71,8 @@ class FrontendSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_request_image_pixels: int
     max_body_size: int
     inline_size: int
+    queue_size: int
+    job_expiry: float
     request_timeout: float
     fetch_timeout: float
     drain_timeout: float

@@ -29,18 +29,19 @@ class FairQueueMachine(RuleBasedStateMachine):
         cost=st.integers(0, 9),
         priority=PRIORITIES,
         nbytes=st.integers(0, 9),
-        heavy=st.booleans(),
+        flags=st.tuples(st.booleans(), st.booleans()),
     )
-    def push(self, client, cost, priority, nbytes, heavy):
+    def push(self, client, cost, priority, nbytes, flags):
+        heavy, first = flags
         self.last_id += 1
         entry = Entry(self.last_id, client, cost, priority, nbytes, heavy)
         if len(self.entries) == MAX_ITEMS or sum(e.nbytes for e in self.entries) + nbytes > MAX_BYTES:
             with pytest.raises(errors.Busy) as caught:
-                self.queue.push(entry)
+                self.queue.push(entry, first=first)
             assert caught.value.retry_after > 0
         else:
-            self.queue.push(entry)
-            self.arrive(entry)
+            self.queue.push(entry, first=first)
+            self.arrive(entry, first=first)
 
     @rule(heavy_allowed=st.booleans())
     def pop(self, heavy_allowed):
@@ -81,12 +82,12 @@ class FairQueueMachine(RuleBasedStateMachine):
         assert self.queue.remove(self.last_id + 1) is None
         self.queue.reprioritise(self.last_id + 1, priority)
 
-    def arrive(self, entry):
+    def arrive(self, entry, *, first=False):
         flow = (entry.priority, entry.client)
         time = self.times.setdefault(entry.priority, 0)
         if not any((e.priority, e.client) == flow for e in self.entries):
             self.tags[flow] = max(self.tags.get(flow, 0), time)
-        self.entries.append(entry)
+        self.entries.insert(0 if first else len(self.entries), entry)
 
     def leave(self, entry):
         self.entries.remove(entry)

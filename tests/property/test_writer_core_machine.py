@@ -34,6 +34,7 @@ from mmprep_worker.ring.ring import Ring
 from mmprep_worker.ring.spills import Spill
 from mmprep_worker.scheduling.admission import Admission, Quarantine
 from mmprep_worker.scheduling.flights import Flights
+from mmprep_worker.scheduling.job import Limits
 from mmprep_worker.scheduling.queue import FairQueue
 from mmprep_worker.writer.core import WriterCore
 from mmprep_worker.writer.plans import PlanStore
@@ -220,6 +221,7 @@ class WriterCoreMachine(RuleBasedStateMachine):
             new_id=lambda: next(self.numbers).to_bytes(12, "little"),
             inline_bytes=inline,
             most_aliases=MOST_ALIASES,
+            queue_limits=Limits(jobs=4, nbytes=400, pinned=GEOMETRY.arena_capacity // 2),
         )
 
     @initialize(

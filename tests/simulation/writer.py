@@ -19,6 +19,7 @@ from mmprep.wire.codec import PROTOCOL, pack, unpack
 from mmprep.wire.outbox import Outbox
 from mmprep_worker.scheduling.admission import Admission, Quarantine
 from mmprep_worker.scheduling.flights import Flights
+from mmprep_worker.scheduling.job import Limits
 from mmprep_worker.scheduling.queue import FairQueue
 from mmprep_worker.writer import shell
 from mmprep_worker.writer.core import READERS
@@ -128,6 +129,7 @@ class Writer(Process):
             read=lambda offset, length: bytes(segment.buffer[offset : offset + length]),
             new_id=lambda: random.randbytes(12),
             inline_bytes=settings.inline,
+            queue_limits=Limits(jobs=64, nbytes=1 << 20, pinned=self.segments.geometry.arena_capacity // 2),
             awaited=awaited,
             silent_at=now + shell._SILENT_SECONDS,
         )
@@ -358,7 +360,7 @@ class Writer(Process):
         former, core = self.segment, self.core
         self._take_segment(found)
         self.core = self._make_core(found, self.clock(), ())
-        self.core.succeed(core)
+        self.core.succeed(core, self.clock())
         self.point()
         self.segments.unlink(former.name)
         self._start_at = dict.fromkeys(range(self.settings.lanes), self.clock())

@@ -17,6 +17,7 @@ from mmprep_worker.ring.policy import Clock
 from mmprep_worker.ring.ring import Ring
 from mmprep_worker.scheduling.admission import Admission, Quarantine
 from mmprep_worker.scheduling.flights import Flights
+from mmprep_worker.scheduling.job import Limits
 from mmprep_worker.scheduling.queue import FairQueue
 from mmprep_worker.writer.core import WriterCore
 from mmprep_worker.writer.plans import PlanStore
@@ -26,6 +27,7 @@ from mmprep_worker.writer.tasks import MAX_METADATA
 GEOMETRY = Geometry.plan(16 * 4096, 64)
 QUARTER = GEOMETRY.arena_capacity // 4
 LEASE_SECONDS, TASK_SECONDS, UPLOAD_SECONDS, QUARANTINE_SECONDS = 30.0, 60.0, 5.0, 180.0
+QUEUE_LIMITS = Limits(jobs=8, nbytes=4000, pinned=GEOMETRY.arena_capacity // 2, idle_seconds=100.0)
 A, B, C = (bytes([n]) * 32 for n in range(3))
 META = b"metadata"
 
@@ -62,6 +64,7 @@ class World:
             read=lambda offset, length: bytes(self.memory[offset : offset + length]),
             new_id=lambda: next(self.ids).to_bytes(12, "little"),
             inline_bytes=inline,
+            queue_limits=QUEUE_LIMITS,
             **taken_over,
         )
         self.segments: set[str] = set()

@@ -20,9 +20,11 @@ from mmprep_frontend.render.encodings import JSON
 from mmprep_frontend.room import RETRY_AFTER
 
 REQUEST_ID_HEADER: Final = "X-Request-Id"
+IDEMPOTENCY_HEADER: Final = "Idempotency-Key"
 #: What a fault of ours looks like from outside; its details are in the log.
 INTERNAL_ERROR: Final = "the service failed on this request; its operator finds the reason in the log"
 
+_KEY = re.compile(r"[ -~]{1,255}", re.ASCII)
 _REQUEST_ID = re.compile(r"[!-~]{1,128}", re.ASCII)
 
 
@@ -68,6 +70,22 @@ def routing_error(error: web.HTTPException) -> web.Response:
     if error.status < InternalError.code:
         return error_answer(InvalidRequest("the request is not one that this service can read"))
     return internal_error()
+
+
+def idempotency_key(request: web.BaseRequest) -> str | None:
+    """Return the key under which the client may send the request again, ``None`` where it gives none.
+
+    Raises
+    ------
+    mmprep.errors.InvalidRequest
+        It is not of 1 to 255 printable ASCII characters, or there are several.
+    """
+    keys = request.headers.getall(IDEMPOTENCY_HEADER, ())
+    if not keys:
+        return None
+    if len(keys) > 1 or not _KEY.fullmatch(keys[0]):
+        raise InvalidRequest(f"{IDEMPOTENCY_HEADER} takes one key of 1 to 255 printable ASCII characters")
+    return keys[0]
 
 
 def request_id_of(request: web.BaseRequest) -> str:

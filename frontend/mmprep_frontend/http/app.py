@@ -18,6 +18,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from http import HTTPStatus
 from typing import Final
 
 import msgspec
@@ -29,6 +30,7 @@ from mmprep_frontend.caller import Caller
 from mmprep_frontend.http.answers import (
     REQUEST_ID_HEADER,
     error_answer,
+    idempotency_key,
     internal_error,
     json_answer,
     plain_answer,
@@ -208,10 +210,19 @@ class _Edge:
             if needs_model:
                 self._check_ready()
             async with self._bodies.body(request) as (body, held):
-                encoding = encoding_for(",".join(request.headers.getall("Accept", ())))
-                caller = Caller(prefix + request[_REQUEST_ID], principal, held, encoding)
+                caller = Caller(
+                    prefix + request[_REQUEST_ID],
+                    principal,
+                    held,
+                    encoding_for(",".join(request.headers.getall("Accept", ()))),
+                    self._keyring.sender(request.headers),
+                    idempotency_key(request),
+                )
                 made = await answer(body, caller)
-                return await self._send(request, made if isinstance(made, Rendered) else Rendered([made]), caller)
+                rendered = made if isinstance(made, Rendered) else Rendered([made])
+                if rendered.status == HTTPStatus.ACCEPTED:
+                    return json_answer(b"".join(rendered.body), rendered.status)
+                return await self._send(request, rendered, caller)
 
         return handler
 

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
+from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -20,8 +21,9 @@ from mmprep_frontend.http.chat_answer import encode_chat_answer
 from mmprep_frontend.http.exposition import METRICS, HistogramData, Numbers, Series, expose
 from mmprep_frontend.http.ports import Rendered
 from mmprep_frontend.injection.service import Injecting
+from mmprep_frontend.posting import once, post
 from mmprep_frontend.resets import Resets
-from mmprep_frontend.service import Form, Service
+from mmprep_frontend.service import Form, RenderedChat, Service
 from mmprep_frontend.texts import Texts
 
 _log = logging.getLogger("mmprep.requests")
@@ -52,6 +54,8 @@ class HttpDoor:
         Returns the whole service's metrics.
     status:
         Returns its status, as JSON.
+    job_expiry:
+        Seconds in which a queued job must be taken.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class HttpDoor:
         refusal: Callable[[], str | None],
         collect: Callable[[], Awaitable[Snapshot]],
         status: Callable[[], Awaitable[bytes]],
+        job_expiry: float = 300.0,
     ) -> None:
         self._service = service
         self._texts = texts
@@ -74,6 +79,7 @@ class HttpDoor:
         self._refusal = refusal
         self._collect = collect
         self._status = status
+        self._job_expiry = job_expiry
         self._started = int(time.time())
 
     async def render_chat(self, body: bytes, caller: Caller) -> Rendered:
@@ -147,6 +153,8 @@ class HttpDoor:
 
     async def _render_chat(self, body: bytes, caller: Caller, form: Form) -> Rendered:
         chat, held = await self._service.chat(body, form=form, principal=caller.principal), caller.held
+        if chat.request.queue is not None:
+            return Rendered([await self._post(chat, body, caller)], status=HTTPStatus.ACCEPTED)
         encoding = caller.encoding
         try:
             model = self._service.served()
@@ -160,6 +168,16 @@ class HttpDoor:
             raise
         chat.release()
         return Rendered(answer, chat.lease_return())
+
+    async def _post(self, chat: RenderedChat, body: bytes, caller: Caller) -> bytes:
+        """Post a chat to its queue; who hangs up has posted it all the same, if it was accepted in this moment."""
+        try:
+            same = await once(self._service, caller.sender, caller.key, [body])
+        except BaseException:
+            chat.give_back()
+            raise
+        prefix = caller.request_id.partition("-")[0].partition("_")[0]
+        return await post(self._service, chat, prefix=prefix, sender=caller.sender, same=same, expiry=self._job_expiry)
 
     async def _counted(self, path: str, work: Awaitable[T]) -> T:
         service, started, outcome = self._service, time.monotonic(), "ok"

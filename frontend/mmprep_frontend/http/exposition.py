@@ -87,7 +87,18 @@ METRICS: Final[Mapping[str, MetricSpec]] = {
     "mmprep_leases_overdue": MetricSpec("gauge", "Leases past their time that cannot be taken back yet."),
     "mmprep_lanes": MetricSpec("gauge", "Lanes.", ("state",)),
     "mmprep_lane_restarts_total": MetricSpec("counter", "Lanes that were replaced."),
-    "mmprep_queue_depth": MetricSpec("gauge", "Jobs in a queue.", ("queue",)),
+    "mmprep_queue_depth": MetricSpec(
+        "gauge", "Jobs that wait in a queue; in media: media that wait for a lane.", ("queue",)
+    ),
+    "mmprep_queue_delivered": MetricSpec("gauge", "Jobs of a queue in the hands of backends.", ("queue",)),
+    "mmprep_queue_bytes": MetricSpec("gauge", "Bytes of a queue's jobs, without their tensors.", ("queue",)),
+    "mmprep_queue_held_bytes": MetricSpec("gauge", "Bytes of the ring that a queue's jobs hold.", ("queue",)),
+    "mmprep_queue_backends": MetricSpec("gauge", "Backends that pull from a queue.", ("queue",)),
+    "mmprep_queue_dead_letters": MetricSpec("gauge", "Jobs on a queue's list of dead letters.", ("queue",)),
+    "mmprep_queue_jobs_total": MetricSpec(
+        "counter", "Jobs of a queue: posted, refused, delivered, returned, acked, dead, expired.", ("queue", "event")
+    ),
+    "mmprep_queue_wait_seconds": MetricSpec("histogram", "Seconds from a post to its first delivery.", ("queue",)),
     "mmprep_inflight": MetricSpec("gauge", "Requests under way."),
     "mmprep_refused_total": MetricSpec(
         "counter", "Messages between processes that were refused, by the link that they came on.", ("link", "error")

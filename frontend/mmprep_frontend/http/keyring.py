@@ -73,6 +73,11 @@ class Keyring:
         owner = principal or admin
         return ANONYMOUS if owner is None or self._shared else owner
 
+    def sender(self, headers: Mapping[str, str]) -> str:
+        """Return whose an admitted request is, whoever uses the same cache."""
+        digest = digest_of(_presented(headers, password=False))
+        return _owner(self._keys, digest) or _owner(self._admin_keys, digest) or ANONYMOUS
+
     def admits(self, headers: Mapping[str, str]) -> bool:
         """Whether a request has a key that is good for requests, or needs none."""
         try:

@@ -16,10 +16,12 @@ class Rendered(NamedTuple):
     ----------
     body: in the caller's encoding.
     unread: to be called where the client does not seem to have read it; ``None`` where nobody has to know.
+    status: 200, or 202 where the request was accepted and its result goes elsewhere.
     """
 
     body: Encoded
     unread: Callable[[], None] | None = None
+    status: int = 200
 
 
 class Service(Protocol):

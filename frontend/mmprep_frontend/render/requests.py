@@ -211,14 +211,16 @@ class Delivered(_Request, kw_only=True):
     lease_kind: Literal["copy", "view"] | None = None
     return_prompt_text: bool | None = None
     return_token_offsets: bool | None = None
-    queue: Any = None
+    queue: Name | None = None
 
     @property
     def payload(self) -> Payload:
-        """How the tensors travel: what the request names, ``tensors`` where it names nothing."""
+        """How the tensors travel: what the request names, else ``tensors``, or by address where it goes to a queue."""
         if self.mm_payload is not None:
             return self.mm_payload
-        return "none" if self.return_mm_kwargs is False else "tensors"
+        if self.return_mm_kwargs is False:
+            return "none"
+        return "tensors" if self.queue is None else "shm"
 
 
 class _Generating(Delivered, kw_only=True):
@@ -447,7 +449,7 @@ def parse(body: bytes | memoryview, kind: Kind, *, trusted: bool = False, templa
     return request
 
 
-_NOT_YET = ("queue", "functions", "function_call", "suffix", "prompt_embeds")
+_NOT_YET = ("functions", "function_call", "suffix", "prompt_embeds")
 
 
 def check(request: Request, *, trusted: bool, templates: bool) -> None:
@@ -522,8 +524,24 @@ def _check_delivery(request: Delivered) -> None:
         raise InvalidRequest(
             f"'return_mm_kwargs': false contradicts 'mm_payload': '{request.mm_payload}'.", param="return_mm_kwargs"
         )
-    if request.payload == "shm" and request.backend_id is None:
+    if request.queue is not None:
+        _check_queued(request)
+    elif request.payload == "shm" and request.backend_id is None:
         raise InvalidRequest(
             "'mm_payload': 'shm' needs the 'backend_id' of a registered backend, which leases the addresses.",
             param="backend_id",
         )
+
+
+def _check_queued(request: Delivered) -> None:
+    if isinstance(request, CompletionRequest):
+        raise InvalidRequest("Completions are not queued yet; leave 'queue' out.", param="queue")
+    if request.payload == "tensors":
+        raise InvalidRequest(
+            "A queue takes addresses or hashes: leave 'mm_payload' out, or send 'none'.", param="mm_payload"
+        )
+    for name in ("backend_id", "lease_kind"):
+        if getattr(request, name) is not None:
+            raise InvalidRequest(
+                f"A queued request's tensors are leased to the backend that pulls it; leave '{name}' out.", param=name
+            )

@@ -32,6 +32,8 @@ _FALSE = {"0", "false", "no", "off"}
 #: What cannot be a host name is refused here; the frontends' URL policy judges the rest.
 _DOMAIN = re.compile(r"((\*\.)?[^\s/:*@?#%\\]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
 
+_QUEUE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_MOST_QUEUES = 256
 _COLOUR = re.compile(r"#[0-9A-Fa-f]{6}")
 
 
@@ -156,6 +158,18 @@ def _domains(text: str, option: str) -> tuple[str, ...]:
     return domains
 
 
+def _queues(text: str, option: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(filter(None, (piece.strip() for piece in text.split(",")))))
+    for name in names:
+        if not _QUEUE.fullmatch(name) or name == "media":
+            raise StartupError(
+                f"{option}: {name!r} is no name of a queue; give 1 to 64 letters, digits, '_', '.' and '-', and not 'media'"
+            )
+    if len(names) > _MOST_QUEUES:
+        raise StartupError(f"{option}: there are at most {_MOST_QUEUES} queues")
+    return names
+
+
 def _directory(text: str, option: str) -> str | None:
     """Return the absolute path of a directory that exists."""
     if not text:
@@ -195,6 +209,12 @@ OPTIONS = (
     Option("hash", _choice(*_HASHES), "blake3", "hash of the media's bytes"),
     Option("lease-seconds", _duration("100ms", "1d"), "30s", "how long a lease holds without renewal"),
     Option("queue-limit", _whole(1, 1_000_000), "1024", "media that may wait or be in work"),
+    Option("queues", _queues, "", "queues of jobs that are there before a backend pulls from them: engine-0,engine-1"),
+    Option("queue-jobs", _whole(1, 1_000_000), "1024", "jobs in one queue, delivered ones included"),
+    Option("queue-size", _size("1MiB", "64GiB"), "64MiB", "jobs of all queues, without their tensors"),
+    Option("job-timeout", _duration("100ms", "1d"), "60s", "time from a job's delivery to its acknowledgement"),
+    Option("job-expiry", _duration("100ms", "30d"), "5min", "time in which a queued job must be taken"),
+    Option("job-attempts", _whole(1, 1000), "3", "failed deliveries after which a job is given up"),
     Option("request-timeout", _duration("100ms", "1d"), "60s", "longest time for one request"),
     Option("drain-timeout", _duration("0s", "1d"), "10s", "time for requests under way when the service stops"),
     Option("max-media-size", _size("1KiB", "64GiB"), "256MiB", "largest medium, encoded"),

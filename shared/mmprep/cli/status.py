@@ -60,5 +60,12 @@ def table(status: dict[str, Any]) -> str:
         lines.append(f"inline      {format_size(inline['bytes'])} on their way; {inline['sent']} items sent")
         lines.append(f"cache hits  {rate}; {ring['evictions']} evictions")
     for name, queue in status.get("queues", {}).items():
-        lines.append(f"queue       {name}: {queue['depth']} waiting, {format_size(queue['bytes'])}")
+        lines.append(f"queue       {name}: {queue['depth']} waiting, {format_size(queue['bytes'])}{_pulled(queue)}")
     return "\n".join(lines)
+
+
+def _pulled(queue: dict[str, Any]) -> str:
+    """Return what there is to tell of a queue of jobs, which backends pull."""
+    if "backends" not in queue:
+        return ""
+    return f"; {queue['delivered']} delivered, {len(queue['backends'])} backends pull, {len(queue['dead_letters'])} dead letters"

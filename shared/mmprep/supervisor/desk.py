@@ -102,14 +102,14 @@ class Desk:
         return [(r.role, r.id) for r in self._reporters.values() if r.unanswered >= rounds[r.role]]
 
     async def quiet(self) -> bool:
-        """Whether every process says that no request is under way and no backend has a lease."""
+        """Whether every process says that no request is under way, no backend has a lease, and no job waits for one."""
         reports = await self._collect()
         if len(reports) < len(self._reporters):
             return False
         for reporter, report in reports:
             if reporter.role == "frontend" and report.status["inflight"]:
                 return False
-            if reporter.role == "writer" and any(backend["leases"] for backend in report.status["backends"]):
+            if reporter.role == "writer" and not _at_rest(report.status):
                 return False
         return True
 
@@ -204,6 +204,14 @@ class Desk:
             self._pump.send([identity, pack(message), *frames])
         except (zmq.ZMQError, MmprepError):
             self._reporters.pop(identity, None)
+
+
+def _at_rest(writer: dict[str, Any]) -> bool:
+    """Whether no backend has a lease, and none has a job or would be given one. For jobs that nobody pulls nobody waits."""
+    pulled = [queue for queue in writer["queues"].values() if queue.get("backends")]
+    return not any(backend["leases"] for backend in writer["backends"]) and not any(
+        queue["depth"] or queue["delivered"] for queue in pulled
+    )
 
 
 def _totals(snapshot: Snapshot) -> dict[str, float]:

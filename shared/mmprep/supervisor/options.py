@@ -43,6 +43,12 @@ class ServeOptions(msgspec.Struct, frozen=True):
     hash: str
     lease_seconds: float
     queue_limit: int
+    queues: tuple[str, ...]
+    queue_jobs: int
+    queue_size: int
+    job_timeout: float
+    job_expiry: float
+    job_attempts: int
     request_timeout: float
     drain_timeout: float
     allowed_media_domains: tuple[str, ...]
@@ -91,6 +97,12 @@ class ServeOptions(msgspec.Struct, frozen=True):
             image_background=self.image_background,
             queue_limit=self.queue_limit,
             queue_bytes=max(self.max_media_size, 1 << 30),
+            queues=self.queues,
+            queue_jobs=self.queue_jobs,
+            queue_size=self.queue_size,
+            job_seconds=self.job_timeout,
+            job_expiry=self.job_expiry,
+            job_attempts=self.job_attempts,
             lease_seconds=self.lease_seconds,
             upload_seconds=5.0,
             task_seconds=self.task_timeout,
@@ -130,6 +142,8 @@ class ServeOptions(msgspec.Struct, frozen=True):
             max_request_image_pixels=self.max_request_image_pixels,
             max_body_size=self.max_body_size,
             inline_size=self.inline_size,
+            queue_size=self.queue_size,
+            job_expiry=self.job_expiry,
             request_timeout=self.request_timeout,
             fetch_timeout=min(30.0, self.request_timeout),
             drain_timeout=self.grace,

@@ -19,9 +19,21 @@ Epoch = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}\Z")]
 ShortText = Annotated[str, msgspec.Meta(max_length=2048)]
 Modality = Annotated[str, msgspec.Meta(max_length=16)]
+JobId = Annotated[str, msgspec.Meta(min_length=1, max_length=160)]
+#: Of :data:`mmprep_worker.scheduling.job.TOKEN_SIZE` bytes.
+Token = Annotated[bytes, msgspec.Meta(min_length=12, max_length=12)]
 Call = Natural
 #: Items of one offer.
 MAX_ITEMS = 256
+#: Deliveries that one backend may have at a time: those that it holds are told in one message.
+MAX_CREDITS = 128
+#: Queues that one backend pulls from.
+MAX_PULLED = 32
+#: Ids of jobs in one message.
+MAX_FINISHED = 256
+#: Bytes of one frame of a job's content, and of all of them: what has more is no job.
+JOB_PIECE = 48 * 1024
+JOB_LIMIT = 4 << 20
 #: Estimated pixels of an item from which it is slow work, which one lane never takes.
 HEAVY_COST = 16_000_000
 #: Entries of the ring in one message; about 32 KiB.
@@ -434,8 +446,130 @@ class InspectedEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknow
     spill: bool
 
 
+# --- queues -----------------------------------------------------------------------------------------------------------
+
+
+class Once(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A request that its client may send again: digests of the client's key for it, in the client's scope, and of its body."""
+
+    key: Digest
+    body: Digest
+
+
+class Post(Wire, frozen=True):
+    """A frontend posts a job. Answered by :class:`Posted` or Failed. Frames: its content, in pieces of :data:`JOB_PIECE`.
+
+    The frontend keeps it until :class:`Finished`, and posts it to each writer that welcomes it meanwhile; ``again``: one
+    has accepted it before. ``places`` are slots and generations of its tensors; the writer pins them.
+    """
+
+    call: Call
+    job: JobId
+    queue: Name
+    producer: Annotated[str, msgspec.Meta(max_length=256)]
+    priority: int
+    cost: Natural
+    expires_ms: Natural
+    places: Annotated[tuple[tuple[Natural, Generation], ...], msgspec.Meta(max_length=MAX_ITEMS)]
+    once: Once | None = None
+    again: bool = False
+
+
+class Posted(Wire, frozen=True):
+    """The job is in its queue. ``job``: its id, another one where an equal request was posted before under that id."""
+
+    call: Call
+    job: JobId
+
+
+class Finished(Wire, frozen=True):
+    """These jobs of the frontend have ended, however: it need not keep them any more."""
+
+    jobs: Annotated[tuple[JobId, ...], msgspec.Meta(max_length=MAX_FINISHED)]
+
+
+class Pull(Wire, frozen=True):
+    """A backend takes jobs of these queues from now on, and of no others, so many at a time. Answered by Done or Failed."""
+
+    call: Call
+    queues: Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_PULLED)]
+    credits: Annotated[int, msgspec.Meta(ge=0, le=MAX_CREDITS)]
+
+
+class HeldJob(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A delivery that a backend has."""
+
+    token: Token
+    queue: Name
+    job: JobId
+    attempt: Natural
+
+
+class Holding(Wire, frozen=True):
+    """What this backend has, told to each writer that welcomes it, before anything else. Answered by :class:`Kept`."""
+
+    call: Call
+    jobs: Annotated[tuple[HeldJob, ...], msgspec.Meta(max_length=MAX_CREDITS)]
+
+
+class Kept(Wire, frozen=True):
+    """The deliveries that are over, of those that the backend has."""
+
+    call: Call
+    lost: tuple[Token, ...]
+
+
+class Delivery(Wire, frozen=True):
+    """A job for this backend. Frames: its content. ``leases`` are views, one for each of the places it was posted with.
+
+    ``left_ms``: until it is delivered again if it is not acknowledged. ``fault``: what has become of it instead, and then
+    it has no leases.
+    """
+
+    token: Token
+    queue: Name
+    job: JobId
+    attempt: Natural
+    left_ms: Natural
+    lease_ms: Natural
+    leases: Annotated[tuple[LeaseId, ...], msgspec.Meta(max_length=MAX_ITEMS)]
+    fault: Fault | None = None
+
+
+class Ack(Wire, frozen=True):
+    """The job is done. Answered by :class:`Done`, or by Failed where the delivery is over."""
+
+    call: Call
+    token: Token
+
+
+class GiveBack(Wire, frozen=True):
+    """The job is not done: ``failed`` says why it failed, ``None`` that it was not begun. Answered as :class:`Ack`."""
+
+    call: Call
+    token: Token
+    failed: ShortText | None
+
+
 ToWriter: TypeAlias = (
-    Hello | Offer | Cancel | Unpin | Reassert | Repin | Renew | Release | Acquire | Upgrade | Retag | Clear | Inspect
+    Hello
+    | Offer
+    | Cancel
+    | Unpin
+    | Reassert
+    | Repin
+    | Renew
+    | Release
+    | Acquire
+    | Upgrade
+    | Retag
+    | Clear
+    | Inspect
+    | Post
+    | Pull
+    | Holding
+    | Ack
+    | GiveBack
 )
 FromWriter: TypeAlias = (
     WriterWelcome
@@ -451,6 +585,10 @@ FromWriter: TypeAlias = (
     | StillHeld
     | Cleared
     | Inspected
+    | Posted
+    | Finished
+    | Kept
+    | Delivery
 )
 
 
@@ -617,17 +755,19 @@ class Request(Wire, frozen=True):
     """One call. Frames: the request as JSON, then attachments, which its URLs name as ``attachment:0`` and so on; of an
     injection, its body as over HTTP.
 
-    ``traceparent`` and ``tracestate`` are the W3C's headers, of the caller's trace.
+    ``traceparent`` and ``tracestate`` are the W3C's headers, of the caller's trace. ``once``: the caller's key for a chat that
+    goes to a queue, under which it may be sent again.
     """
 
     call: Call
     operation: Literal["chat", "completions", "tokenize", "detokenize", "inject", "reset_mm_cache", "reset_media_cache"]
     traceparent: ShortText | None = None
     tracestate: ShortText | None = None
+    once: Annotated[str, msgspec.Meta(min_length=1, max_length=255)] | None = None
 
 
 class Response(Wire, frozen=True):
-    """The one final answer to a request other than chat. Frames: the answer as JSON."""
+    """The one final answer to a request other than chat, and to a chat that goes to a queue. Frames: the answer as JSON."""
 
     call: Call
 

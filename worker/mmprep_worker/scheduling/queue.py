@@ -1,4 +1,4 @@
-"""The queue before the lanes: bounded, urgent first, and fair between clients.
+"""What waits for its turn, before the lanes and in the queues of jobs: bounded, urgent first, and fair between clients.
 
 Among entries of the same priority, clients share the lanes by start-time fair queuing. A client's *tag* is the cost
 that it has been served since the priority was last idle; the client with the lowest tag is next, its entries in the
@@ -27,14 +27,15 @@ _SLACK = 256
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """An uploaded medium that waits for a lane.
+    """An uploaded medium that waits for a lane, or a job that waits for a backend.
 
     Attributes
     ----------
-    client: who shares with whom; the flight's opener pays.
-    cost: estimated pixels; below 1 counts as 1.
+    flight_id: the flight's number, or the job's.
+    client: who shares with whom; the flight's opener or the job's producer pays.
+    cost: estimated pixels, or tokens; below 1 counts as 1.
     priority: lower is more urgent.
-    nbytes: of the medium.
+    nbytes: of the medium, or of the job.
     heavy: only for lanes that take heavy work.
     """
 
@@ -113,8 +114,13 @@ class FairQueue:
         """Bytes of all queued media."""
         return self._bytes
 
-    def push(self, entry: Entry) -> None:
+    def push(self, entry: Entry, *, first: bool = False) -> None:
         """Add an entry; its flight must not be queued.
+
+        Parameters
+        ----------
+        first:
+            It goes before its client's others of that priority: its turn had come already.
 
         Raises
         ------
@@ -124,7 +130,7 @@ class FairQueue:
         if len(self._flows) >= self._max_items or self._bytes + entry.nbytes > self._max_bytes:
             raise errors.Busy("The queue of media is full; send the request again later.", retry_after=RETRY_AFTER)
         assert entry.flight_id not in self._flows, f"flight {entry.flight_id} is queued already"
-        self._add(entry)
+        self._add(entry, first=first)
 
     def pop(self, *, heavy_allowed: bool) -> Entry | None:
         """Take the next entry; ``None`` where there is none that this lane may take."""
@@ -167,7 +173,7 @@ class FairQueue:
         assert entry is not None, f"flight {flight_id} is queued nowhere"
         self._add(Entry(flight_id, entry.client, entry.cost, priority, entry.nbytes, entry.heavy))
 
-    def _add(self, entry: Entry) -> None:
+    def _add(self, entry: Entry, *, first: bool = False) -> None:
         level = self._levels.get(entry.priority)
         if level is None:
             level = self._levels[entry.priority] = _Level(entry.priority)
@@ -178,7 +184,14 @@ class FairQueue:
             flow = level.clients[entry.client] = _Flow(level, entry.client, tag)
         entries = flow.heavy if entry.heavy else flow.light
         self._arrivals += 1
-        entries[entry.flight_id] = (self._arrivals, entry)
+        arrival = self._arrivals
+        if first:
+            arrival = (
+                min([arrival, *(next(iter(those.values()))[0] for those in (flow.light, flow.heavy) if those)]) - 1
+            )
+        entries[entry.flight_id] = (arrival, entry)
+        if first:
+            entries.move_to_end(entry.flight_id, last=False)
         self._flows[entry.flight_id] = flow
         self._bytes += entry.nbytes
         if len(entries) == 1:

@@ -6,8 +6,10 @@ says that it has read them. A call that is refused, fails or is cancelled leaves
 
 What found no shared memory travels inline: the answer names it, the frontend fetches it, and says when it has it.
 
+A finished request can become a job in a queue, which backends pull.
+
 The parts: :mod:`.tasks` (uploaded media, queue, lanes), :mod:`.holds` (pins and the answers about them), :mod:`.leasing`,
-:mod:`.transfers` (what travels inline), :mod:`.aliases` (what a frontend names without having it).
+:mod:`.transfers` (what travels inline), :mod:`.jobs` (queues), :mod:`.aliases` (what a frontend names without having it).
 
 WARNING: the shell must write ``ring.take_writes()`` into the directory before it carries out the actions of a step.
 """
@@ -30,10 +32,13 @@ from mmprep_worker.scheduling import flight as flight_events
 from mmprep_worker.scheduling.admission import Admission, Quarantine
 from mmprep_worker.scheduling.flight import Call, nobody_has_it
 from mmprep_worker.scheduling.flights import Flights
+from mmprep_worker.scheduling.job import Limits
 from mmprep_worker.scheduling.queue import FairQueue
+from mmprep_worker.scheduling.queues import Queues
 from mmprep_worker.writer.aliases import MOST_ALIASES, Aliases
 from mmprep_worker.writer.holds import Holds
 from mmprep_worker.writer.inspection import clear, inspect
+from mmprep_worker.writer.jobs import Jobs
 from mmprep_worker.writer.leasing import Leasing
 from mmprep_worker.writer.plans import PlanStore
 from mmprep_worker.writer.state import (
@@ -61,6 +66,7 @@ _MAY_SEND: dict[str, tuple[type, ...]] = {
         messages.Renew,
         messages.Release,
         messages.Clear,
+        messages.Post,
     ),
     "backend": (
         messages.Acquire,
@@ -69,6 +75,10 @@ _MAY_SEND: dict[str, tuple[type, ...]] = {
         messages.Release,
         messages.Upgrade,
         messages.Retag,
+        messages.Pull,
+        messages.Holding,
+        messages.Ack,
+        messages.GiveBack,
     ),
     "control": (messages.Clear, messages.Inspect),
 }
@@ -113,6 +123,10 @@ class WriterCore:
         When those that have not are reported as :class:`~.state.ReadersSilent`, in seconds of ``now``.
     most_aliases:
         That are remembered.
+    queue_limits:
+        Bounds of the queues of jobs.
+    declared_queues:
+        Names of those that are always there.
     """
 
     def __init__(
@@ -135,6 +149,8 @@ class WriterCore:
         awaited: Iterable[tuple[str, str]] = (),
         silent_at: float = math.inf,
         most_aliases: int = MOST_ALIASES,
+        queue_limits: Limits,
+        declared_queues: Iterable[str] = (),
     ) -> None:
         self.ring = ring
         self.flights = flights
@@ -173,6 +189,14 @@ class WriterCore:
             spill_name=self._spill_name,
             out=self._out,
         )
+        self._jobs = Jobs(
+            Queues(queue_limits, incarnation=ring.incarnation, declared=declared_queues),
+            ring,
+            self._leasing,
+            metrics,
+            peers=self.peers,
+            out=self._out,
+        )
         if self._awaited:
             self._tasks.paused = True
         else:
@@ -184,6 +208,11 @@ class WriterCore:
     def lanes(self) -> Sequence[LaneState]:
         """The lanes by number; to be read only."""
         return self._tasks.lanes
+
+    @property
+    def queues(self) -> Queues:
+        """The queues of jobs; to be read only."""
+        return self._jobs.queues
 
     def take_actions(self) -> list[Action]:
         """Return what is to be done since the last call, in order.
@@ -199,11 +228,18 @@ class WriterCore:
     def wake_at(self) -> float:
         """When :meth:`tick` has something to do, in seconds of ``now``."""
         lease = self.ring.leases.next_deadline()
-        return min(self.flights.wake_at, math.inf if lease is None else lease, self._tasks.wake_at, self._silent_at)
+        return min(
+            self.flights.wake_at,
+            math.inf if lease is None else lease,
+            self._tasks.wake_at,
+            self._jobs.wake_at,
+            self._silent_at,
+        )
 
-    def succeed(self, former: WriterCore) -> None:
+    def succeed(self, former: WriterCore, now: float) -> None:
         """Go on for the peers of a core with another ring; each is welcomed anew, and asks again for what it waits for."""
         self.card, self.cold = former.card, former.cold
+        self._jobs.succeed(former._jobs, now)
         for peer in former.peers.values():
             if peer.connected:
                 hello = messages.Hello(
@@ -221,8 +257,8 @@ class WriterCore:
         """The readers that have not said yet what they hold of an earlier writer's segment."""
         return frozenset(self._awaited)
 
-    def message(self, identity: bytes, message: Any, now: float) -> None:
-        """Take a control message of a peer."""
+    def message(self, identity: bytes, message: Any, now: float, frames: Sequence[bytes] = ()) -> None:
+        """Take a control message of a peer; ``frames`` are the content of a posted job."""
         peer = self.peers.get(identity)
         if isinstance(message, messages.Hello):
             self._hello(identity, peer, message, now)
@@ -232,11 +268,12 @@ class WriterCore:
             self._refuse(identity, "the call's number is in use", now)
         else:
             try:
-                self._from_peer(peer, message, now)
+                self._from_peer(peer, message, frames, now)
             except errors.MmprepError as error:
                 self.count_refused("writer", error)
                 self._send(peer, messages.Failed(message.call, messages.Fault.of(error)))
         self._tasks.dispatch(now)
+        self._jobs.dispatch(now)
 
     def count_refused(self, link: str, error: Exception) -> None:
         """Count a message that was refused on one of the writer's links."""
@@ -292,8 +329,10 @@ class WriterCore:
             self._end_calls(peer, now)
         if role == "backend":
             self.ring.owner_gone(peer_id)
+            self._jobs.gone(peer_id, now)
         self._heard_of(role, peer_id)
         self._tasks.dispatch(now)
+        self._jobs.dispatch(now)
 
     def unreachable(self, identity: bytes, now: float) -> None:
         """A connection is gone; its calls end.
@@ -305,10 +344,12 @@ class WriterCore:
         if peer is None:
             return
         peer.connected = False
+        self._jobs.away(peer, now)
         if peer.role != "backend":
             del self.peers[identity]
         self._end_calls(peer, now)
         self._tasks.dispatch(now)
+        self._jobs.dispatch(now)
 
     def tick(self, now: float) -> None:
         """Time has passed."""
@@ -319,10 +360,12 @@ class WriterCore:
             for peer in self.peers.values():
                 self._ask_about_overdue(peer)
         self._tasks.tick(now)
+        self._jobs.tick(now)
         if self._silent_at <= now:
             self._silent_at = now + _SILENT_AGAIN
             self._out.append(ReadersSilent(tuple(sorted(self._awaited))))
         self._tasks.dispatch(now)
+        self._jobs.dispatch(now)
 
     def tensors(self, number: int) -> Any | None:
         """Return the tensors that an answer named as inline, as the lane sent them; ``None``: they are gone."""
@@ -346,6 +389,7 @@ class WriterCore:
             if peer.instance != hello.instance:
                 self.peer_gone(*process, now)
             else:
+                self._jobs.away(peer, now)
                 del self.peers[peer.identity]
                 self._end_calls(peer, now)
         controls = [peer for peer in self.peers.values() if peer.role == "control"]
@@ -381,7 +425,7 @@ class WriterCore:
     def _send(self, peer: Peer, message: Any, frames: tuple[bytes, ...] = ()) -> None:
         self._out.append(Send(peer.identity, message, frames))
 
-    def _from_peer(self, peer: Peer, message: Any, now: float) -> None:
+    def _from_peer(self, peer: Peer, message: Any, frames: Sequence[bytes], now: float) -> None:
         if not isinstance(message, _MAY_SEND[peer.role]):
             raise errors.InvalidRequest(f"a {peer.role} does not send a {type(message).__name__}")
         match message:
@@ -397,10 +441,15 @@ class WriterCore:
                 self._give_back(peer, message)
             case messages.Clear() | messages.Inspect():
                 self._operate(peer, message)
+            case messages.Post() | messages.Pull() | messages.Holding() | messages.Ack() | messages.GiveBack():
+                self._send(peer, self._jobs.answer(peer, message, frames, now))
             case _:
-                answer = self._leasing.answer(peer, message, now)
-                if answer is not None:
-                    self._send(peer, answer)
+                self._about_leases(peer, message, now)
+
+    def _about_leases(self, peer: Peer, message: Any, now: float) -> None:
+        answer = self._leasing.answer(peer, message, now)
+        if answer is not None:
+            self._send(peer, answer)
         if isinstance(message, messages.Reassert) and message.last:
             self._heard_of(peer.role, peer.id)
             self._ask_about_overdue(peer)
@@ -679,7 +728,7 @@ class WriterCore:
             One does not hold; the message says which.
         """
         parts = (self.ring, self.flights, self.queue, self.admission, self.quarantine, self.plans, self.transfers)
-        for part in (*parts, self.aliases, self._tasks):
+        for part in (*parts, self.aliases, self._tasks, self._jobs):
             part.validate()
         calls = [call for peer in self.peers.values() for call in peer.calls.values()]
         assert self._calls == {call.call: call for call in calls if not call.answered}, "the indices of calls differ"
@@ -695,7 +744,7 @@ class WriterCore:
         assert bool(self._awaited) == (self._silent_at < math.inf), "readers are awaited without end, or none is"
         assert bool(self._awaited) == (not self.ring.settled), "the ring is settled before all readers were heard"
         holders = {call.holder for call in calls}
-        assert self.ring.holders <= holders, "something is pinned for a call that is over"
+        assert self.ring.holders <= holders | self._jobs.holders, "something is pinned for a call or job that is over"
         assert all(transfer.holders <= holders for transfer in self.transfers), (
             "a transfer is kept for a call that is over"
         )

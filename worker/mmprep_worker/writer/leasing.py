@@ -59,7 +59,7 @@ class Leasing:
                 return messages.Done(message.call)
         raise errors.InvalidRequest(f"a {type(message).__name__} is not about leases")
 
-    def _grant(self, peer: Peer, slot: int, generation: int, kind: messages.LeaseKind, now: float) -> bytes:
+    def grant(self, peer: Peer, slot: int, generation: int, kind: messages.LeaseKind, now: float) -> bytes:
         """Lease content to a backend; return the lease's id, which says to whom. Raises StaleAddress or Busy."""
         random = self._random()[:RANDOM_SIZE]
         lease = lease_id(self._ring.incarnation, random, mark=peer.mark, slot=slot, generation=generation, kind=kind)
@@ -96,7 +96,7 @@ class Leasing:
 
     def _acquire(self, peer: Peer, message: messages.Acquire, now: float) -> messages.Acquired:
         """Lease the content of an address; raises StaleAddress or Busy."""
-        lease = self._grant(peer, message.slot, message.generation, message.kind, now)
+        lease = self.grant(peer, message.slot, message.generation, message.kind, now)
         return messages.Acquired(message.call, lease, self.milliseconds)
 
     def _renew(self, peer: Peer, message: messages.Renew, now: float) -> messages.Renewed:
@@ -136,7 +136,7 @@ class Leasing:
         for position, answer in enumerate(pending.answers):
             if answer is None or not answer.length:
                 continue
-            lease = self._grant(to, answer.slot, answer.generation, kind, now)
+            lease = self.grant(to, answer.slot, answer.generation, kind, now)
             pending.answers[position] = msgspec.structs.replace(answer, lease=lease)
 
 

@@ -6,9 +6,11 @@ import os
 
 from mmprep.metrics import ProcessReport
 from mmprep_worker.writer.core import WriterCore
+from mmprep_worker.writer.jobs import MEDIA
+from mmprep_worker.writer.jobs import report as report_queues
 
 
-def report(core: WriterCore, segment: str) -> ProcessReport:
+def report(core: WriterCore, segment: str, now: float) -> ProcessReport:
     """Return what the writer tells the supervisor."""
     stats = core.ring.stats()
     metrics = core.metrics
@@ -21,11 +23,12 @@ def report(core: WriterCore, segment: str) -> ProcessReport:
     metrics.total("mmprep_inline_total", core.transfers.filled)
     metrics.gauge("mmprep_leases", stats.leases)
     metrics.gauge("mmprep_leases_overdue", stats.overdue)
-    metrics.gauge("mmprep_queue_depth", len(core.queue), queue="media")
     metrics.gauge("mmprep_quarantined", len(core.quarantine))
     states = [lane.name for lane in core.lanes]
     for state in ("starting", "idle", "busy"):
         metrics.gauge("mmprep_lanes", states.count(state), state=state)
+    queues = report_queues(core.queues, metrics, now)
+    metrics.gauge("mmprep_queue_depth", len(core.queue), queue=MEDIA)
     backends = [peer for peer in core.peers.values() if peer.role == "backend"]
     return ProcessReport(
         os.getpid(),
@@ -52,7 +55,7 @@ def report(core: WriterCore, segment: str) -> ProcessReport:
                 "made": stats.spills.made,
             },
             "inline": {"items": len(core.transfers), "bytes": core.transfers.nbytes, "sent": core.transfers.filled},
-            "queues": {"media": {"depth": len(core.queue), "bytes": core.queue.bytes}},
+            "queues": {MEDIA: {"depth": len(core.queue), "bytes": core.queue.bytes}, **queues},
             "segment": segment,
             "pins": sum(len(peer.calls) for peer in core.peers.values()),
         },

@@ -29,7 +29,7 @@ from mmprep.runtime import RuntimeDir
 from mmprep.segment import sibling_name, unlink
 from mmprep.settings import WriterSettings
 from mmprep.wire import messages
-from mmprep.wire.codec import CONTROL_LIMIT, PROTOCOL, pack, unpack
+from mmprep.wire.codec import CONTROL_LIMIT, MAX_FRAMES, PROTOCOL, pack, unpack
 from mmprep.wire.frames import recv_frames, send_frames
 from mmprep.wire.outbox import Outbox
 from mmprep.wire.sockets import configure, router
@@ -38,6 +38,7 @@ from mmprep_worker.lanes.pool import LanePool
 from mmprep_worker.models.family import MediaLimits
 from mmprep_worker.scheduling.admission import Admission, Quarantine
 from mmprep_worker.scheduling.flights import Flights
+from mmprep_worker.scheduling.job import Limits
 from mmprep_worker.scheduling.queue import FairQueue
 from mmprep_worker.writer.core import READERS, WriterCore
 from mmprep_worker.writer.opening import Opened, new_ring, open_ring
@@ -65,6 +66,10 @@ _QUARANTINE_TASKS = 3
 _START_TRIES = 4
 #: Calls that may wait, for each medium that may be in work.
 _WAITERS = 16
+
+
+#: Queued jobs may hold this part of the ring.
+_QUEUES_SHARE = 2
 
 
 class WriterShell:
@@ -140,6 +145,15 @@ class WriterShell:
             inline_bytes=settings.inline_size,
             awaited=opened.awaited,
             silent_at=now + _SILENT_SECONDS,
+            queue_limits=Limits(
+                jobs=settings.queue_jobs,
+                nbytes=settings.queue_size,
+                pinned=self._geometry.arena_capacity // _QUEUES_SHARE,
+                attempts=settings.job_attempts,
+                seconds=settings.job_seconds,
+                idle_seconds=settings.job_expiry,
+            ),
+            declared_queues=settings.queues,
         )
 
     def _read(self, offset: int, length: int) -> bytes:
@@ -246,9 +260,10 @@ class WriterShell:
     def _control_message(self, frames: list[bytes]) -> None:
         identity = frames[0]
         try:
-            if len(frames) != 2:
-                raise ProtocolError("a control message is one frame")
+            if len(frames) < 2:
+                raise ProtocolError("a control message has a header")
             message = unpack(frames[1], messages.ToWriter)
+            _check_frames(message, frames[2:])
             if isinstance(message, messages.Hello):
                 self._check_hello(message)
         except MmprepError as error:
@@ -257,7 +272,7 @@ class WriterShell:
             self._send_frames(identity, [pack(messages.Refused(messages.Fault.of(error)))])
             return
         failpoints.reach("writer.message.before", message)
-        self._core.message(identity, message, time.monotonic())
+        self._core.message(identity, message, time.monotonic(), frames[2:])
         failpoints.reach("writer.message.after", message)
 
     def _check_hello(self, hello: messages.Hello) -> None:
@@ -400,7 +415,7 @@ class WriterShell:
     def _supervisor_message(self, frames: list[bytes]) -> None:
         message = unpack(frames[0], messages.FromSupervisor)
         if isinstance(message, messages.Collect):
-            encoded = msgspec.json.encode(report(self._core, self._segment.name))
+            encoded = msgspec.json.encode(report(self._core, self._segment.name, time.monotonic()))
             with contextlib.suppress(zmq.Again):
                 self._supervisor.send_multipart([pack(messages.Report(message.call)), encoded], zmq.NOBLOCK)
 
@@ -459,7 +474,7 @@ class WriterShell:
         previous, core = self._segment, self._core
         self._segment = opened.segment
         self._core = self._make_core(opened, time.monotonic(), core.metrics)
-        self._core.succeed(core)
+        self._core.succeed(core, time.monotonic())
         previous.unlink()
         previous.close()
         failpoints.reach("writer.anew.ring")
@@ -538,3 +553,12 @@ class WriterShell:
             with contextlib.suppress(FileNotFoundError):
                 Path(self._runtime.lock_path("lane", str(number))).unlink()
         self._lock.remove()
+
+
+def _check_frames(message: Any, content: Sequence[bytes]) -> None:
+    """Refuse frames behind a message that has none, and more of a job than there may be; raises ProtocolError."""
+    if not isinstance(message, messages.Post):
+        if content:
+            raise ProtocolError("a control message is one frame")
+    elif not 0 < len(content) <= MAX_FRAMES or sum(map(len, content)) > messages.JOB_LIMIT:
+        raise ProtocolError(f"a job has some content, and at most {messages.JOB_LIMIT} bytes of it")

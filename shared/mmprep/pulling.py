@@ -1,0 +1,313 @@
+"""A backend's part in queues: it takes jobs, knows which it has, and says what became of them.
+
+It runs on the loop of its registration. A writer that welcomes the registration is told first which jobs are here: what it
+does not hear of it delivers again, what it says is over is dropped. Jobs that wait here for the program count against
+the credits, so no more of them come than the program was said to take.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import msgspec
+
+from mmprep import failpoints
+from mmprep.address import Address, address_fields
+from mmprep.errors import InvalidRequest, MmprepError, StaleDelivery
+from mmprep.item import Item, Runner, Shared
+from mmprep.items import unpack_meta
+from mmprep.job import AsyncJob, Job
+from mmprep.job_content import JobContent, read_content
+from mmprep.registration import Lease, Mapping, Registration
+from mmprep.result import HeadItem
+from mmprep.segment import sibling_name
+from mmprep.wire import messages
+
+_log = logging.getLogger("mmprep.pulling")
+
+#: Seconds for the last words when the backend closes.
+_CLOSE_SECONDS = 1.0
+_OVER = "the job is not this delivery's any more: its time was over, or it was delivered elsewhere"
+
+
+class Held:
+    """One delivery.
+
+    Attributes
+    ----------
+    seconds, deadline: its time, and when that is over at the latest, by ``time.monotonic``.
+    taken: the program has it.
+    end: what was said of it; ``over``: it was delivered elsewhere.
+    """
+
+    __slots__ = ("attempt", "deadline", "end", "error", "items", "job", "job_id", "queue", "seconds", "taken", "token")
+
+    def __init__(self, delivery: messages.Delivery) -> None:
+        self.token = delivery.token
+        self.queue = delivery.queue
+        self.job_id = delivery.job
+        self.attempt = delivery.attempt
+        self.seconds = delivery.left_ms / 1000
+        self.deadline = time.monotonic() + self.seconds
+        self.error = None if delivery.fault is None else delivery.fault.error()
+        self.taken = False
+        self.end: Literal["acknowledged", "given back", "over"] | None = None
+        self.items: list[Item] = []
+        self.job: Any = None
+
+
+class Pulling:
+    """Takes jobs of some queues.
+
+    Parameters
+    ----------
+    queues:
+        Their names.
+    credits:
+        How many jobs may be here at a time.
+    run:
+        How other threads run coroutines on the loop, ``None`` where the program is on it.
+    """
+
+    def __init__(self, queues: Sequence[str], credits: int, run: Runner | None) -> None:  # noqa: A002 -- the word for it
+        if not 0 < len(queues) <= messages.MAX_PULLED:
+            raise InvalidRequest(f"a backend pulls from 1 to {messages.MAX_PULLED} queues", param="queue")
+        if not 0 < credits <= messages.MAX_CREDITS:
+            raise InvalidRequest(f"'credits' is from 1 to {messages.MAX_CREDITS}", param="credits")
+        self._queues = tuple(queues)
+        self._credits = credits
+        self._run = run
+        self._registration: Registration | None = None
+        self._held: dict[bytes, Held] = {}
+        #: What waits for the program; also read by other threads.
+        self._ready: deque[Held] = deque()
+        self._more = asyncio.Event()
+        self._begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._draining = False
+
+    # --- the registration's ---------------------------------------------------------------------------------------
+
+    def greets(self) -> list[tuple[Callable[[int], msgspec.Struct], Callable[[asyncio.Future[Any]], None]]]:
+        """Return what a new writer is told first: the jobs that are here, and which queues they shall come from.
+
+        Also those whose end a writer was told and has not confirmed: this one may not have heard of it. What it leaves here
+        has its full time again: none has passed while no writer was there.
+        """
+        here = list(self._held.values())[-messages.MAX_CREDITS :]
+        for held in here:
+            held.deadline = time.monotonic() + held.seconds
+        told = tuple(messages.HeldJob(held.token, held.queue, held.job_id, held.attempt) for held in here)
+        return [
+            (partial(messages.Holding, jobs=told), self._kept),
+            (partial(messages.Pull, queues=self._pulled(), credits=self._credit()), self._pull_answered),
+        ]
+
+    def _pulled(self) -> tuple[str, ...]:
+        return () if self._draining else self._queues
+
+    def _credit(self) -> int:
+        return 0 if self._draining else self._credits
+
+    def _kept(self, done: asyncio.Future[Any]) -> None:
+        if done.cancelled() or done.exception() is not None:
+            return  # the connection was lost: the next welcome begins anew
+        for token in done.result().lost:
+            held = self._held.get(token)
+            if held is not None and held.end is None:  # else the answer to its end tells
+                held.end = "over"
+                self._drop(held)
+
+    def _pull_answered(self, done: asyncio.Future[Any]) -> None:
+        error = None if done.cancelled() else done.exception()
+        if done.cancelled() or (isinstance(error, MmprepError) and self._registration_lost(error)):
+            return
+        if self._begun.done():
+            if error is not None:
+                _log.error("the service does not let this backend pull: %s", error)
+        elif error is None:
+            self._begun.set_result(None)
+        else:
+            self._begun.set_exception(error)
+
+    @staticmethod
+    def _registration_lost(error: MmprepError) -> bool:
+        return error.retryable and error.code == 503
+
+    def delivered(self, delivery: messages.Delivery, content: list[bytes]) -> None:
+        """Take a job."""
+        failpoints.reach("backend.job.received")
+        self._drop_late()
+        held = self._held[delivery.token] = Held(delivery)
+        task = asyncio.get_running_loop().create_task(self._take_in(held, delivery, content))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _take_in(self, held: Held, delivery: messages.Delivery, pieces: list[bytes]) -> None:
+        try:
+            content = read_content(pieces)
+            await self._take_charge(held, content, delivery.leases)
+        except MmprepError as error:
+            with contextlib.suppress(MmprepError):
+                await self.give_back(held, f"its content could not be had: {error}")
+            return
+        if self._run is None:
+            held.job = AsyncJob(self, held, content, held.items)
+        else:
+            held.job = Job(self, held, content, held.items, self._run)
+        self._ready.append(held)
+        self._more.set()
+
+    async def _take_charge(self, held: Held, content: JobContent, leases: Sequence[bytes]) -> None:
+        granted = iter(leases)
+        for item in content.items:
+            if item.place is None or held.error is not None:
+                held.items.append(self._item(item, None, None))
+                continue
+            address = _address(content, item, next(granted, b""))
+            registration = self._registration
+            assert registration is not None
+            found = registration.hold_now(address, None) or await registration.hold(address, None)
+            held.items.append(self._item(item, address, found))
+
+    def _item(self, item: HeadItem, address: Address | None, found: tuple[Mapping, Lease] | None) -> Item:
+        source = None
+        if address is not None and found is not None:
+            assert self._registration is not None
+            address = msgspec.structs.replace(address, lease=found[1].id.hex())
+            source = Shared(self._registration, found[0], address, found[1])
+        return Item(
+            unpack_meta(item.meta),
+            source,
+            hash=item.hash.hex(),
+            offset=item.offset,
+            length=item.length,
+            cached=item.cached,
+            address=address,
+            run=self._run,
+        )
+
+    # --- the program's --------------------------------------------------------------------------------------------
+
+    async def begin(self, registration: Registration) -> None:
+        """Wait until jobs can come; raises what speaks against it."""
+        self._registration = registration
+        await self._begun
+
+    def take_now(self) -> Any | None:
+        """Return a job that is here, ``None`` where none is. May be called from any thread."""
+        while True:
+            try:
+                held = self._ready.popleft()
+            except IndexError:
+                return None
+            if held.end is None and held.deadline > time.monotonic():  # else it is somebody else's by now
+                held.taken = True
+                return held.job
+
+    async def take(self) -> Any | None:
+        """Wait for a job; ``None`` when this drains."""
+        while True:
+            job = self.take_now()
+            if job is not None or self._draining:
+                return job
+            self._more.clear()
+            await self._more.wait()
+
+    async def ack(self, held: Held) -> None:
+        """Say that a job is done."""
+        failpoints.reach("backend.ack.before")
+        await self._end(held, "acknowledged", partial(messages.Ack, token=held.token))
+
+    async def give_back(self, held: Held, failed: str | None) -> None:
+        """Say that a job is not done; ``failed``: why, ``None``: it was not begun."""
+        why = None if failed is None else failed[:2048]
+        await self._end(held, "given back", partial(messages.GiveBack, token=held.token, failed=why))
+
+    async def _end(
+        self, held: Held, end: Literal["acknowledged", "given back"], make: Callable[[int], msgspec.Struct]
+    ) -> None:
+        if held.end == "over":
+            raise StaleDelivery(_OVER)
+        if held.end is not None:
+            raise InvalidRequest(f"the job was {held.end} already; each job ends once")
+        assert self._registration is not None
+        held.end = end
+        try:
+            await self._registration.call(make)
+        except StaleDelivery:
+            held.end = "over"
+            self._drop(held)
+            raise
+        except BaseException:
+            held.end = None
+            raise
+        self._drop(held)
+
+    async def drain(self) -> None:
+        """Take no more jobs, and give back those that the program does not have. Again is no error."""
+        if self._draining:
+            return
+        self._draining = True
+        assert self._registration is not None
+        try:
+            await self._registration.call(partial(messages.Pull, queues=(), credits=0))
+            await self._give_all_back(lambda held: not held.taken, None)
+        finally:
+            self._more.set()
+
+    async def close(self) -> None:
+        """Give back everything: what the program has and has not ended has failed."""
+        with contextlib.suppress(MmprepError, TimeoutError):
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await self.drain()
+                await self._give_all_back(lambda held: held.taken, "the backend closed before the job was acknowledged")
+        for task in self._tasks:
+            task.cancel()
+        self._draining = True
+        self._more.set()
+
+    async def _give_all_back(self, which: Callable[[Held], bool], why: str | None) -> None:
+        for held in [held for held in self._held.values() if held.end is None and which(held)]:
+            with contextlib.suppress(StaleDelivery):
+                await self.give_back(held, why)
+
+    # --- steps ----------------------------------------------------------------------------------------------------
+
+    def _drop(self, held: Held) -> None:
+        self._held.pop(held.token, None)
+        for item in held.items:
+            item.release()
+
+    def _drop_late(self) -> None:
+        """Forget what is surely over; the program may still ask, and is told by the service."""
+        now = time.monotonic()
+        for held in [held for held in self._held.values() if held.deadline <= now]:
+            del self._held[held.token]
+            if not held.taken:
+                held.end = "over"
+                self._drop(held)
+
+
+def _address(content: JobContent, item: HeadItem, lease: bytes) -> Address:
+    place = item.place
+    assert place is not None
+    return Address(
+        segment=content.segment if place.spill is None else sibling_name(content.segment, place.spill),
+        epoch=(place.spill or content.epoch).hex(),
+        slot=place.slot,
+        offset=place.offset,
+        length=place.length,
+        generation=place.generation,
+        metadata_length=len(item.meta),
+        fields=address_fields(unpack_meta(item.meta), len(item.meta)),
+        lease=lease.hex(),
+        lease_kind="view",
+    )

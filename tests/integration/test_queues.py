@@ -1,0 +1,404 @@
+"""Queues with real processes: jobs from both doors, pulled by backends that are killed, stopped, slow, many or wrong."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from tests.integration.service import DATA, decode_item, environment, image, photo, serving, text, user
+
+from mmprep import (
+    AsyncBackend,
+    AsyncClient,
+    Backend,
+    Busy,
+    Client,
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    ServiceUnavailable,
+    StaleDelivery,
+)
+
+CAT = (DATA / "cat.png").read_bytes()
+CHAT = user({"type": "image_url", "image_url": {"url": CAT}}, text("What is it?"))
+#: Long enough that a busy machine does not lose a job that somebody works on, short enough to wait for.
+JOB_SECONDS = 4
+
+#: Pulls jobs, tells of each, and acknowledges it when it is told to.
+CONSUMER = """
+import sys
+from mmprep import Backend, MmprepError
+
+with Backend(sys.argv[1], queue=sys.argv[2], credits=1) as backend:
+    print("pulls", flush=True)
+    for job in backend:
+        print(job.id, job.attempt, flush=True)
+        sys.stdin.readline()
+        try:
+            job.ack()
+            print("acknowledged", flush=True)
+        except MmprepError as error:
+            print(type(error).__name__, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def service():
+    options = ("--queues", "declared", "--job-timeout", JOB_SECONDS, "--queue-jobs", 40, "--frontends", 1)
+    with serving("--cache-size", "16MiB", *options) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(service):
+    with Client(service.endpoint) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def pixels(service):
+    """What the service answers about the picture over HTTP."""
+    answer = service.render(user(photo("cat.png"), text("What is it?")))
+    (element,) = answer["features"]["kwargs_data"]["image"]
+    return answer, {name: field.array for name, field in decode_item(element).items()}
+
+
+@contextmanager
+def consumer(service, queue):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    command = [sys.executable, "-c", CONSUMER, service.endpoint, queue]
+    with subprocess.Popen(command, text=True, env=environment(), **pipes) as process:
+        try:
+            assert process.stdout.readline() == "pulls\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def queue_of(service, name):
+    return service.status()["queues"][name]
+
+
+def equal(arrays, expected):
+    return arrays.keys() == expected.keys() and all(np.array_equal(arrays[name], expected[name]) for name in expected)
+
+
+# --- what a job is ----------------------------------------------------------------------------------------------------
+
+
+def test_a_job_is_what_rendering_answers_with_the_tensors_by_address(service, client, pixels):
+    answer, expected = pixels
+    with Backend(service.endpoint, queue="engine-0", credits=4) as backend:
+        posted = service.chat(user(photo("cat.png"), text("What is it?")), queue="engine-0", temperature=0.5)
+        assert posted.status == 202
+        ids = [posted.json["request_id"], client.post(CHAT, queue="engine-0", temperature=0.5)]
+        assert posted.json == {"request_id": ids[0], "queue": "engine-0"}
+        for job_id in ids:
+            job = backend.pull()
+            assert (job.id, job.queue, job.attempt, job.error) == (job_id, "engine-0", 1, None)
+            with job.view() as items:
+                (arrays,) = items["image"]
+                assert equal(arrays, expected)
+                assert not arrays["pixel_values"].flags.writeable
+            features = {**answer["features"], "kwargs_data": None, "mm_metadata": None}
+            sampling = {**answer["sampling_params"], "temperature": 0.5}
+            same = {**answer, "request_id": job_id, "features": features, "sampling_params": sampling}
+            assert job.request == same
+            assert job.items["image"][0].address is not None
+            job.ack()
+        service.quiet()
+        assert queue_of(service, "engine-0")["jobs"] == {"posted": 2, "delivered": 2, "acked": 2}
+
+
+def test_a_job_may_have_no_tensors_and_no_media(service, client):
+    with Backend(service.endpoint, queue="engine-0") as backend:
+        client.post(CHAT, queue="engine-0", mm_payload="none")
+        client.post(user(text("Hi")), queue="engine-0", priority=-1)
+        jobs = [backend.pull(), backend.pull()]
+        assert [bool(job.items) for job in jobs] == [True, False]
+        with pytest.raises(InvalidRequest, match="no tensors"), jobs[0].view():
+            pass
+        assert jobs[0].request["features"]["mm_hashes"]["image"] == [jobs[0].items["image"][0].hash]
+        for job in jobs:
+            job.ack()
+
+
+def test_the_asynchronous_backend_does_the_same(service, pixels):
+    async def work():
+        async with AsyncClient(service.endpoint) as client, AsyncBackend(service.endpoint, queue="async") as backend:
+            posted = [await client.post(CHAT, queue="async") for _ in range(3)]
+            got = []
+            async for job in backend:
+                async with job.view() as items:
+                    assert equal(items["image"][0], pixels[1])
+                await (job.nack() if job.attempt == 1 and job.id == posted[0] else job.ack())
+                got.append((job.id, job.attempt))
+                if len(got) == 4:
+                    await backend.drain()
+            with pytest.raises(InvalidRequest, match="already"):
+                await job.release()
+            return posted, got
+
+    posted, got = asyncio.run(work())
+    assert sorted(got) == sorted([*((job_id, 1) for job_id in posted), (posted[0], 2)])
+
+
+# --- who gets what ----------------------------------------------------------------------------------------------------
+
+
+def test_nothing_comes_beyond_the_credits(service, client):
+    with Backend(service.endpoint, queue="engine-0", credits=1) as backend:
+        ids = [client.post(user(text(f"{number}")), queue="engine-0") for number in range(2)]
+        first = backend.pull()
+        state = service.status_when(lambda s: s["queues"]["engine-0"]["depth"] == 1, "a job that waits")
+        assert state["queues"]["engine-0"]["delivered"] == 1
+        assert backend.pull(timeout=0) is None
+        first.ack()
+        second = backend.pull()
+        second.ack()
+        assert [first.id, second.id] == ids
+
+
+def test_many_backends_share_a_queue_and_one_serves_two(service, client):
+    done, lock = [], threading.Lock()
+
+    def work(backend):
+        for job in backend:
+            job.ack()
+            with lock:
+                done.append((backend.id, job.queue, job.id))
+
+    backends = [Backend(service.endpoint, queue=["left", "right"], credits=1) for _ in range(2)]
+    backends.append(Backend(service.endpoint, queue="left", credits=1))
+    threads = [threading.Thread(target=work, args=(backend,)) for backend in backends]
+    for thread in threads:
+        thread.start()
+    ids = {client.post(user(text("?")), queue=queue) for _ in range(15) for queue in ("left", "right")}
+    service.status_when(
+        lambda s: all(s["queues"][q]["jobs"].get("acked") == 15 for q in ("left", "right")), "all jobs done"
+    )
+    for backend in backends:
+        backend.drain()
+    for thread in threads:
+        thread.join()
+    for backend in backends:
+        backend.close()
+    assert {job_id for *_, job_id in done} == ids
+    assert len(done) == 30
+    assert {(who, queue) for who, queue, _ in done} == {
+        *((backend.id, queue) for backend in backends[:2] for queue in ("left", "right")),
+        (backends[2].id, "left"),
+    }
+
+
+def test_a_backend_that_drains_gives_back_what_it_has_not_begun(service, client):
+    with Backend(service.endpoint, queue="drained", credits=3) as draining:
+        ids = [client.post(user(text(f"{number}")), queue="drained") for number in range(3)]
+        first = draining.pull()
+        service.status_when(lambda s: s["queues"]["drained"]["delivered"] == 3, "three jobs delivered")
+        draining.drain()
+        assert list(draining) == []
+        with Backend(service.endpoint, queue="drained", credits=3) as other:
+            jobs = [other.pull(), other.pull()]
+            assert {job.id for job in jobs} == set(ids) - {first.id}
+            assert all(job.attempt == 2 for job in jobs)
+            first.ack()
+            for job in jobs:
+                job.ack()
+        assert queue_of(service, "drained")["dead_letters"] == []
+
+
+# --- deaths -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_whose_consumer_is_killed_is_delivered_to_another(service, client, pixels):
+    with consumer(service, "deadly") as process:
+        job_id = client.post(CHAT, queue="deadly")
+        assert process.stdout.readline() == f"{job_id} 1\n"
+        with Backend(service.endpoint, queue="deadly") as backend:
+            process.kill()
+            job = backend.pull()
+            assert (job.id, job.attempt) == (job_id, 2)
+            with job.view() as items:
+                assert equal(items["image"][0], pixels[1])
+            job.ack()
+
+
+def test_a_consumer_that_does_not_read_loses_its_job_and_gets_no_more(service, client):
+    with consumer(service, "silent") as process:
+        job_id = client.post(user(text("Hi")), queue="silent")
+        assert process.stdout.readline() == f"{job_id} 1\n"
+        process.send_signal(signal.SIGSTOP)
+        with Backend(service.endpoint, queue="silent", credits=1) as backend:
+            job = backend.pull()
+            assert (job.id, job.attempt) == (job_id, 2)
+            waiting = client.post(user(text("more")), queue="silent")
+            assert queue_of(service, "silent")["depth"] == 1, "a job went to a process that does not read"
+            process.send_signal(signal.SIGCONT)
+            process.stdin.write("\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "StaleDelivery\n"
+            assert process.stdout.readline() == f"{waiting} 1\n", "one that speaks again gets jobs again"
+            job.ack()
+
+
+def test_a_job_that_fails_again_and_again_becomes_a_dead_letter(service, client):
+    with Backend(service.endpoint, queue="poisoned") as backend:
+        job_id = client.post(user(text("poison")), queue="poisoned")
+        for attempt in (1, 2, 3):
+            job = backend.pull()
+            assert (job.id, job.attempt) == (job_id, attempt)
+            job.nack("it does not agree with me")
+        assert backend.pull(timeout=0) is None
+    (letter,) = queue_of(service, "poisoned")["dead_letters"]
+    assert (letter["request_id"], letter["attempts"], letter["why"]) == (job_id, 3, "it does not agree with me")
+    assert letter["producer"].startswith("client:")
+    assert service.metrics()['mmprep_queue_jobs_total{event="dead",queue="poisoned"}'] == 1
+
+
+def test_a_job_that_nobody_takes_in_its_time_becomes_a_dead_letter(service, client):
+    job_id = client.post(user(text("?")), queue="declared", deadline_ms=200)
+    state = service.status_when(lambda s: s["queues"]["declared"]["dead_letters"], "a dead letter")
+    assert state["queues"]["declared"]["dead_letters"][0]["request_id"] == job_id
+    assert state["queues"]["declared"]["dead_letters"][0]["attempts"] == 0
+
+
+def test_jobs_outlive_the_frontend_that_posted_them(service):
+    with Backend(service.endpoint, queue="engine-0", credits=1) as backend:
+        posted = [service.chat(user(photo("cat.png"), text(f"{n}")), queue="engine-0").json for n in range(2)]
+        first = backend.pull()
+        (pid,) = service.pids()["frontend"]
+        os.kill(pid, signal.SIGKILL)
+        service.status_when(lambda s: all(one["pid"] != pid for one in s["frontends"]), "the frontend's end")
+        first.ack()
+        second = backend.pull()
+        assert [first.id, second.id] == [one["request_id"] for one in posted]
+        with second.view() as items:
+            assert items["image"]
+        second.ack()
+
+
+def test_jobs_outlive_the_writer_those_that_wait_and_those_that_are_delivered(service, client, pixels):
+    service.status_when(lambda s: s["frontends"] and s["frontends"][0]["ready"], "a frontend")
+    with Backend(service.endpoint, queue="engine-0", credits=2) as backend:
+        ids = [client.post(CHAT, queue="engine-0") for _ in range(4)]
+        held = [backend.pull(), backend.pull()]
+        (pid,) = service.pids()["writer"]
+        os.kill(pid, signal.SIGKILL)
+        for job in held:
+            with job.view() as items:
+                assert equal(items["image"][0], pixels[1])
+            job.ack()  # the next writer hears of it from the backend, and of the others from the frontend
+        later = [backend.pull(), backend.pull()]
+        for job in later:
+            with job.view() as items:
+                assert equal(items["image"][0], pixels[1])
+            job.ack()
+        assert sorted(job.id for job in held + later) == sorted(ids)
+        assert backend.pull(timeout=0.2) is None
+    assert queue_of(service, "engine-0")["jobs"]["acked"] >= 2
+    service.quiet()
+
+
+# --- wrong words ------------------------------------------------------------------------------------------------------
+
+
+def test_a_request_is_posted_once_under_its_key(service, client):
+    body = {"messages": user(text("once")), "queue": "declared"}
+    path = "/v1/chat/completions/render"
+    answers = [service.post(path, body, Idempotency_Key="one") for _ in range(2)]
+    assert [answer.status for answer in answers] == [202, 202]
+    assert answers[0].json == answers[1].json
+    other = service.post(path, {**body, "messages": user(text("twice"))}, Idempotency_Key="one")
+    assert (other.status, other.json["error"]["type"], other.json["error"]["code"]) == (409, "BadRequestError", 409)
+    assert client.post(user(text("once")), queue="declared", idempotency_key="one") != answers[0].json["request_id"]
+    with pytest.raises(Conflict):
+        client.post(user(text("twice")), queue="declared", idempotency_key="one")
+    assert service.post(path, body, Idempotency_Key="é").status == 400
+    with Backend(service.endpoint, queue="declared") as backend:
+        jobs = [backend.pull(), backend.pull()]
+        assert backend.pull(timeout=0) is None
+        for job in jobs:
+            job.ack()
+    assert service.post(path, body, Idempotency_Key="one").json == answers[0].json, "also after its job has ended"
+    assert queue_of(service, "declared")["depth"] == 0
+
+
+def test_what_cannot_be_queued_is_refused_by_name(service, client):
+    def refusal(part=None, **fields):
+        answer = service.chat(user(part or text("?")), **fields)
+        return answer.status, answer.json["error"]["param"]
+
+    with pytest.raises(NotFound, match="no backend pulls") as caught:
+        client.post(user(text("?")), queue="nowhere")
+    assert caught.value.param == "queue"
+    assert refusal(queue="nowhere") == (404, "queue")
+    assert refusal(queue="media") == (404, "queue")
+    assert refusal(queue="no/name") == (400, "queue")
+    assert refusal(queue="declared", mm_payload="tensors") == (400, "mm_payload")
+    assert refusal(queue="declared", backend_id="engine") == (400, "backend_id")
+    assert refusal(queue="declared", lease_kind="copy") == (400, "lease_kind")
+    assert refusal(image(b"no picture"), queue="declared") == (415, "messages[0].content[0].image_url")
+    completion = service.post("/v1/completions/render", {"prompt": "Hi", "queue": "declared"})
+    assert (completion.status, completion.json["error"]["param"]) == (400, "queue")
+    with pytest.raises(InvalidRequest, match="post"):
+        client.chat(user(text("?")), queue="declared")
+    for wrong in ({"queue": "media"}, {"queue": "a/b"}, {"queue": []}, {"queue": "q", "credits": 0}):
+        with pytest.raises((InvalidRequest, ServiceUnavailable)):
+            Backend(service.endpoint, **wrong)
+    with Backend(service.endpoint) as backend, pytest.raises(InvalidRequest, match="no queue"):
+        next(backend)
+
+
+def test_a_full_queue_refuses_what_is_too_much_and_one_producer_leaves_room_for_others(service, client):
+    with Backend(service.endpoint, queue="narrow", credits=40):
+        pass  # the queue stays for a while
+    for _ in range(30):
+        client.post(user(text("?")), queue="narrow")
+    with pytest.raises(Busy) as caught:
+        client.post(user(text("?")), queue="narrow")
+    assert caught.value.param == "queue"
+    assert (
+        caught.value.message == "your jobs take the most that one producer may have of queue 'narrow'; post again later"
+    )
+    answer = service.chat(user(text("?")), queue="narrow")
+    assert answer.status == 202
+    with Backend(service.endpoint, queue="narrow", credits=40) as backend:
+        for _ in range(31):
+            backend.pull().ack()
+
+
+def test_a_job_that_was_given_up_can_not_be_acknowledged_any_more(service, client):
+    with Backend(service.endpoint, queue="late", credits=1) as backend:
+        client.post(user(text("?")), queue="late")
+        job = backend.pull()
+        service.status_when(lambda s: s["queues"]["late"]["depth"] == 1, "a job that came back")
+        for _ in range(2):
+            with pytest.raises(StaleDelivery):
+                job.ack()
+        again = backend.pull()
+        assert (again.id, again.attempt) == (job.id, 2)
+        again.ack()
+
+
+def test_a_service_that_stops_lets_backends_take_what_is_queued():
+    with (
+        serving("--cache-size", "16MiB", "--frontends", 1) as service,
+        Client(service.endpoint) as client,
+        Backend(service.endpoint, queue="last", credits=1) as backend,
+    ):
+        ids = [client.post(user(text(f"{number}")), queue="last") for number in range(3)]
+        first = backend.pull()
+        service.signal(signal.SIGTERM)
+        assert first.id == ids[0]
+        first.ack()
+        for job_id in ids[1:]:
+            job = backend.pull()
+            assert job.id == job_id
+            job.ack()
