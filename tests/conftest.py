@@ -5,6 +5,7 @@
   directories given out hold no sockets. What a test left is removed, so that only the test that left it fails.
 - Nothing in the test process may connect to, send to, or look up a host that is not this machine. Sockets below Python
   (ZeroMQ's, uvloop's) are not seen by this guard, nor are child processes.
+- Where files of tests run side by side, each process of them has a /dev/shm of its own.
 - A test may take as long as it needs. One that stands still for :data:`WATCHDOG_MINUTES` ends the run with all stacks.
 """
 
@@ -51,6 +52,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        _take_own_shared_memory()
     if config.getoption("--slow"):
         settings.load_profile("long")
     # Output is not captured yet; the watchdog must be heard while it is.
@@ -80,6 +83,26 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000
+
+
+def _take_own_shared_memory() -> None:
+    """Put this thread, and whatever it starts, into a mount namespace with an empty /dev/shm.
+
+    So no test sees the segments of one that runs beside it. ``scripts/test`` runs tests side by side only where this works.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    for failed in (
+        libc.unshare(CLONE_NEWNS),
+        libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None),
+        libc.mount(b"tmpfs", str(SHM).encode(), b"tmpfs", 0, None),
+    ):
+        if failed:
+            raise OSError(
+                ctypes.get_errno(), "tests that run side by side need a mount namespace each; run them with -n 0"
+            )
 
 
 # --- the network ---------------------------------------------------------------------------------------------------
