@@ -112,12 +112,15 @@ def choose(arguments: Arguments, kwargs: Mapping[str, Any], present: Collection[
         return {}
     if len(kwargs) > _MOST:
         raise InvalidRequest(f"'{FIELD}' has {len(kwargs)} members; at most {_MOST} are allowed.", param=FIELD)
-    paths = list(_paths(arguments, kwargs))
-    for path, value in paths:
-        _judge(arguments, path, value, present)
+    given = {}
+    for path, value in _paths(arguments, kwargs):
+        takers = _takers(arguments, path)
+        if value is not None:
+            _judge(takers, path, value, present)
+            given[path] = value
     packed = {}
     for modality in present:
-        chosen = _chosen(arguments.get(modality, ()), dict(paths), kwargs)
+        chosen = _chosen(arguments.get(modality, ()), given, kwargs)
         if chosen:
             packed[modality] = msgspec.json.encode(chosen, order="deterministic")
     return packed
@@ -149,30 +152,32 @@ def read_chosen(arguments: Sequence[Argument], packed: bytes) -> dict[str, Value
 
 
 def _paths(arguments: Arguments, kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the request's arguments by their paths, those that are null left out."""
+    """Yield the request's arguments by their paths."""
     groups = {argument.group for of_one in arguments.values() for argument in of_one}
     for name, value in kwargs.items():
         if "." in name:  # a path is no name
             raise _unknown(arguments, name)
-        if value is None:
-            continue
         if name not in groups or not name:
             yield name, value
-            continue
-        if not isinstance(value, dict):
-            raise refused(name, f"must be an object with {_members(arguments, name)}")
-        for member, inner in value.items():
-            if inner is not None:
+        elif isinstance(value, dict):
+            for member, inner in value.items():
                 yield f"{name}.{member}", inner
+        elif value is not None:
+            raise refused(name, f"must be an object with {_members(arguments, name)}")
 
 
-def _judge(arguments: Arguments, path: str, value: Any, present: Collection[str]) -> None:
-    """Refuse what no modality knows, and a value that is wrong for one of those that it is for."""
+def _takers(arguments: Arguments, path: str) -> dict[str, Argument]:
+    """Return the argument at ``path`` of each modality that knows it; raises InvalidRequest where none does."""
     takers = {
         modality: argument for modality, of_one in arguments.items() for argument in of_one if path in _names(argument)
     }
     if not takers:
         raise _unknown(arguments, path)
+    return takers
+
+
+def _judge(takers: Mapping[str, Argument], path: str, value: Any, present: Collection[str]) -> None:
+    """Refuse a value that is wrong for one of the modalities that it is for."""
     judges = [argument for modality, argument in takers.items() if modality in present]
     if judges:
         for argument in judges:

@@ -77,6 +77,8 @@ def test_equal_choices_have_one_form_and_others_another():
     [
         ({"a": 1}, "a", "max_pixels, min_pixels"),
         ({"": 1}, "", "no argument"),
+        ({"a": None}, "a", "no argument"),
+        ({"size": {"a": None}}, "size.a", "no argument"),
         ({"size.shortest_edge": 7}, "size.shortest_edge", "no argument"),
         ({"size": 7}, "size", "object with shortest_edge and longest_edge"),
         ({"size": {"height": 7}}, "size.height", "no argument"),
