@@ -160,9 +160,17 @@ def test_an_injected_item_that_is_too_large_for_the_ring_goes_beside_it():
     assert world.place(want.flight, QUARTER + 1) == "spill"
     world.say("f0", messages.Unpin(1))
     assert found(world, "f0", 2) == (NAMED, META)
-    inject(world, "f0", 3, OTHER, replace=True)
-    assert found(world, "f0", 4) == (NAMED, OTHER)
-    assert not world.segments
+    offer(world, "f0", 3, by_name(), lease="engine")
+    offer(world, "f0", 4, injected(replace=True))
+    (want,) = world.wants("f0", 4)
+    world.put("f0", want.flight)
+    assert world.place(want.flight, QUARTER + 1, OTHER) == "spill"
+    world.say("f0", messages.Unpin(4))
+    assert found(world, "f0", 5) == (NAMED, OTHER)
+    assert len(world.segments) == 2, "who has leased the former one reads it"
+    inject(world, "f0", 6, META, replace=True)
+    assert len(world.segments) == 1
+    assert found(world, "f0", 7) == (NAMED, META)
 
 
 def test_when_a_lane_dies_over_an_injected_item_another_one_copies_it(world):

@@ -1,16 +1,21 @@
 import msgspec
 import pytest
 
-from mmprep.card import ItemOptions, ModelCard
-from mmprep.errors import InvalidRequest
+from mmprep.card import FieldForm, ItemOptions, ModelCard
+from mmprep.errors import InvalidRequest, NotFound
+from mmprep.items import ItemMeta, Plan, lay_out
 from mmprep.keys import item_key
 from mmprep.wire.messages import Alias, ItemAnswer, Recalled
 from mmprep_frontend.media.intake import Medium
-from mmprep_frontend.media.keys import alias, variant
+from mmprep_frontend.media.keys import alias, injected_hash, injected_key, variant
 from mmprep_frontend.render.conversation import MediaPart
-from mmprep_frontend.wanted import key_of, recalled_within, wanted
+from mmprep_frontend.wanted import check_injected, key_of, recalled_within, wanted
 
-CARD = ModelCard("any", b"fingerprint", (), {"image": ("uint8", "float32"), "video": ("uint8",)}, {})
+FORM = FieldForm("pixels", ("uint8", "float32"), (4,), "flat", False)
+CARD = ModelCard(
+    "any", b"fingerprint", (), {"image": ("uint8", "float32"), "video": ("uint8",)}, {}, fields={"image": (FORM,)}
+)
+META = ItemMeta("image", Plan(()), lay_out([("pixels", "uint8", (4,), "flat", False)]), {})
 SCOPE = b"s" * 32
 CAT, DOG = Medium(b"cat", b"c" * 32, 0.0), Medium(b"dog!", b"d" * 32, 0.0)
 
@@ -19,10 +24,9 @@ def part(uuid=None, modality="image"):
     return MediaPart(modality, "data:", "messages[0].content[0].image_url", uuid=uuid)
 
 
-def asked(part, medium, *, dtype="auto", io=None, kwargs=None, scope=SCOPE):
-    return wanted(
-        part, medium, card=CARD, scope=scope, hash_name="blake3", dtype=dtype, io=io or {}, kwargs=kwargs or {}
-    )
+def asked(part, medium, *, dtype="auto", io=None, kwargs=None, scope=SCOPE, injected=False):
+    how = {"hash_name": "blake3", "dtype": dtype, "io": io or {}, "kwargs": kwargs or {}, "injected": injected}
+    return wanted(part, medium, card=CARD, scope=scope, **how)
 
 
 def processed(dtype="uint8", options=b"", modality="image", scope=SCOPE):
@@ -79,9 +83,34 @@ def test_what_is_chosen_about_processing_is_told_and_part_of_the_key():
 def test_the_key_of_what_is_recalled_is_that_of_the_same_medium_with_its_data():
     sent, recalled = asked(part("u"), CAT, dtype="float32"), asked(part("u"), None, dtype="float32")
     assert item_key(recalled.variant, sent.alias.digest) == sent.key
-    assert key_of(sent, ItemAnswer("hit")) == key_of(recalled, ItemAnswer("hit", key=sent.key)) == sent.key
+    assert key_of(sent, ItemAnswer("hit"), META) == key_of(recalled, ItemAnswer("hit", key=sent.key), META) == sent.key
     with pytest.raises(ValueError, match="lacks the key"):
-        key_of(recalled, ItemAnswer("hit"))
+        key_of(recalled, ItemAnswer("hit"), META)
+
+
+def test_where_items_may_be_injected_a_uuid_names_what_may_be_and_engines_hear_of_its_content():
+    named = injected_key(scope=SCOPE, modality="image", fingerprint=b"fingerprint", name="u")
+    recalled = asked(part("u"), None, injected=True)
+    assert recalled.injected == asked(part("u"), CAT, injected=True).alias.injected == named
+    assert asked(part(), CAT, injected=True).alias is None
+    assert asked(part("u"), None, dtype="float32", injected=True).injected == named
+    for other in ({"scope": b"o" * 32}, {"modality": "video"}):
+        changed = {"scope": SCOPE, "modality": "image", **other}
+        assert asked(part("u", changed["modality"]), None, scope=changed["scope"], injected=True).injected != named
+    first, second = (msgspec.structs.replace(META, injected=bytes([number]) * 32) for number in (1, 2))
+    answer = ItemAnswer("hit", key=named)
+    assert key_of(recalled, answer, first) == injected_hash(named, first.injected)
+    assert len({key_of(recalled, answer, meta) for meta in (META, first, second)}) == 3
+
+
+def test_what_was_injected_in_another_dtype_than_a_request_asks_for_is_not_found():
+    check_injected(part(), META, CARD, "float32")
+    injected = msgspec.structs.replace(META, injected=bytes(32))
+    for dtype in ("auto", "uint8"):
+        check_injected(part(), injected, CARD, dtype)
+    with pytest.raises(NotFound, match="uint8, not as float32") as caught:
+        check_injected(part(), injected, CARD, "float32")
+    assert caught.value.param == "messages[0].content[0].image_url"
 
 
 def test_a_dtype_that_the_model_does_not_have_is_refused_with_and_without_data():
