@@ -20,8 +20,6 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from mmprep.card import ModelCard
 from mmprep.errors import InvalidRequest, StartupError
 from mmprep_frontend.render.requests import Side
@@ -235,6 +233,8 @@ def load_tokenizer(directory: Path) -> Any:
     StartupError
         The directory has none, or none with a fast backend.
     """
+    from transformers import AutoTokenizer  # noqa: PLC0415, it takes a second, beside which the process opens its doors
+
     try:
         loaded = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -56,7 +56,8 @@ class OtlpExporter:
         named = {} if os.environ.get("OTEL_SERVICE_NAME") else {SERVICE_NAME: "mmprep"}
         self._resource = Resource.create({"service.version": mmprep.__version__, **named})
         self._scope = InstrumentationScope("mmprep", mmprep.__version__)
-        self._waiting: deque[Trace] = deque()
+        #: Traces, and their spans as they were when these were given: a thread may be about to note one more.
+        self._waiting: deque[tuple[Trace, tuple[Span, ...]]] = deque()
         self._spans = 0
         self._closing = False
         self._changed = threading.Condition()
@@ -65,14 +66,15 @@ class OtlpExporter:
 
     def give(self, trace: Trace) -> None:
         """Take a trace that has ended, or drop it; never waits for the collector."""
-        count = len(trace.spans)
+        spans = tuple(trace.spans)
+        count = len(spans)
         with self._changed:
             if self._closing or self._spans + count > _MOST_WAITING:
                 self.dropped += count
                 return
             if not self._waiting or self._spans + count >= _BATCH:
                 self._changed.notify()
-            self._waiting.append(trace)
+            self._waiting.append((trace, spans))
             self._spans += count
 
     def close(self, seconds: float) -> None:
@@ -88,14 +90,14 @@ class OtlpExporter:
             traces = self._next()
             if traces is None:
                 return
-            spans = [self._readable(trace, span) for trace in traces for span in trace.spans]
+            spans = [self._readable(trace, span) for trace, noted in traces for span in noted]
             if spans:
                 sent = self._send(spans)
                 self.exported += len(spans) if sent else 0
                 with self._changed:
                     self.dropped += 0 if sent else len(spans)
 
-    def _next(self) -> list[Trace] | None:
+    def _next(self) -> list[tuple[Trace, tuple[Span, ...]]] | None:
         """Return what waits, some at a time and perhaps nothing; ``None`` at the end."""
         with self._changed:
             if self._spans < _BATCH and not self._closing:
@@ -105,7 +107,7 @@ class OtlpExporter:
             traces, taken = [], 0
             while self._waiting and taken < _BATCH:
                 traces.append(self._waiting.popleft())
-                taken += len(traces[-1].spans)
+                taken += len(traces[-1][1])
             self._spans -= taken
             return traces
 
