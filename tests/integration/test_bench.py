@@ -21,7 +21,7 @@ def run(tmp_path_factory):
 def test_the_quick_mode_measures_every_part_and_names_the_machine(run):
     result, _ = run
     assert result["quick"] is True
-    assert set(result["parts"]) == {"kernel", "throughput", "handover", "memory", "startup", "fetch"}
+    assert set(result["parts"]) == {"kernel", "throughput", "handover", "memory", "startup", "fetch", "queues"}
     machine = result["machine"]
     assert machine["cores"] >= 1
     assert len(machine["load_average"]) == len(machine["load_average_after"]) == 3
@@ -86,6 +86,13 @@ def test_fetching_is_measured_with_what_the_media_host_was_asked(run):
     hits = part["hits"]
     assert 0 < hits["in_loop_ms"]["p50"] <= hits["in_loop_ms"]["p99"]
     assert all(row["health_ms"]["questions"] > 0 for row in (distinct, *part["same"], hits))
+
+
+def test_jobs_through_a_queue_are_counted_against_the_writer(run):
+    part = run[0]["parts"]["queues"]
+    assert part["jobs"] > part["handed_over"] > 0
+    assert min(part["jobs_per_second"], part["jobs_per_writer_second"]) > 0
+    assert 0 < part["next_job_ms"]["p50"] <= part["next_job_ms"]["p99"]
 
 
 def test_targets_are_judged_and_the_tables_show_them(run):

@@ -13,13 +13,13 @@ from typing import Any, get_args
 import msgspec
 
 from mmprep import __version__
-from mmprep.bench import fetching, handover, pictures, report, throughput
+from mmprep.bench import fetching, handover, pictures, queues, report, throughput
 from mmprep.bench.processes import machine_facts, memory
 from mmprep.bench.running import Mode, Service, full_size_model, service
 from mmprep.bench.throughput import Run
 from mmprep.errors import MmprepError
 
-PARTS = ("throughput", "handover", "memory", "startup", "fetch")
+PARTS = ("throughput", "handover", "memory", "startup", "fetch", "queues")
 _LANES = 2
 
 
@@ -32,6 +32,7 @@ class Plan(msgspec.Struct, frozen=True):
     large: tuple[Run, ...]
     tensors: tuple[handover.Tensor, ...]
     fetch: fetching.Amount
+    queues: queues.Amount
     repeats: int
     starts: int
     memory_seconds: float
@@ -51,6 +52,7 @@ FULL = Plan(
     ),
     tensors=handover.TENSORS,
     fetch=fetching.FULL,
+    queues=queues.FULL,
     repeats=21,
     starts=3,
     memory_seconds=3.0,
@@ -62,6 +64,7 @@ QUICK = Plan(
     large=(),
     tensors=handover.TENSORS[:1],
     fetch=fetching.QUICK,
+    queues=queues.QUICK,
     repeats=3,
     starts=1,
     memory_seconds=0.5,
@@ -82,6 +85,9 @@ def _measure(plan: Plan, wanted: set[str], directory: Path, other_model: Path | 
     if "fetch" in wanted:
         _tell("fetching")
         parts["fetch"] = fetching.measure(model, directory, plan.fetch)
+    if "queues" in wanted:
+        _tell("queues")
+        parts["queues"] = queues.measure(model, directory, plan.queues)
     if {"throughput", "handover", "memory"} & wanted:
         parts |= _loaded(plan, wanted, model, directory, other_model)
     return parts
