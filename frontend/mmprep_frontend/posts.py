@@ -77,6 +77,10 @@ class Posts:
         self._up = False
         self._jobs: dict[str, _Kept] = {}
         self._by_number: dict[int, _Kept] = {}
+        #: Those that somebody waits for, by token.
+        self._waited: dict[int, _Kept] = {}
+        #: Those that were refused and are posted again, by id.
+        self._refused: dict[str, _Kept] = {}
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -84,7 +88,7 @@ class Posts:
     @property
     def wake_at(self) -> float:
         """When :meth:`tick` has something to do."""
-        return min((kept.again_at for kept in self._jobs.values()), default=math.inf)
+        return min((kept.again_at for kept in self._refused.values()), default=math.inf)
 
     # --- the caller's ---------------------------------------------------------------------------------------------
 
@@ -114,15 +118,15 @@ class Posts:
             raise Busy("too many queued jobs have not ended; post again later", param="queue", retry_after=1.0)
         self._tokens += 1
         kept = self._jobs[post.job] = _Kept(post, content, expires, self._tokens)
+        self._waited[self._tokens] = kept
         self.nbytes += nbytes
         return self._tokens, self._say(kept, now) if self._up else []
 
     def give_up(self, token: int) -> None:
         """Nobody waits for an outcome any more. The job stays: the writer may have accepted it."""
-        for kept in self._jobs.values():
-            if kept.token == token:
-                kept.token = 0
-                return
+        kept = self._waited.pop(token, None)
+        if kept is not None:
+            kept.token = 0
 
     # --- the writer's ---------------------------------------------------------------------------------------------
 
@@ -135,6 +139,7 @@ class Posts:
     def down(self) -> None:
         """The connection is gone; nothing is sent until the next welcome."""
         self._up = False
+        self._refused.clear()
 
     def posted(self, number: int, job_id: str) -> list[Action]:
         """The writer has accepted a job, or names the one that an equal request has become."""
@@ -153,6 +158,7 @@ class Posts:
             return []
         if kept.accepted and error.retryable and now < kept.expires:
             kept.again_at = now + AGAIN_SECONDS
+            self._refused[kept.post.job] = kept
             return []
         self._forget(kept)
         return self._settle(kept, error)
@@ -183,10 +189,10 @@ class Posts:
 
     def tick(self, now: float) -> list[Action]:
         """Time has passed: post again what was refused."""
-        due = [kept for kept in self._jobs.values() if kept.again_at <= now]
-        for kept in due:
-            kept.again_at = math.inf
-        return [action for kept in due for action in self._say(kept, now)] if self._up else []
+        if not self._up:
+            return []  # the next welcome posts everything
+        due = [kept for kept in self._refused.values() if kept.again_at <= now]
+        return [action for kept in due for action in self._say(kept, now)]
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
@@ -194,7 +200,7 @@ class Posts:
         self._by_number.pop(kept.number, None)
         self._numbers += 1
         kept.number = self._numbers
-        kept.again_at = math.inf
+        self._refused.pop(kept.post.job, None)
         self._by_number[kept.number] = kept
         left = max(0, int((kept.expires - now) * 1000))
         post = msgspec.structs.replace(kept.post, call=kept.number, expires_ms=left, again=kept.accepted)
@@ -203,10 +209,12 @@ class Posts:
     def _forget(self, kept: _Kept) -> None:
         del self._jobs[kept.post.job]
         self._by_number.pop(kept.number, None)
+        self._refused.pop(kept.post.job, None)
         self.nbytes -= kept.nbytes
 
     def _settle(self, kept: _Kept, outcome: str | MmprepError) -> list[Action]:
         token, kept.token = kept.token, 0
+        self._waited.pop(token, None)
         return [Settle(token, outcome)] if token else []
 
     def validate(self) -> None:
@@ -222,6 +230,8 @@ class Posts:
         for number, kept in self._by_number.items():
             assert kept.number == number, "a job is found by another number"
             assert self._jobs.get(kept.post.job) is kept, "an ended job waits for an answer"
+        assert self._waited == {kept.token: kept for kept in self._jobs.values() if kept.token}, "waiters are off"
+        assert all(self._jobs.get(job_id) is kept for job_id, kept in self._refused.items()), "an ended job is refused"
         for kept in self._jobs.values():
             asked = kept.number in self._by_number or not self._up
             assert kept.accepted or asked, "a job that was not accepted is not asked for"

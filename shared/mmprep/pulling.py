@@ -20,18 +20,20 @@ import msgspec
 
 from mmprep import failpoints
 from mmprep.address import Address, address_fields
-from mmprep.errors import InvalidRequest, MmprepError, StaleDelivery
+from mmprep.errors import InvalidRequest, MmprepError, ServiceUnavailable, StaleDelivery
 from mmprep.item import Item, Runner, Shared
 from mmprep.items import unpack_meta
 from mmprep.job import AsyncJob, Job
 from mmprep.job_content import JobContent, read_content
-from mmprep.registration import Lease, Mapping, Registration
+from mmprep.registration import Lease, Mapping, Registration, WriterLostError
 from mmprep.result import HeadItem
 from mmprep.segment import sibling_name
 from mmprep.wire import messages
 
 _log = logging.getLogger("mmprep.pulling")
 
+#: Seconds for the first word with the service about queues, its writer's replacement included.
+_BEGIN_SECONDS = 10.0
 #: Seconds for the last words when the backend closes.
 _CLOSE_SECONDS = 1.0
 _OVER = "the job is not this delivery's any more: its time was over, or it was delivered elsewhere"
@@ -79,6 +81,12 @@ class Pulling:
     def __init__(self, queues: Sequence[str], credits: int, run: Runner | None) -> None:  # noqa: A002 -- the word for it
         if not 0 < len(queues) <= messages.MAX_PULLED:
             raise InvalidRequest(f"a backend pulls from 1 to {messages.MAX_PULLED} queues", param="queue")
+        try:
+            msgspec.convert(list(queues), list[messages.Name])
+        except msgspec.ValidationError:
+            raise InvalidRequest(
+                "a queue's name has 1 to 64 letters, digits, '_', '.' and '-'", param="queue"
+            ) from None
         if not 0 < credits <= messages.MAX_CREDITS:
             raise InvalidRequest(f"'credits' is from 1 to {messages.MAX_CREDITS}", param="credits")
         self._queues = tuple(queues)
@@ -127,8 +135,8 @@ class Pulling:
 
     def _pull_answered(self, done: asyncio.Future[Any]) -> None:
         error = None if done.cancelled() else done.exception()
-        if done.cancelled() or (isinstance(error, MmprepError) and self._registration_lost(error)):
-            return
+        if done.cancelled() or isinstance(error, WriterLostError):
+            return  # the next welcome begins anew
         if self._begun.done():
             if error is not None:
                 _log.error("the service does not let this backend pull: %s", error)
@@ -136,10 +144,6 @@ class Pulling:
             self._begun.set_result(None)
         else:
             self._begun.set_exception(error)
-
-    @staticmethod
-    def _registration_lost(error: MmprepError) -> bool:
-        return error.retryable and error.code == 503
 
     def delivered(self, delivery: messages.Delivery, content: list[bytes]) -> None:
         """Take a job."""
@@ -197,9 +201,13 @@ class Pulling:
     # --- the program's --------------------------------------------------------------------------------------------
 
     async def begin(self, registration: Registration) -> None:
-        """Wait until jobs can come; raises what speaks against it."""
+        """Wait until jobs can come; raises what speaks against it, ServiceUnavailable where nobody answers."""
         self._registration = registration
-        await self._begun
+        try:
+            async with asyncio.timeout(_BEGIN_SECONDS):
+                await asyncio.shield(self._begun)
+        except TimeoutError:
+            raise ServiceUnavailable("the service does not let this backend pull; try again", retry_after=1.0) from None
 
     def take_now(self) -> Any | None:
         """Return a job that is here, ``None`` where none is. May be called from any thread."""

@@ -21,7 +21,7 @@ def run(tmp_path_factory):
 def test_the_quick_mode_measures_every_part_and_names_the_machine(run):
     result, _ = run
     assert result["quick"] is True
-    parts = {"kernel", "throughput", "handover", "answers", "memory", "startup", "fetch", "requests"}
+    parts = {"kernel", "throughput", "handover", "answers", "memory", "startup", "fetch", "requests", "queues"}
     assert set(result["parts"]) == parts
     machine = result["machine"]
     assert machine["cores"] >= 1
@@ -110,6 +110,13 @@ def test_requests_over_http_are_measured_by_what_they_cost_each_role(run):
         assert min(row["requests"], row["answer_bytes"], row["latency_ms"]["p50"]) > 0
         assert set(row["cpu_ms_by_role"]) == {"frontends", "writer", "lanes", "supervisor"}
         assert row["cpu_ms"] == pytest.approx(sum(row["cpu_ms_by_role"].values()), abs=0.01)
+
+
+def test_jobs_through_a_queue_are_counted_against_the_writer(run):
+    part = run[0]["parts"]["queues"]
+    assert part["jobs"] > part["handed_over"] > 0
+    assert min(part["jobs_per_second"], part["jobs_per_writer_second"]) > 0
+    assert 0 < part["next_job_ms"]["p50"] <= part["next_job_ms"]["p99"]
 
 
 def test_targets_are_judged_and_the_tables_show_them(run):

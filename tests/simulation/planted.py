@@ -21,10 +21,10 @@ class AnswersTwice(WriterCore):
 
 
 class ForgetsReassert(WriterCore):
-    def _from_peer(self, peer, message, now):
+    def _from_peer(self, peer, message, frames, now):
         if isinstance(message, messages.Reassert):
             message = messages.Reassert(message.call, (), message.last)
-        super()._from_peer(peer, message, now)
+        super()._from_peer(peer, message, frames, now)
 
 
 class WaitsForNobody(WriterCore):

@@ -149,6 +149,7 @@ class Frontend(Looping):
             int(self.id),
             hasher="sha256",
             inline_size=self.settings.inline,
+            queue_size=1 << 20,
             on_card=lambda _: None,
         )
         self.settings.spoil_frontend(self.link)

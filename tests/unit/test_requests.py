@@ -121,7 +121,8 @@ def test_what_breaks_the_schema_is_refused_at_its_place(body, param):
         ("mm_processor_kwargs", {"max_pixels": 1}),
         ("media_io_kwargs", {"video": {"num_frames": 4}}),
         ("truncate_prompt_tokens", 0),
-        ("queue", "engine-0"),
+        ("queue", "no/name"),
+        ("functions", [{"name": "f"}]),
     ],
 )
 def test_what_would_change_the_result_unnoticed_is_refused_by_name(name, value):

@@ -74,6 +74,13 @@ class GenerateRequest(Struct, frozen=True, forbid_unknown_fields=True):
     prompt_text: str | None = None
 
 
+class Queued(Struct, frozen=True, forbid_unknown_fields=True):
+    """The request is accepted: what it renders to is a job of that id in the queue."""
+
+    request_id: str
+    queue: str
+
+
 class Tokens(Struct, frozen=True, forbid_unknown_fields=True):
     """A text or a chat as token ids, media expanded."""
 

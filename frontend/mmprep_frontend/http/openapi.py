@@ -28,6 +28,7 @@ class Operation(NamedTuple):
     request: the type of its body, ``None`` where it has none.
     answer: the type of its answer, ``None`` where that is no JSON.
     errors: the statuses that it may answer with beside 200.
+    queued: whether its result may go to a queue, which answers 202.
     open: whether it needs no key.
     takes: the media type of its body.
     """
@@ -40,19 +41,41 @@ class Operation(NamedTuple):
     errors: tuple[int, ...] = ()
     open: bool = False
     takes: str = "application/json"
+    queued: bool = False
 
 
 _TEXT: Final = (400, 401, 404, 405, 408, 413, 429, 500, 503)
 _MEDIA: Final = (*_TEXT, 415, 422, 502, 504)
+_QUEUED: Final = (*_MEDIA, 409)
 _LEASES: Final = (400, 401, 404, 405, 408, 413, 429, 500, 503)
 
 OPERATIONS: Final = (
-    Operation("post", "/v1/chat/completions/render", "Render a chat", ChatRequest, forms.GenerateRequest, _MEDIA),
     Operation(
-        "post", "/v1/messages/render", "Render a Messages request", MessagesRequest, forms.GenerateRequest, _MEDIA
+        "post",
+        "/v1/chat/completions/render",
+        "Render a chat",
+        ChatRequest,
+        forms.GenerateRequest,
+        _QUEUED,
+        queued=True,
     ),
     Operation(
-        "post", "/v1/responses/render", "Render a Responses request", ResponsesRequest, forms.GenerateRequest, _MEDIA
+        "post",
+        "/v1/messages/render",
+        "Render a Messages request",
+        MessagesRequest,
+        forms.GenerateRequest,
+        _QUEUED,
+        queued=True,
+    ),
+    Operation(
+        "post",
+        "/v1/responses/render",
+        "Render a Responses request",
+        ResponsesRequest,
+        forms.GenerateRequest,
+        _QUEUED,
+        queued=True,
     ),
     Operation(
         "post", "/v1/completions/render", "Render prompts", CompletionRequest, list[forms.GenerateRequest], _TEXT
@@ -87,12 +110,20 @@ _KINDS: Final = {"/metrics": "text/plain", "/docs": "text/html", "/dashboard": "
 _PACKED: Final = "The same keys and values. The elements of kwargs_data and mm_metadata are raw bytes: the MessagePack that is base64 in JSON."
 _ROLE: Final = re.compile(r":[a-z]+:`~?([^`]+)`")
 _REF: Final = "#/components/schemas/{name}"
+_KEY_PARAMETER: Final = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": "Of a request that names a queue: sent again with the same key and body, it is posted once.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+}
 _MEANINGS: Final = {
     400: "the request is wrong",
     401: "the key is missing or wrong",
     404: "something that the request names is not there",
     405: "the path takes another method",
     408: "the request's time was over",
+    409: "the Idempotency-Key was sent with another body before",
     413: "too large",
     415: "not a kind of medium that is read",
     422: "a medium could not be fetched or decoded",
@@ -113,6 +144,7 @@ def describe(version: str, operations: Sequence[Operation] = OPERATIONS) -> dict
         Of the service.
     """
     types = [kind for operation in operations for kind in (operation.request, operation.answer) if kind is not None]
+    types += [forms.Queued]
     schemas, components = msgspec.json.schema_components([*types, forms.Error], ref_template=_REF)
     for component in components.values():
         component["description"] = _plain(component.get("description", ""))
@@ -143,12 +175,19 @@ def _operation(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
         (form,) = answer["content"].values()
         answer["content"][MSGPACK.media_type] = {"schema": {**form["schema"], "description": _PACKED}}
     responses = {"200": {"description": "the answer", **answer}}
+    if operation.queued:
+        responses["202"] = {
+            "description": "accepted; the result is a job in the queue that the request names",
+            **_content(forms.Queued, schemas, "application/json"),
+        }
     for status in sorted(operation.errors):
         responses[str(status)] = {
             "description": _MEANINGS[status],
             **_content(forms.Error, schemas, JSON.media_type),
         }
     described: dict[str, Any] = {"summary": operation.summary, "responses": responses}
+    if operation.queued:
+        described["parameters"] = [_KEY_PARAMETER]
     if operation.request is not None:
         described["requestBody"] = {
             "required": True,

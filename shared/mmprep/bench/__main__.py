@@ -13,13 +13,13 @@ from typing import Any, get_args
 import msgspec
 
 from mmprep import __version__
-from mmprep.bench import answers, fetching, first, handover, pictures, report, requests, throughput
+from mmprep.bench import answers, fetching, first, handover, pictures, queues, report, requests, throughput
 from mmprep.bench.processes import cpu_seconds, machine_facts, memory
 from mmprep.bench.running import Mode, Service, full_size_model, service
 from mmprep.bench.throughput import Run
 from mmprep.errors import MmprepError
 
-PARTS = ("throughput", "handover", "answers", "memory", "startup", "fetch", "requests")
+PARTS = ("throughput", "handover", "answers", "memory", "startup", "fetch", "requests", "queues")
 _LANES = 2
 
 
@@ -35,6 +35,7 @@ class Plan(msgspec.Struct, frozen=True):
     fetch: fetching.Amount
     requests: tuple[requests.Run, ...]
     request_seconds: float
+    queues: queues.Amount
     repeats: int
     starts: int
     memory_seconds: float
@@ -57,6 +58,7 @@ FULL = Plan(
     fetch=fetching.FULL,
     requests=requests.FULL,
     request_seconds=5.0,
+    queues=queues.FULL,
     repeats=21,
     starts=3,
     memory_seconds=3.0,
@@ -71,6 +73,7 @@ QUICK = Plan(
     fetch=fetching.QUICK,
     requests=requests.QUICK,
     request_seconds=0.3,
+    queues=queues.QUICK,
     repeats=3,
     starts=1,
     memory_seconds=0.5,
@@ -96,6 +99,9 @@ def _measure(plan: Plan, wanted: set[str], directory: Path, other_model: Path | 
         parts["fetch"] = fetching.measure(model, directory, plan.fetch)
     if "requests" in wanted:
         parts["requests"] = _requests(model, directory, plan)
+    if "queues" in wanted:
+        _tell("queues")
+        parts["queues"] = queues.measure(model, directory, plan.queues)
     if {"throughput", "handover", "memory"} & wanted:
         parts |= _loaded(plan, wanted, model, directory, other_model)
     return parts

@@ -120,6 +120,12 @@ def _fetch(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield _target(f"hit of the disk cache, {hits['size']}: median ms", 1, hits["in_loop_ms"]["p50"], at_most=True)
 
 
+def _queues(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    what = "cached one-picture jobs through a queue"
+    yield _target(f"{what}: jobs by CPU seconds of the writer", 3000, part["jobs_per_writer_second"], at_most=False)
+    yield _target(f"{what}: from one to the next, median ms", 0.5, part["next_job_ms"]["p50"], at_most=True)
+
+
 _JUDGES: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = {
     "kernel": _kernel,
     "throughput": _throughput,
@@ -128,6 +134,7 @@ _JUDGES: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = {
     "startup": _startup,
     "fetch": _fetch,
     "requests": _requests,
+    "queues": _queues,
 }
 
 
@@ -328,6 +335,14 @@ def _fetch_table(part: dict[str, Any]) -> str:
     return "\n\n".join(text)
 
 
+def _queues_table(part: dict[str, Any]) -> str:
+    row = [part["jobs"], part["jobs_per_second"], part["jobs_per_writer_second"]]
+    row += [part["cpu_ms_per_job"][role] for role in ("writer", "frontends")]
+    row += [part["next_job_ms"][name] for name in ("p50", "p95", "p99")]
+    head = ["jobs", "jobs/s", "jobs/writer s", "writer cpu ms", "frontend cpu ms", "next job p50", "p95", "p99"]
+    return _table("cached one-picture jobs through a queue; ms", head, [row])
+
+
 _TABLES: dict[str, Callable[[Any], str]] = {
     "kernel": _kernel_table,
     "throughput": _throughput_table,
@@ -337,4 +352,5 @@ _TABLES: dict[str, Callable[[Any], str]] = {
     "startup": _startup_table,
     "fetch": _fetch_table,
     "requests": _requests_table,
+    "queues": _queues_table,
 }
