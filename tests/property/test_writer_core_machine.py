@@ -412,7 +412,9 @@ class WriterCoreMachine(RuleBasedStateMachine):
 
     def say_offer(self, connection, items, media, terms):
         number = next(self.numbers)
-        made = messages.Offer(number, terms.need, terms.seconds * 1000, terms.priority, tuple(items), terms.lease)
+        made = messages.Offer(
+            number, terms.need, terms.seconds * 1000, terms.priority, tuple(items), terms.lease, number % 2 == 0
+        )
         connection.calls[number] = Call(made, self.now + terms.seconds, [*media], frozenset(self.superseded))
         if terms.lease is None or any(
             b.id == terms.lease.backend for b in self.core.peers.values() if b.role == "backend"
@@ -778,6 +780,11 @@ class WriterCoreMachine(RuleBasedStateMachine):
             assert answer.meta == medium.meta, "the metadata of another key"
             assert bool(answer.length or answer.inline) == (call.offer.need == "tensors")
             assert not (answer.length and answer.inline)
+            if answer.times is not None:
+                assert call.offer.traced, "times that nobody asked for"
+                assert answer.outcome != "hit", "times of what was there"
+                times = answer.times
+                assert times.queued_us <= times.started_us <= times.done_us <= self.now * 1e6, "times out of order"
             assert answer.spill is None or answer.length
             leased = call.offer.lease is not None and answer.length > 0 and not failed
             assert (answer.lease is not None) == leased
