@@ -88,6 +88,8 @@ class Frontend:
         self._tokenizer = asyncio.get_running_loop().run_in_executor(
             self._render_thread, _load_tokenizer, Path(settings.model)
         )
+        # An error is told where the model is loaded; a process that ends before is not asked for it.
+        self._tokenizer.add_done_callback(lambda loaded: loaded.cancelled() or loaded.exception())
         self._writer = WriterLink(
             self._context,
             self._runtime,

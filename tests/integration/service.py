@@ -278,7 +278,12 @@ def serving(
     env: Mapping[str, str] | None = None,
     prefix: Sequence[str] = (),
 ) -> Iterator[Service]:
-    """Give a ready service; at the end it must leave with status 0, nothing in its directory, and no segment."""
+    """Give a ready service; at the end it must leave with status 0, nothing in its directory, and no segment.
+
+    It has one frontend unless ``--frontends`` is among the options: a start costs each more than a second of CPU time.
+    """
+    if "--frontends" not in options:
+        options = ("--frontends", 1, *options)
     directory = Path(tempfile.mkdtemp(prefix="mmprep-", dir="/tmp"))
     service = Service(directory, *options, model=model, env=env, prefix=prefix)
     try:

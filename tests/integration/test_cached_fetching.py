@@ -90,6 +90,16 @@ class World:
                 await self.cache.close()
                 await runner.cleanup()
 
+    @contextlib.asynccontextmanager
+    async def another(self):
+        """Give a cache as of another frontend, in the same directory."""
+        disk = CacheDisk(self.directory, max_bytes=1 << 20, ttl=TTL, clock=self.clock)
+        limits = {"max_bytes": 1 << 20, "memory": MediaMemory(1 << 20), "metrics": Metrics()}
+        async with Fetcher(POLICY, **limits) as fetcher:
+            cache = MediaCache(disk, fetcher, POLICY, **limits)
+            yield cache
+            await cache.close()
+
     async def get(self, path="/a", scope=SCOPE, keep=True):
         fetched = await self.cache.fetch(self.url + path, scope=scope, param="p", timeout=20.0)
         if keep and fetched.keepable is not None:
@@ -298,6 +308,48 @@ def test_many_fetches_at_once_write_once(world):
         assert len(list((world.directory / "mmprep-media-1" / "bodies").iterdir())) == 1
         assert world.counts["errors"] == 0
         assert not (await world.get()).asked
+
+    check(world, main)
+
+
+def test_what_one_frontend_downloads_others_wait_for(world):
+    async def main():
+        async with world.another() as other:
+            first = await world.cache.fetch(world.url, scope=SCOPE, param="p", timeout=20.0)
+            waiting = [asyncio.create_task(other.fetch(world.url, scope=SCOPE, param="p", timeout=20.0)) for _ in "abc"]
+            done, _ = await asyncio.wait(waiting, timeout=0.1)
+            assert not done
+            world.cache.keep(first.keepable, first.data, Hasher("blake3").content_digest(first.data), "blake3")
+            assert [(await task).asked for task in waiting] == [False] * 3
+            assert len(world.host.asked) == 1
+
+    check(world, main)
+
+
+def test_what_comes_to_nothing_keeps_nobody_waiting(world):
+    async def main():
+        async with world.another() as other:
+            first = await world.cache.fetch(world.url, scope=SCOPE, param="p", timeout=20.0)
+            waiting = asyncio.create_task(other.fetch(world.url, scope=SCOPE, param="p", timeout=1000.0))
+            done, _ = await asyncio.wait([waiting], timeout=0.1)
+            assert not done
+            del first  # it was no medium, and nobody offers it
+            assert (await waiting).asked
+            world.host.status = 404
+            for cache in (world.cache, other, world.cache):
+                with pytest.raises(FetchError):
+                    await cache.fetch(f"{world.url}/none", scope=SCOPE, param="p", timeout=1000.0)
+            assert len(world.host.asked) == 5
+
+    check(world, main)
+
+
+def test_who_waits_too_long_for_another_asks_the_host(world):
+    async def main():
+        async with world.another() as other:
+            first = await world.cache.fetch(world.url, scope=SCOPE, param="p", timeout=20.0)
+            assert (await other.fetch(world.url, scope=SCOPE, param="p", timeout=0.5)).asked
+            assert first.keepable is not None
 
     check(world, main)
 

@@ -6,7 +6,8 @@ import json
 
 import numpy as np
 import pytest
-from tests.integration.service import decode_item, photo, serving, text, user
+from PIL import Image
+from tests.integration.service import decode_item, image, photo, serving, text, user
 from tests.models import write_llava15
 from transformers import AutoTokenizer
 
@@ -15,6 +16,7 @@ from mmprep import Backend, embedded
 PAD = "<|image_pad|>"
 WIDTH = json.loads((embedded.path() / "config.json").read_text())["hidden_size"]
 GRIDS = [(1, 4, 6), (1, 2, 2)]
+ORANGE = "#ff8000"
 
 
 def npy(array):
@@ -39,7 +41,7 @@ CHAT = user(text("one "), part(GRIDS[0]), text(" two "), part(GRIDS[1]))
 
 @pytest.fixture(scope="module")
 def service():
-    with serving("--cache-size", "64MiB", "--frontends", "1") as running:
+    with serving("--cache-size", "64MiB", "--image-background", ORANGE) as running:
         yield running
 
 
@@ -132,3 +134,19 @@ def test_a_model_whose_card_says_nothing_of_embeddings_refuses_them(tmp_path):
     with serving("--cache-size", "64MiB", "--frontends", "1", model=write_llava15(tmp_path / "llava")) as service:
         error = service.chat(user(part(GRIDS[0]))).error
         assert (error["code"], error["param"]) == (400, "messages[0].content[0].type")
+
+
+def test_a_transparent_picture_is_seen_on_the_services_background(service):
+    pixels = np.random.default_rng(5).integers(0, 256, (56, 84, 4), dtype=np.uint8)
+    picture = Image.fromarray(pixels, "RGBA")
+    seen = Image.alpha_composite(Image.new("RGBA", picture.size, ORANGE), picture).convert("RGB")
+
+    def values(of):
+        into = io.BytesIO()
+        of.save(into, "PNG")
+        (element,) = service.render(user(image(into.getvalue(), "png")))["features"]["kwargs_data"]["image"]
+        return decode_item(element)["pixel_values"].array.astype(int)
+
+    # Two ways to round what shines through.
+    assert np.abs(values(picture) - values(seen)).max() <= 1
+    assert np.abs(values(seen) - values(picture.convert("RGB"))).max() > 50

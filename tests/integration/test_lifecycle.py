@@ -32,6 +32,7 @@ from tests.models import write_llava15, write_qwen2_vl
 from mmprep import Backend, Client
 
 SMALL = ("--cache-size", "16MiB", "--frontends", 2, "--lanes", 2)
+SMALLEST = ("--cache-size", "16MiB", "--frontends", 1, "--lanes", 1)
 
 
 def drawn(number, side=250):
@@ -86,7 +87,7 @@ def test_a_clean_stop_answers_what_is_under_way_and_leaves_nothing(runtime_dir):
 
 
 def test_a_second_sigterm_ends_at_once_and_leaves_nothing(runtime_dir):
-    service = Service(runtime_dir, *SMALL, "--drain-timeout", "600s", "--request-timeout", "600s").ready()
+    service = Service(runtime_dir, *SMALLEST, "--drain-timeout", "600s", "--request-timeout", "600s").ready()
     pids, segment = everyone(service), segment_of(service)
     for pid in service.pids()["lane"]:
         os.kill(pid, signal.SIGSTOP)  # what is under way will never end
@@ -105,7 +106,7 @@ def test_a_second_sigterm_ends_at_once_and_leaves_nothing(runtime_dir):
 
 
 def test_while_it_drains_the_service_says_so_refuses_work_and_gives_leases_their_time(runtime_dir):
-    service = Service(runtime_dir, *SMALL, "--drain-timeout", "600s").ready()
+    service = Service(runtime_dir, *SMALLEST, "--drain-timeout", "600s").ready()
     with Backend(service.endpoint, id="engine") as backend:
         answer = service.render(user(image(drawn(5), "png")), mm_payload="shm", backend_id="engine")
         item = backend.open(answer["features"]["mm_addresses"]["image"][0])
@@ -128,7 +129,7 @@ def test_while_it_drains_the_service_says_so_refuses_work_and_gives_leases_their
 
 
 def test_leases_that_nobody_releases_end_with_the_drain_timeout(runtime_dir):
-    service = Service(runtime_dir, *SMALL, "--drain-timeout", "1s").ready()
+    service = Service(runtime_dir, *SMALLEST, "--drain-timeout", "1s").ready()
     with Client(service.endpoint) as client:
         item = client.chat(user({"type": "image_url", "image_url": {"url": drawn(5)}}), payload="shm").items["image"][0]
         with item.view() as arrays:
@@ -144,14 +145,14 @@ def _ignoring(service):
 
 @pytest.mark.parametrize(("level", "lanes"), [("info", 2), ("warning", 0)])
 def test_every_process_logs_from_the_level_that_was_asked_for(level, lanes):
-    with serving(*SMALL, "--log-level", level) as service:
+    with serving(*SMALLEST, "--log-level", level) as service:
         pass
     warm = [line for line in service.lines if re.search(r"^[-0-9]+ [:,0-9]+ INFO mmprep\.lane: lane \d is warm$", line)]
     assert len(warm) == lanes
 
 
 def test_a_directory_that_the_service_made_is_gone_with_it(runtime_dir):
-    service = Service(runtime_dir / "made", *SMALL).ready()
+    service = Service(runtime_dir / "made", *SMALLEST).ready()
     assert service.stop() == 0
     assert contents(runtime_dir) == []
 
@@ -267,7 +268,7 @@ def test_children_of_a_killed_supervisor_end_and_the_next_start_removes_what_the
     assert renders(service)
     assert service.kill() == -signal.SIGKILL
     eventually(lambda: not [pid for pid in pids if is_alive(pid)], "the end of every process")
-    again = Service(runtime_dir, *SMALL).ready()
+    again = Service(runtime_dir, *SMALLEST).ready()
     assert renders(again)
     segment = segment_of(again)
     uid_segments = {path.name for path in SHM.glob(f"{segment.name.rpartition('-')[0]}-*")}
@@ -285,7 +286,7 @@ def test_all_processes_killed_at_once_leave_what_the_next_start_removes(runtime_
     eventually(lambda: not [pid for pid in pids if is_alive(pid)], "the end of every process")
     assert segment.exists()
     assert contents(runtime_dir)
-    again = Service(runtime_dir, *SMALL).ready()
+    again = Service(runtime_dir, *SMALLEST).ready()
     assert not segment.exists()
     assert renders(again)
     assert again.stop() == 0
@@ -299,7 +300,7 @@ def refused(runtime_dir, *arguments, env=None, prefix=()):
     """Start a service that must fail, and return the one message that says why."""
     if not any(str(argument).startswith("--port") for argument in arguments):
         arguments = (*arguments, "--port", 0)
-    done = mmprep("serve", "--runtime-dir", runtime_dir, "--cache-size", "16MiB", *arguments, env=env, prefix=prefix)
+    done = mmprep("serve", "--runtime-dir", runtime_dir, *SMALLEST, *arguments, env=env, prefix=prefix)
     assert done.returncode not in {0, -signal.SIGKILL}, done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr, done.stderr

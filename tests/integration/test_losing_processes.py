@@ -171,9 +171,10 @@ def test_a_reader_refused_by_a_writer_that_died_takes_the_next_ones_word(runtime
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(registration.close)
             first = writer(gone)
+            waiting = asyncio.create_task(registration.ready(60.0))
             await asyncio.to_thread(first.__enter__)
-            with pytest.raises(ServiceUnavailable):
-                await registration.ready(60.0)
+            with pytest.raises(ServiceUnavailable, match="cannot be mapped"):
+                await waiting
             first.__exit__(None, None, None)
             second = writer(info)
             await asyncio.to_thread(second.__enter__)

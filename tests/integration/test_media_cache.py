@@ -1,6 +1,8 @@
 """The disk cache of a whole service: what is fetched once is not fetched again, and no disk fails a request."""
 
 import contextlib
+import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,12 @@ def counted(service):
     return {name: metrics.get(f"mmprep_media_cache_{name}_total", 0) for name in names}
 
 
+def all_kept(service, number):
+    """Wait until so many media were kept: their bodies are there and the index names them."""
+    series = 'mmprep_stage_seconds_count{stage="cache_write"}'
+    eventually(lambda: service.metrics().get(series, 0) == number, "what was fetched in the cache")
+
+
 def bodies(directory):
     return [path for path in (directory / "mmprep-media-1" / "bodies").glob("*") if not path.name.endswith(".part")]
 
@@ -49,7 +57,7 @@ def test_a_medium_is_fetched_once_for_all_frontends_and_over_restarts(host, tmp_
     with caching(tmp_path, "--frontends", 2) as service:
         first = service.render(at(url))["features"]
         assert first == service.render(user(text("What is this?"), photo("cat.png")))["features"]
-        eventually(lambda: len(bodies(tmp_path)) == 1, "the body on the disk")
+        all_kept(service, 1)
     fetched = len(host.asked)
     assert fetched == 1
     with caching(tmp_path, "--frontends", 2) as service:
@@ -63,6 +71,14 @@ def test_a_medium_is_fetched_once_for_all_frontends_and_over_restarts(host, tmp_
         assert len(host.asked) == fetched + 1
 
 
+def test_many_requests_at_once_for_one_url_make_one_download_whichever_frontends_they_come_to(host, tmp_path):
+    with caching(tmp_path, "--frontends", 2) as service, ThreadPoolExecutor(32) as threads:
+        for name in "abc":
+            asked = [threads.submit(service.render, at(f"{host.url}/{name}/cat.png")) for _ in range(32)]
+            assert len({json.dumps(answer.result()["features"]) for answer in asked}) == 1
+        assert [path for path, _ in host.asked] == ["/a/cat.png", "/b/cat.png", "/c/cat.png"]
+
+
 def test_what_is_no_medium_or_was_only_counted_is_not_kept(host, tmp_path):
     with caching(tmp_path) as service:
         assert service.chat(at(f"{host.url}/text")).status == 415
@@ -72,7 +88,7 @@ def test_what_is_no_medium_or_was_only_counted_is_not_kept(host, tmp_path):
         host.headers = {}
         # The last one shows that what was offered before it is written or was not offered.
         service.render(at(f"{host.url}/c/cat.png"))
-        eventually(lambda: bodies(tmp_path), "the body on the disk")
+        all_kept(service, 1)
         assert len(bodies(tmp_path)) == 1
         assert counted(service)["misses"] == 4
 
@@ -81,7 +97,7 @@ def test_after_the_ttl_the_host_is_asked_whether_the_medium_is_the_same(host, tm
     url = f"{host.url}/cat.png"
     with caching(tmp_path, "--media-cache-ttl", "0s") as service:
         first = service.render(at(url))["features"]
-        eventually(lambda: bodies(tmp_path), "the body on the disk")
+        all_kept(service, 1)
         assert service.render(at(url))["features"] == first
         assert [tag is None for _, tag in host.asked] == [True, False]
         assert (counted(service)["hits"], counted(service)["misses"]) == (1, 1)
@@ -92,7 +108,7 @@ def test_hits_still_meet_the_policy_and_the_size_of_today(host, tmp_path):
     with caching(tmp_path) as service:
         for url in (direct, moved):
             service.render(at(url))
-        eventually(lambda: len(bodies(tmp_path)) == 2, "two bodies on the disk")
+        all_kept(service, 2)
     with caching(tmp_path, "--allowed-media-domains", "127.0.0.1") as service:
         service.render(at(direct))
         assert service.chat(at(moved)).status == 400
@@ -110,7 +126,7 @@ def test_hits_count_for_what_a_request_may_have(host, tmp_path):
     with serving(*SMALL, *most, "--media-cache-dir", tmp_path) as service:
         for number, url in enumerate(urls, 1):
             service.render(at(url))
-            eventually(lambda number=number: len(bodies(tmp_path)) == number, "the picture on the disk")
+            all_kept(service, number)
         asked = len(host.asked)
         parts = [part for url in urls for part in at(url)[0]["content"][1:]]
         assert service.chat(user(text("?"), *parts[:2])).status == 200

@@ -16,6 +16,13 @@ SEEDS, HARSH_SEEDS = 200, 50
 SEEDS_AT_LENGTH = 10_000
 #: Seeds in which every planted bug shows.
 SEEDS_FOR_BUGS = 200
+#: Where the search for a bug that few seeds show begins; the others begin with seed 0.
+BEGIN = {
+    "a killed lane's extent is free before it is gone": 40,
+    "a backend takes up again what it has released": 133,
+    "what is given back ends although its backend has it": 90,
+    "what a dead lane left of a spill is published": 104,
+}
 LAST_LINES = 400
 
 
@@ -93,7 +100,8 @@ def test_a_seed_runs_the_same_each_time():
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_the_simulation_finds(bug):
-    found = (seed for seed in range(SEEDS_FOR_BUGS) if simulate(seed, **BUGS[bug]).failure is not None)
+    seeds = ((BEGIN.get(bug, 0) + number) % SEEDS_FOR_BUGS for number in range(SEEDS_FOR_BUGS))
+    found = (seed for seed in seeds if simulate(seed, **BUGS[bug]).failure is not None)
     seed = next(found, None)
     assert seed is not None, f"no seed shows that {bug}"
     said = report(seed, **BUGS[bug])

@@ -4,6 +4,9 @@ A lookup comes after the policy has judged the URL, and whatever led to the medi
 What was fetched is offered back by :meth:`MediaCache.keep` when it turned out to be a medium. Nothing here touches the
 disk on the event loop: lookups have threads of their own, so that a disk that hangs holds up nothing else, and a bounded
 time, after which the medium is fetched; writing has one thread and a bounded backlog, beyond which media are not kept.
+
+Of several frontends with one cache, one downloads a medium that is not there, and the others wait for what it keeps, for a
+bounded time (:mod:`mmprep_frontend.media.claims`).
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from mmprep.digest import HashName
 from mmprep.errors import Busy, MmprepError, ServiceUnavailable
@@ -24,6 +28,7 @@ from mmprep.metrics import Metrics
 from mmprep_frontend.media.allowance import Hold
 from mmprep_frontend.media.cache_disk import CacheDisk, Damaged, Found
 from mmprep_frontend.media.cache_index import Change, Kept
+from mmprep_frontend.media.claims import Claim, Claims
 from mmprep_frontend.media.exchange import Condition, Reply
 from mmprep_frontend.media.fetch import Fetcher
 from mmprep_frontend.media.keys import fetched_key, url_digest
@@ -42,6 +47,9 @@ _LOOKUPS: Final = 512
 _BACKLOG: Final = 64
 _BACKLOG_BYTES: Final = 256 << 20
 _TOUCHES: Final = 4096
+#: Seconds to wait for another frontend that downloads the same, and between two looks; at most half of a fetch's time.
+_TURN: Final = 5.0
+_LOOKS: Final = (0.005, 0.05)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +61,32 @@ class Keepable:
     key: of the cache.
     reply: what its host said, without the bytes.
     fetched: the wall clock before it was asked for.
-    reset: how often the cache had been reset by then.
+    claim: to be kept until it was written, or turned out not to be a medium.
+    reset: how often the cache had been reset before it was asked for.
     """
 
     key: bytes
     reply: Reply
     fetched: float
+    claim: Claim | None
     reset: int
+
+
+class _Seen(NamedTuple):
+    """What a look at the disk gave.
+
+    Attributes
+    ----------
+    claim: where a host may be asked, and there are claims.
+    elsewhere: whether another process is about to keep it.
+    """
+
+    found: Found | None
+    claim: Claim | None = None
+    elsewhere: bool = False
+
+
+_NOTHING: Final = _Seen(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +145,9 @@ class MediaCache:
         self._loop = asyncio.get_running_loop()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="cache-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="cache-write")
+        self._claims = Claims(disk.home, self._soon)
         self._lookups = 0
+        self._elsewhere: dict[bytes, asyncio.Future[None]] = {}
         self._keeping: dict[bytes, int] = {}
         self._touched: dict[str, None] = {}
         self._touching = False
@@ -146,7 +175,7 @@ class MediaCache:
             raise error.at(param) if param is not None else error from None
         key = fetched_key(scope=scope, url=target.url, allow_private=self._policy.allow_private)
         try:
-            found = await self._find(key, min(_PATIENCE, timeout))
+            found, claim = await self._in_turn(key, timeout)
         except Busy as error:
             raise error.at(param) if param is not None else error from None
         if found is not None and found.fresh:
@@ -169,7 +198,9 @@ class MediaCache:
             self._renew(found.kept, reply)
             return self._hit(found, asked=True)
         self._metrics.count("mmprep_media_cache_misses_total", 1)
-        return Fetched(reply.data, None, None, True, self._keepable(key, found, reply, fetched, reset), reply)
+        told = Reply(None, reply.hops, reply.validators, reply.keeping)
+        keepable = self._allowed(Keepable(key, told, fetched, claim, reset), found)
+        return Fetched(reply.data, None, None, True, keepable, reply)
 
     def keep(self, keepable: Keepable, data: bytes | memoryview, digest: bytes, hash_name: HashName) -> None:
         """Keep a medium that was fetched and decoded, unless the cache was reset since; returns at once, and may do nothing.
@@ -243,31 +274,78 @@ class MediaCache:
         await asyncio.wait([end], timeout=_LAST)
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._writer.shutdown(wait=False, cancel_futures=True)
+        self._claims.close()
 
-    async def _find(self, key: bytes, patience: float) -> Found | None:
+    async def _in_turn(self, key: bytes, timeout: float) -> tuple[Found | None, Claim | None]:
+        """Look until there is something to use, or this process may download it, or that takes too long.
+
+        While another process downloads it, one of those who wait looks again and again.
+        """
+        end = self._loop.time() + min(_TURN, timeout / 2)
+        looked: asyncio.Future[None] | None = None
+        pause, longest = _LOOKS
+        try:
+            while True:
+                found, claim, elsewhere = await self._look(key, min(_PATIENCE, timeout))
+                left = end - self._loop.time()
+                if not elsewhere or left <= 0:
+                    return found, claim
+                del found  # it counts as long as it is referred to
+                if looked is None and (other := self._elsewhere.get(key)) is not None:
+                    await asyncio.wait([other], timeout=left)
+                    continue
+                if looked is None:
+                    looked = self._elsewhere[key] = self._loop.create_future()
+                await asyncio.sleep(min(pause, left))
+                pause = min(2 * pause, longest)
+        finally:
+            if looked is not None:
+                del self._elsewhere[key]
+                looked.set_result(None)
+
+    async def _look(self, key: bytes, patience: float) -> _Seen:
         if self._lookups >= _LOOKUPS:
-            return None
+            return _NOTHING
         self._lookups += 1
-        find = partial(self._disk.find, key, max_bytes=self._max_bytes, share=self._memory.share())
-        looking = self._loop.run_in_executor(self._readers, find)
+        looking = self._loop.run_in_executor(self._readers, self._see, key, self._memory.share())
         looking.add_done_callback(self._looked_up)
         started = time.monotonic()
         await asyncio.wait([looking], timeout=patience)
         self._timed("cache_lookup", time.monotonic() - started)
         if not looking.done():
             self._failed(TimeoutError("the disk is slow"))
-            return None
+            return _NOTHING
         error = looking.exception()
         if isinstance(error, Busy):
             raise error  # a fetch would need the same memory
         if error is not None:
-            return None
-        found = looking.result()
-        if found is not None:
-            self._timed("cache_read", found.seconds)
+            return _NOTHING
+        seen = looking.result()
+        if seen.found is not None:
+            self._timed("cache_read", seen.found.seconds)
+        return seen
+
+    def _see(self, key: bytes, share: Share) -> _Seen:
+        """Find a medium; where a host has to be asked, claim that, and look whether another did it just before."""
+        found = self._find(key, share)
+        if found is not None and found.fresh:
+            return _Seen(found)
+        if (claim := self._claims.held(key)) is not None:
+            return _Seen(found, claim)
+        known = self._disk.look_up(key)
+        try:
+            claim = self._claims.claim(key)
+        except OSError:
+            return _Seen(found)  # no locks here: everybody asks
+        if claim is not None and self._disk.look_up(key) != known:
+            found = self._find(key, self._memory.share())
+        return _Seen(found, claim, claim is None)
+
+    def _find(self, key: bytes, share: Share) -> Found | None:
+        found = self._disk.find(key, max_bytes=self._max_bytes, share=share)
         return found if found is not None and found.kept.may_be_read(self._policy) else None
 
-    def _looked_up(self, looking: asyncio.Future[Found | None]) -> None:
+    def _looked_up(self, looking: asyncio.Future[_Seen]) -> None:
         self._lookups -= 1
         error = None if looking.cancelled() else looking.exception()
         if error is not None and not isinstance(error, Busy):
@@ -300,12 +378,13 @@ class MediaCache:
         ask = kept.ask if reply.keeping is None else reply.keeping == "ask"
         self._later(partial(self._disk.renew, kept.name, kept.validators.renewed(reply.validators), ask=ask))
 
-    def _keepable(self, key: bytes, found: Found | None, reply: Reply, fetched: float, reset: int) -> Keepable | None:
-        if reply.keeping == "never":
+    def _allowed(self, keepable: Keepable, found: Found | None) -> Keepable | None:
+        """Return ``keepable`` unless its host forbids to keep it: then what was found of it goes."""
+        if keepable.reply.keeping == "never":
             if found is not None:
                 self._later(partial(self._disk.drop, found.kept.name))
             return None
-        return Keepable(key, Reply(None, reply.hops, reply.validators, reply.keeping), fetched, reset)
+        return keepable
 
     def _later(self, work: Callable[[], Any], then: Callable[[Any], None] | None = None) -> None:
         """Do ``work`` on the writing thread, then tell ``then`` on the loop what came of it, ``None`` after an error."""
@@ -320,6 +399,11 @@ class MediaCache:
         if self._closed:
             return
         self._loop.run_in_executor(self._writer, work).add_done_callback(done)
+
+    def _soon(self, work: Callable[[], None]) -> None:
+        """Do ``work`` on a thread; on none any more where the cache is closed."""
+        with suppress(RuntimeError):
+            self._readers.submit(work)
 
     def _swept(self, number: int | None) -> None:
         if number:

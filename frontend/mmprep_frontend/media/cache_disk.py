@@ -36,6 +36,8 @@ INDEX: Final = "index.db"
 BODIES: Final = "bodies"
 #: Seconds to wait for another process at the index.
 _BUSY: Final = 0.25
+#: Seconds to wait for another that opens the index, which makes it where there is none.
+_OPENING: Final = 1.0
 _PAUSE: Final = 0.005
 _RETRY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_SCHEMA, sqlite3.SQLITE_ERROR}
@@ -68,7 +70,8 @@ class Found:
 
 
 class CacheDisk:
-    """What lies on the disk. :meth:`find` may be called from any thread, all else from one at a time.
+    """What lies on the disk. :meth:`find` and :meth:`look_up` may be called from any thread, all else from one at a
+    time.
 
     Parameters
     ----------
@@ -78,13 +81,19 @@ class CacheDisk:
         As of :class:`~mmprep_frontend.media.cache_index.Index`.
     clock:
         Seconds of the wall clock, which survives restarts.
+
+    Attributes
+    ----------
+    home: the cache's own directory; it is there once the index was used.
+    now: the clock.
     """
 
     def __init__(self, directory: Path, *, max_bytes: int, ttl: float, clock: Callable[[], float] = time.time) -> None:
-        self._bodies = directory / HOME / BODIES
+        self.home = directory / HOME
+        self._bodies = self.home / BODIES
         self._ttl = ttl
         self.now = clock
-        self._reading, self._writing = (_Connection(directory / HOME, max_bytes=max_bytes, ttl=ttl) for _ in range(2))
+        self._reading, self._writing = (_Connection(self.home, max_bytes=max_bytes, ttl=ttl) for _ in range(2))
 
     def find(self, key: bytes, *, max_bytes: int, share: Share) -> Found | None:
         """Return the medium under ``key``, unless it is larger than ``max_bytes``; ``share`` grows by its bytes before.
@@ -106,6 +115,11 @@ class CacheDisk:
         if data is None or Hasher(kept.hash_name).content_digest(data) != kept.digest:
             raise Damaged(kept.name)
         return Found(kept, data, kept.is_fresh(self.now(), self._ttl), share, time.monotonic() - started)
+
+    def look_up(self, key: bytes) -> Kept | None:
+        """Return what the index says is under ``key``."""
+        with self._reading.use() as index:
+            return index.find(key)
 
     def keep(self, kept: Kept, data: bytes | memoryview, *, fetched: float) -> Change:
         """Keep a medium; its ``name``, ``written`` and ``used`` are given here."""
@@ -311,7 +325,7 @@ class _Connection:
         """Hold the lock of those who open or remove the index; raises BlockingIOError where another does not let go."""
         fd = os.open(self._home / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            patience = time.monotonic() + _BUSY
+            patience = time.monotonic() + _OPENING
             while True:
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

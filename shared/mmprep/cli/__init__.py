@@ -13,6 +13,7 @@ _COMMANDS = {
     "render": "render one request from a file, with a service of its own",
     "status": "show what a running service does",
     "cache": "show or empty the ring and the disk cache of media",
+    "bench": "load a running server and say how long its answers took",
     "doctor": "check whether this machine can run the service",
 }
 

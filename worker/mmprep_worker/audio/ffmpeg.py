@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from mmprep.errors import DecodeError, MmprepError, UnsupportedMedia
 from mmprep_worker.audio.bounds import check_seconds, check_sound, reason
 from mmprep_worker.audio.kinds import Kind
-from mmprep_worker.audio.memory import MemoryFile
 from mmprep_worker.audio.sndfile import BLOCK
 from mmprep_worker.audio.structure import check_boxes
+from mmprep_worker.memory_file import MemoryFile
 
 _DEMUXERS = {Kind.MP3: "mp3", Kind.MP4: "mp4", Kind.WEBM: "matroska", Kind.FLAC: "flac"}
 #: FFmpeg's own decoders, by its names.

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from mmprep.errors import DecodeError, MmprepError, UnsupportedMedia
 from mmprep_worker.audio.bounds import check_seconds, check_sound, reason
 from mmprep_worker.audio.kinds import READ, Kind
-from mmprep_worker.audio.memory import MemoryFile
 from mmprep_worker.audio.structure import check_chunks, ogg_end
+from mmprep_worker.memory_file import MemoryFile
 
 #: Samples of each channel that are decoded at a time.
 BLOCK = 1 << 16

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 import msgspec
 
@@ -141,4 +142,6 @@ class LanePool:
 def _close(child: _Child) -> None:
     os.close(child.pidfd)
     if child.process.stdin is not None:
-        child.process.stdin.close()
+        # One that died before it read its configuration leaves some of it to be written.
+        with suppress(BrokenPipeError):
+            child.process.stdin.close()

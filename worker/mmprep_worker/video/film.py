@@ -14,7 +14,6 @@ next one that it gives stands for it, at the end the last. So the number of fram
 
 from __future__ import annotations
 
-import io
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from av.error import FFmpegError
 from numpy.typing import NDArray
 
 from mmprep.errors import DecodeError, MmprepError, TooLarge, UnsupportedMedia
+from mmprep_worker.memory_file import MemoryFile
 from mmprep_worker.models.family import MediaLimits
 from mmprep_worker.video.timeline import Schedule, Timeline
 
@@ -41,39 +41,6 @@ _ROUNDING = 64 * 65_536
 _PIECE = 256 * 1024
 #: The part of the wanted frames that others may stand for.
 _MISSING = 0.5
-
-
-class _Bytes(io.RawIOBase):
-    """A file over bytes in memory. ``BytesIO`` would copy them."""
-
-    def __init__(self, data: memoryview) -> None:
-        self._data = data
-        self._at = 0
-
-    def read(self, size: int = -1) -> bytes:
-        """Return the next bytes, at most ``size``."""
-        end = len(self._data) if size < 0 else self._at + size
-        piece = bytes(self._data[self._at : end])
-        self._at += len(piece)
-        return piece
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to an offset from the start, from here or from the end."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._data)}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def tell(self) -> int:
-        """Return the offset of the next byte."""
-        return self._at
-
-    def readable(self) -> bool:
-        """Whether it can be read."""
-        return True
-
-    def seekable(self) -> bool:
-        """Whether it can be sought in."""
-        return True
 
 
 class Film:
@@ -279,7 +246,7 @@ def _opened(data: memoryview, demuxer: str, limits: MediaLimits) -> Iterator[_Vi
         **_decoder_options(limits),
     }
     container = av.open(
-        _Bytes(data),
+        MemoryFile(data),
         format=demuxer,
         options=options,
         metadata_errors="replace",

@@ -1,6 +1,6 @@
 """Encoded bytes as a file for the decoding libraries, without a copy.
 
-They read through callbacks in which nothing may be raised: what a broken recording makes them seek lies within the bytes.
+They read through callbacks in which nothing may be raised: what a broken medium makes them seek lies within the bytes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,58 @@
+"""``./scripts/loadtest``: ``mmprep bench`` against a service that is started for it, by default of the embedded model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import threading
+
+from mmprep.cli.ready import url_in
+from mmprep.errors import MmprepError, ServiceUnavailable
+from mmprep.loadtest import command
+
+_USAGE = """usage: ./scripts/loadtest [--http] [--serve "OPTIONS OF mmprep serve"] [OPTIONS OF mmprep bench]
+
+Starts a service, loads it, and stops it. --http sends the requests over HTTP, where the native client is used else.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the load test; returns the exit status."""
+    if "--help" in arguments:
+        print(_USAGE)
+        return command.run(["--help"])
+    http = "--http" in arguments
+    rest = [argument for argument in arguments if argument != "--http"]
+    options: list[str] = []
+    if "--serve" in rest:
+        place = rest.index("--serve")
+        options = rest[place + 1].split() if place + 1 < len(rest) else []
+        del rest[place : place + 2]
+    with tempfile.TemporaryDirectory(prefix="mmprep-") as directory:
+        serve = [sys.executable, "-m", "mmprep.cli", "serve", "--runtime-dir", directory, "--port", "0", *options]
+        with subprocess.Popen(serve, stderr=subprocess.PIPE, text=True) as service:
+            try:
+                url = _wait(service)
+                target = [url, "--runtime-dir", directory] if http else [f"ipc://{directory}"]
+                return command.run([*target, *rest])
+            finally:
+                service.terminate()
+
+
+def _wait(service: subprocess.Popen[str]) -> str:
+    """Return the service's URL as soon as it is ready; what it says goes to our standard error, before and after."""
+    assert service.stderr is not None
+    for line in service.stderr:
+        sys.stderr.write(line)
+        if (url := url_in(line)) is not None:
+            threading.Thread(target=sys.stderr.writelines, args=(service.stderr,), daemon=True).start()
+            return url
+    raise ServiceUnavailable("the service did not start; its message stands above")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except MmprepError as error:
+        sys.exit(f"loadtest: {error}")
