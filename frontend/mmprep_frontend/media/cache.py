@@ -62,7 +62,7 @@ class Keepable:
     reply: what its host said, without the bytes.
     fetched: the wall clock before it was asked for.
     claim: to be kept until it was written, or turned out not to be a medium.
-    reset: how often the cache had been reset by then.
+    reset: how often the cache had been reset before it was asked for.
     """
 
     key: bytes
@@ -198,14 +198,9 @@ class MediaCache:
             self._renew(found.kept, reply)
             return self._hit(found, asked=True)
         self._metrics.count("mmprep_media_cache_misses_total", 1)
-        return Fetched(
-            reply.data,
-            None,
-            None,
-            True,
-            self._keepable(key, found, reply, fetched=fetched, claim=claim, reset=reset),
-            reply,
-        )
+        told = Reply(None, reply.hops, reply.validators, reply.keeping)
+        keepable = self._allowed(Keepable(key, told, fetched, claim, reset), found)
+        return Fetched(reply.data, None, None, True, keepable, reply)
 
     def keep(self, keepable: Keepable, data: bytes | memoryview, digest: bytes, hash_name: HashName) -> None:
         """Keep a medium that was fetched and decoded, unless the cache was reset since; returns at once, and may do nothing.
@@ -383,14 +378,13 @@ class MediaCache:
         ask = kept.ask if reply.keeping is None else reply.keeping == "ask"
         self._later(partial(self._disk.renew, kept.name, kept.validators.renewed(reply.validators), ask=ask))
 
-    def _keepable(
-        self, key: bytes, found: Found | None, reply: Reply, *, fetched: float, claim: Claim | None, reset: int
-    ) -> Keepable | None:
-        if reply.keeping == "never":
+    def _allowed(self, keepable: Keepable, found: Found | None) -> Keepable | None:
+        """Return ``keepable`` unless its host forbids to keep it: then what was found of it goes."""
+        if keepable.reply.keeping == "never":
             if found is not None:
                 self._later(partial(self._disk.drop, found.kept.name))
             return None
-        return Keepable(key, Reply(None, reply.hops, reply.validators, reply.keeping), fetched, claim, reset)
+        return keepable
 
     def _later(self, work: Callable[[], Any], then: Callable[[Any], None] | None = None) -> None:
         """Do ``work`` on the writing thread, then tell ``then`` on the loop what came of it, ``None`` after an error."""
