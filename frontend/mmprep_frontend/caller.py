@@ -22,11 +22,11 @@ class Caller:
     principal: whose cache the request uses.
     held: what the request holds of the frontend's memory.
     sender: who it is, whoever else uses the same cache.
-    key: under which the sender may send the request again (``Idempotency-Key``), or ``None``.
+    keys: what it has sent as ``Idempotency-Key``, under which it may send the request again; not checked.
     """
 
     request_id: str
     principal: str
     held: Held
     sender: str = ANONYMOUS
-    key: str | None = None
+    keys: tuple[str, ...] = ()

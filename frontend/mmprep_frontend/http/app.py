@@ -29,7 +29,7 @@ from mmprep_frontend.caller import Caller
 from mmprep_frontend.http.answers import (
     REQUEST_ID_HEADER,
     error_answer,
-    idempotency_key,
+    idempotency_keys,
     internal_error,
     json_answer,
     plain_answer,
@@ -184,7 +184,7 @@ class _Edge:
                 self._check_ready()
             async with self._bodies.body(request) as (body, held):
                 sender = self._keyring.sender(request.headers)
-                caller = Caller(prefix + request[_REQUEST_ID], principal, held, sender, idempotency_key(request))
+                caller = Caller(prefix + request[_REQUEST_ID], principal, held, sender, idempotency_keys(request))
                 made = await answer(body, caller)
                 rendered = made if isinstance(made, Rendered) else Rendered(made)
                 if rendered.status == HTTPStatus.ACCEPTED:
