@@ -24,7 +24,7 @@ class Caller:
     held: what the request holds of the frontend's memory.
     encoding: of its answer.
     sender: who it is, whoever else uses the same cache.
-    key: under which the sender may send the request again (``Idempotency-Key``), or ``None``.
+    keys: what it has sent as ``Idempotency-Key``, under which it may send the request again; not checked.
     """
 
     request_id: str
@@ -32,4 +32,4 @@ class Caller:
     held: Held
     encoding: Encoding = JSON
     sender: str = ANONYMOUS
-    key: str | None = None
+    keys: tuple[str, ...] = ()

@@ -23,6 +23,7 @@ from mmprep.address import Address, check_against, check_record, parse_address
 from mmprep.card import ItemOptions, ModelCard
 from mmprep.errors import InvalidRequest, ProtocolError, StaleAddress
 from mmprep.items import DTYPE_SIZES, ItemMeta, region_size, unpack_meta
+from mmprep.job_content import JobContent, read_content
 from mmprep.layout import PAGE, RECORD_SIZE, Geometry, Header, Record, State
 from mmprep.result import Head, unpack_head
 from mmprep.wire import messages
@@ -58,6 +59,7 @@ DECODERS = (
     *(_messages(name, kind) for name, kind in LINKS.items()),
     *(_messages(kind.__name__, kind) for kind in (messages.Put, messages.Task, messages.ItemAnswer, ItemOptions)),
     Decoder("Head", (Head,), unpack_head, Head.pack),
+    Decoder("JobContent", (JobContent,), lambda data: read_content([data]), lambda job: b"".join(job.pieces())),
     Decoder("ItemMeta", (ItemMeta,), unpack_meta, ItemMeta.pack, (ValueError,), loose=True),
     Decoder(
         "ModelCard",

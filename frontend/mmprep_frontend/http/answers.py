@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import uuid
+from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
@@ -72,15 +73,19 @@ def routing_error(error: web.HTTPException) -> web.Response:
     return internal_error()
 
 
-def idempotency_key(request: web.BaseRequest) -> str | None:
-    """Return the key under which the client may send the request again, ``None`` where it gives none.
+def idempotency_keys(request: web.BaseRequest) -> tuple[str, ...]:
+    """Return what the client has sent as keys under which it may send the request again; one at most is right."""
+    return tuple(request.headers.getall(IDEMPOTENCY_HEADER, ()))
+
+
+def one_key(keys: Sequence[str]) -> str | None:
+    """Return the key of a request for a queue, ``None`` where it has none.
 
     Raises
     ------
     mmprep.errors.InvalidRequest
         It is not of 1 to 255 printable ASCII characters, or there are several.
     """
-    keys = request.headers.getall(IDEMPOTENCY_HEADER, ())
     if not keys:
         return None
     if len(keys) > 1 or not _KEY.fullmatch(keys[0]):

@@ -30,7 +30,7 @@ from mmprep_frontend.caller import Caller
 from mmprep_frontend.http.answers import (
     REQUEST_ID_HEADER,
     error_answer,
-    idempotency_key,
+    idempotency_keys,
     internal_error,
     json_answer,
     plain_answer,
@@ -216,7 +216,7 @@ class _Edge:
                     held,
                     encoding_for(",".join(request.headers.getall("Accept", ()))),
                     self._keyring.sender(request.headers),
-                    idempotency_key(request),
+                    idempotency_keys(request),
                 )
                 made = await answer(body, caller)
                 rendered = made if isinstance(made, Rendered) else Rendered([made])

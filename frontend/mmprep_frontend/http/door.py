@@ -17,6 +17,7 @@ from mmprep.logs import event
 from mmprep.metrics import BUCKETS, Labels, Snapshot
 from mmprep.wire.messages import Name
 from mmprep_frontend.caller import Caller
+from mmprep_frontend.http.answers import one_key
 from mmprep_frontend.http.chat_answer import encode_chat_answer
 from mmprep_frontend.http.exposition import METRICS, HistogramData, Numbers, Series, expose
 from mmprep_frontend.http.ports import Rendered
@@ -172,7 +173,7 @@ class HttpDoor:
     async def _post(self, chat: RenderedChat, body: bytes, caller: Caller) -> bytes:
         """Post a chat to its queue; who hangs up has posted it all the same, if it was accepted in this moment."""
         try:
-            same = await once(self._service, caller.sender, caller.key, [body])
+            same = await once(self._service, caller.sender, one_key(caller.keys), [body])
         except BaseException:
             chat.give_back()
             raise
