@@ -21,6 +21,7 @@ from mmprep_worker.ring.policy import Clock
 from mmprep_worker.ring.ring import Ring
 from mmprep_worker.scheduling.admission import Admission, Quarantine
 from mmprep_worker.scheduling.flights import Flights
+from mmprep_worker.scheduling.job import Limits
 from mmprep_worker.scheduling.queue import FairQueue
 from mmprep_worker.writer.core import WriterCore
 from mmprep_worker.writer.plans import PlanStore
@@ -59,6 +60,7 @@ class TakingUpWorld:
             ring=Ring(GEOMETRY, 1, Clock(GEOMETRY.slots), GEOMETRY.arena_capacity // 4),
             flights=Flights(max_waiting=4, upload_seconds=1.0, quarantine=quarantine),
             queue=FairQueue(max_items=1, max_bytes=1),
+            queue_limits=Limits(jobs=1, nbytes=1, pinned=1),
             admission=Admission(max_items=1, max_bytes=1, max_items_per_client=1),
             quarantine=quarantine,
             plans=PlanStore(1),

@@ -82,7 +82,7 @@ class Faulty:
         ring = status["ring"]
         assert ring["leased"] == ring["filling"] == status["pins"] == 0
         assert ring["free"] + ring["ready"] + ring["leased"] + ring["filling"] == ring["capacity"]
-        assert all(queue == {"depth": 0, "bytes": 0} for queue in status["queues"].values())
+        assert not any(queue["depth"] or queue["bytes"] for queue in status["queues"].values())
         assert len(self.segments()) == 1 + status["spills"]["entries"], "a segment is left over, or one is missing"
         return status
 

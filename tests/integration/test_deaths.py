@@ -16,7 +16,7 @@ from tests.integration.faulty import asked, drawn, faulty, is_right
 from tests.integration.service import PATIENCE, environment, eventually
 from tests.integration.test_writer_restart import ANEW
 
-from mmprep import Client
+from mmprep import Backend, Client
 from mmprep.failpoints import POINTS, VARIABLE
 
 #: By label; where a request for one new picture comes by. Records: the first is the grant's, the second the publishing's.
@@ -88,6 +88,9 @@ TAKEOVER = {
     "a reader tells what it holds": "writer.message.before[Reassert]",
     "a reader has told what it holds": "writer.message.after[Reassert]",
 }
+#: Where a frontend comes by that posts a job, and a backend that pulls it.
+POST = {"a job was posted": "frontend.post.sent"}
+PULL = ("backend.job.received", "backend.ack.before")
 BACKEND = ("backend.lease.received", "backend.mapped", "backend.release.before", "backend.release.after")
 
 #: What is pinned for a frontend or leased to its client; a writer may die at both.
@@ -95,19 +98,28 @@ PAYLOAD = {label: "shm" for label, point in REQUEST.items() if point.startswith(
 PAYLOAD |= {label: "shm" for label, point in (SPILL | INLINE).items() if not point.startswith("lane.")}
 
 ENTRIES = {
-    label: f"{point}=kill{'@2' if label in SECOND else ''}" for label, point in (REQUEST | RELEASE | TAKEOVER).items()
+    label: f"{point}=kill{'@2' if label in SECOND else ''}"
+    for label, point in (REQUEST | RELEASE | TAKEOVER | POST).items()
 }
 BESIDE = {label: f"{point}=kill" for label, point in (SPILL | INLINE).items()}
 
 #: A reader that takes a picture by address and lets it go.
 READER = """
 import sys
-from mmprep import Client
+from mmprep import Backend, Client
 with Client(sys.argv[1]) as client:
     result = client.chat([{"role": "user", "content": [{"type": "image_url", "image_url": sys.stdin.buffer.read()}]}])
     result.items["image"][0].materialize()
     print("read", flush=True)
     result.release()
+"""
+
+#: A backend that pulls a job and is done with it.
+PULLER = """
+import sys
+from mmprep import Backend
+with Backend(sys.argv[1], queue="jobs") as backend:
+    backend.pull().ack()
 """
 
 KNOWN = drawn(0)
@@ -116,7 +128,7 @@ numbers = count(1)
 
 @pytest.fixture(scope="module")
 def broken():
-    with faulty(ENTRIES, "--cache-size", "16MiB") as service:
+    with faulty(ENTRIES, "--cache-size", "16MiB", "--queues", "jobs") as service:
         yield service
 
 
@@ -243,7 +255,40 @@ def test_a_reader_that_dies_leaves_no_lease_and_disturbs_nobody(broken, clients,
     assert reads(other, picture, "shm")
 
 
+@pytest.mark.parametrize("point", PULL)
+def test_a_job_goes_to_another_backend_when_one_dies_where(broken, clients, point):
+    client, _ = clients
+    posted = client.post(asked(drawn(next(numbers))), queue="jobs")
+    command = [sys.executable, "-c", PULLER, broken.service.endpoint]
+    puller = subprocess.run(command, env=environment({VARIABLE: f"{point}=kill"}), capture_output=True, check=False)
+    assert puller.returncode == -signal.SIGKILL, puller.stderr.decode()
+    pull(broken, posted, attempt=2)
+
+
+@pytest.mark.parametrize("label", POST)
+def test_what_was_posted_is_one_job_when_its_frontend_dies_where(broken, clients, label):
+    client, _ = clients
+    before = broken.pids("frontend")
+    broken.gates.open(label)
+    posted = client.post(asked(drawn(next(numbers))), queue="jobs")
+    broken.gates.wait(label)
+    broken.status_when(lambda s: _one_is_gone(s, "frontend", before), "the end of the frontend")
+    pull(broken, posted, attempt=1)
+
+
+def pull(broken, posted, *, attempt):
+    """Pull the one job that there is, and be done with it."""
+    with Backend(broken.service.endpoint, queue="jobs") as backend:
+        job = backend.pull()
+        assert (job.id, job.attempt) == (posted, attempt)
+        with job.view() as items:
+            assert items["image"][0]["pixel_values"].any()
+        job.ack()
+        assert broken.whole()["queues"]["jobs"]["depth"] == 0
+        assert backend.pull(0.01) is None
+
+
 def test_every_point_has_a_test_that_kills_there():
-    tables = (REQUEST, SPILL, INLINE, RELEASE, TAKEOVER, ANEW)
-    reached = {point.partition("[")[0] for table in tables for point in table.values()} | set(BACKEND)
+    tables = (REQUEST, SPILL, INLINE, RELEASE, TAKEOVER, ANEW, POST)
+    reached = {point.partition("[")[0] for table in tables for point in table.values()} | {*BACKEND, *PULL}
     assert set(POINTS) <= reached
