@@ -34,7 +34,7 @@ DATA = ROOT / "tests" / "data"
 SHM = Path("/dev/shm")
 
 #: Seconds to wait for what should come soon, on a machine that may be busy with other things.
-PATIENCE = 60.0
+PATIENCE = 150.0
 
 _READY = re.compile(r"mmprep: ready after [0-9.]+ s: (http://\S+) and (ipc://\S+)$")
 _KINDS = {".jpg": "jpeg", ".png": "png", ".webp": "webp"}
