@@ -32,7 +32,7 @@ def describe(frames):
 
 
 def _item(frame):
-    outcome, slot, _, _, generation, lease, _, _, spill, inline, _ = msgpack.unpackb(frame)
+    outcome, slot, _, _, generation, lease, _, _, spill, inline, *_ = msgpack.unpackb(frame)
     place = f"inline {inline}" if inline else f"slot {slot} generation {generation:x}"
     if spill is not None:
         place += f" of spill {spill[:4].hex()}"
