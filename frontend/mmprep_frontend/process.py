@@ -54,6 +54,8 @@ _log = logging.getLogger("mmprep.frontend")
 
 _INPUT = 0
 _THREADS = 2
+#: Seconds for which a download that is in use is given to others, too: without a disk cache, and with one.
+_RECENT, _RECENT_KEPT = 1.0, 60.0
 #: Of the heap, for the next answers.
 _KEPT_BYTES = 64 << 20
 #: Seconds at the end for traces that were not sent yet.
@@ -86,8 +88,15 @@ class Frontend:
         policy = UrlPolicy(settings.allowed_media_domains, settings.allow_private_networks)
         largest = settings.max_media_size
         self._memory = MediaMemory(max(_MEDIA, largest))
+        kept = settings.media_cache_ttl if settings.media_cache_dir is not None else 0.0
         self._fetcher = Fetcher(
-            policy, max_bytes=largest, memory=self._memory, metrics=self._metrics, timeout=settings.fetch_timeout
+            policy,
+            max_bytes=largest,
+            memory=self._memory,
+            metrics=self._metrics,
+            timeout=settings.fetch_timeout,
+            # What the disk cache may keep for longer is also given to those who come before it lies there.
+            recent=max(_RECENT, min(kept, _RECENT_KEPT)),
         )
         root = settings.allowed_local_media_path
         self._files = None if root is None else LocalFiles(root, largest, self._memory)

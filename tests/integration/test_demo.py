@@ -63,7 +63,11 @@ def test_it_serves_until_it_is_interrupted_and_then_stops_with_status_0(started)
 
 @pytest.mark.parametrize(
     ("moment", "number"),
-    [("The service", signal.SIGINT), ("lanes warm", signal.SIGTERM), ("A second process", signal.SIGHUP)],
+    [
+        pytest.param("The service", signal.SIGINT, marks=pytest.mark.slow),
+        ("lanes warm", signal.SIGTERM),
+        pytest.param("A second process", signal.SIGHUP, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_in_the_middle_stops_everything(started, moment, number):
     read_until(started, moment)

@@ -138,7 +138,7 @@ def test_native_clients_pass_over_a_frontend_that_is_started_again_until_it_take
         assert client.tokenize(prompt="again")["count"] > 0
 
 
-@pytest.mark.parametrize("role", ["writer", "frontend"])
+@pytest.mark.parametrize("role", ["writer", pytest.param("frontend", marks=pytest.mark.slow)])
 def test_a_process_that_is_stopped_for_long_is_replaced(service, role):
     stopped = service.pids()[role][0]
     os.kill(stopped, signal.SIGSTOP)
