@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import fcntl
 import ipaddress
 import os
 import select
@@ -80,9 +81,21 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     minutes = SLOW_WATCHDOG_MINUTES if item.get_closest_marker("slow") else WATCHDOG_MINUTES
     faulthandler.dump_traceback_later(minutes * 60, exit=True, file=item.config.stash[watchdog_output])
     try:
-        return (yield)
+        with _turn(item):
+            return (yield)
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+@contextlib.contextmanager
+def _turn(item: pytest.Item) -> Iterator[None]:
+    """Let a test that is marked ``alone`` run while no other does, where tests run side by side."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    with Path(__file__).open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+        yield
 
 
 CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 
+import pytest
 from tests.integration.service import environment
 
 from mmprep.chaos.service import left_behind
@@ -12,6 +13,7 @@ from mmprep.runtime import RuntimeDir
 from mmprep.segment import Segment, segment_name
 
 
+@pytest.mark.alone
 def test_a_minute_of_faults_breaks_no_byte_no_call_and_leaves_nothing(tmp_path):
     output = tmp_path / "chaos.json"
     command = [sys.executable, "-m", "mmprep.chaos", "--minutes", "0.8", "--seed", "1", "--output", output]
