@@ -18,9 +18,14 @@ _PACKAGES = ("numpy", "numba", "pillow", "simplejpeg", "pyzmq", "msgspec", "msgp
 
 def cpu_seconds(pid: int) -> float:
     """Return the CPU time that a process has used, user and system, in seconds; steps of a clock tick (10 ms)."""
-    # The command's name stands in brackets and may hold spaces; utime and stime are fields 14 and 15 of the line.
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS
+    fields = stat_fields(pid)
+    return (int(fields[11]) + int(fields[12])) / _TICKS  # utime and stime, the line's fields 14 and 15
+
+
+def stat_fields(pid: int) -> list[str]:
+    """Return the fields of ``/proc/PID/stat`` behind the command's name: the state, the parent's pid, and so on."""
+    # The name stands in brackets and may hold spaces and brackets.
+    return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
 
 
 class Memory(msgspec.Struct, frozen=True):

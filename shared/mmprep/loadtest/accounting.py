@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from mmprep.bench.processes import cpu_seconds
+from mmprep.bench.processes import cpu_seconds, stat_fields
 
 #: Names of one counter: ours, and the one that other servers have.
 _QUERIES: Final = ("mmprep_mm_cache_queries_total", "vllm:mm_cache_queries_total", "vllm:mm_cache_queries")
@@ -71,7 +71,7 @@ def cache_counters(metrics: str) -> tuple[float, float] | None:
 
 def _parent(pid: int) -> int | None:
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        fields = stat_fields(pid)
     except OSError:
         return None
     return None if fields[0] == "Z" else int(fields[1])
