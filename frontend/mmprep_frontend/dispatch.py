@@ -605,11 +605,16 @@ class WriterLink:
             self._settle(Settle(put.token, error))
 
     def _settle(self, settle: Settle) -> None:
-        waiting = self._waiting.get(settle.token)
-        if waiting is None or waiting[1].done():
+        _, future = self._waiting.get(settle.token, (None, None))
+        if future is None:
             return
         if isinstance(settle.outcome, MmprepError):
-            waiting[1].set_exception(settle.outcome)
+            if not future.done():
+                future.set_exception(settle.outcome)
+            return
+        # Now, because the answer's places lie in the segment of this moment.
+        offered = Offered(self, settle.token, *settle.outcome)
+        if future.done():  # whoever waited was cancelled in this moment, and has not run since
+            offered.give_back()
         else:
-            # Now, because the answer's places lie in the segment of this moment.
-            waiting[1].set_result(Offered(self, settle.token, *settle.outcome))
+            future.set_result(offered)

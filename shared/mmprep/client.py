@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
 import msgspec
 import zmq
@@ -108,6 +108,13 @@ class Result:
                 item.release()
 
 
+class _Frames(NamedTuple):
+    """An answer as it came: what it is, and the frames behind that."""
+
+    message: messages.Response | messages.Rendered
+    frames: list[zmq.Frame]
+
+
 class _FrontendLink:
     """The connection to one frontend.
 
@@ -173,10 +180,14 @@ class _FrontendLink:
             case messages.Failed():
                 self.calls.resolve(message.call, message.fault.error())
             case messages.Response() | messages.Rendered():
-                if message.call in self.calls:
-                    self.calls.resolve(message.call, frames[1:])
-                elif isinstance(message, messages.Rendered):
-                    self._on_unwanted(frames[1:])
+                answer = _Frames(message, frames[1:])
+                if not self.calls.resolve(message.call, answer):
+                    self.unwanted(answer)
+
+    def unwanted(self, answer: _Frames) -> None:
+        """An answer has come that nobody waits for any more."""
+        if isinstance(answer.message, messages.Rendered):
+            self._on_unwanted(answer.frames)
 
 
 class _FrontendLost(ServiceUnavailable):
@@ -525,13 +536,15 @@ class AsyncClient:
         number, future = frontend.calls.open()
         try:
             frontend.link.send([pack(messages.Request(number, operation, *beside)), encoded, *attachments])
-            frames: list[zmq.Frame] = await future
+            answer: _Frames = await future
         except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:  # in the very same moment
+                frontend.unwanted(future.result())
             frontend.link.send([pack(messages.Cancel(number))])
             raise
         finally:
             frontend.calls.forget(number)
-        return frames
+        return answer.frames
 
     async def _any_up(self) -> _FrontendLink:
         """Wait for a frontend and return the one with the fewest calls."""
