@@ -2,10 +2,13 @@
 
 import asyncio
 import importlib.metadata
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from tests.integration.service import DATA, serving, text, user
+from tests.integration.service import DATA, ROOT, environment, serving, text, user
 from tests.torch_too import torch_too  # noqa: F401 -- a fixture of every test here
 
 from mmprep import AsyncBackend, AsyncClient, Backend, Client, InvalidRequest, LeaseLost
@@ -109,6 +112,21 @@ def test_copies_on_a_gpu_go_by_way_of_pinned_memory(client, torch, bridge):
     expected = bridge.materialize(item)
     for name, one in copies.items():
         assert (one.device.type, torch.equal(one.cpu(), expected[name])) == ("cuda", True)
+
+
+# --- a model ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_real_model_computes_from_a_queues_tensors_what_it_computes_from_those_of_transformers(service):
+    command = [sys.executable, "-W", "error", ROOT / "scripts" / "real_model.py", service.endpoint]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    said = re.findall(r"^(\S+).* logits differ by up to (\S+?)(?:;|$)", done.stdout, re.MULTILINE)
+    found = {what: float(difference) for what, difference in said}
+    assert found.keys() == {"exchanged", "float32", "uint8", "bfloat16"}
+    assert found["exchanged"] > 0.1  # the pictures matter
+    assert found["float32"] == found["uint8"] == 0
+    assert 0 < found["bfloat16"] < 0.01
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
