@@ -270,3 +270,13 @@ def test_tensors_of_several_loans_each_depend_on_their_own(memory, torch):
     assert views[0][0, 0, 0].item() == 1
     with pytest.raises(LeaseLost):
         torch.stack([first, second])
+
+
+def test_of_the_same_memory_lent_twice_each_loan_counts(memory, torch):
+    array, lender = memory(VALUES)[0], Lender()
+    first, _ = lent(array, lender=lender)
+    second, _ = lent(array)
+    lender.lost()
+    for pair in ([first, second], [second, first]):
+        with pytest.raises(LeaseLost):
+            torch.stack(pair)

@@ -13,6 +13,7 @@ Source: ``MultimodalDataItem``, ``MultimodalProcessorOutput`` and ``_compute_pad
 
 The tensors are given beside the items, since who calls knows for how long they must live. SGLang moves them between its
 processes after the call: give it copies (:func:`mmprep.bridges.torch.materialize` or ``to_device``), not what a view lends.
+Its processors have tensors of torch; arrays are for where only the forms matter.
 SGLang's package is imported where it is installed and only when a function is called; elsewhere there are dictionaries.
 """
 

@@ -90,14 +90,14 @@ class SharedTensor(torch.Tensor):  # type: ignore[misc]  # torch's types are not
         """Do one operation of torch on the memory, if it only reads it and the loan holds."""
         named = dict(kwargs or {})
         _refuse_writing(func, args, named)
-        lent: dict[int, Loan] = {}
-        plain_args, plain_named = _plain(args, lent), _plain(named, lent)
-        for loan in lent.values():
-            loan.check()
+        shells: list[SharedTensor] = []
+        plain_args, plain_named = _plain(args, shells), _plain(named, shells)
+        for shell in shells:
+            shell._loan.check()  # noqa: SLF001 -- of this class
         found = func(*plain_args, **plain_named)
-        for loan in lent.values():
-            loan.check()
-        return _lent_again(found, lent)
+        for shell in shells:
+            shell._loan.check()  # noqa: SLF001
+        return _lent_again(found, {_start(shell._plain): shell._loan for shell in shells})  # noqa: SLF001
 
     # --- what does not come as an operation -------------------------------------------------------------------------
 
@@ -175,22 +175,28 @@ def _refuse_writing(func: Any, args: Sequence[Any], named: Mapping[str, Any]) ->
             raise InvalidRequest(_READ_ONLY)
 
 
-def _plain(given: Any, lent: dict[int, Loan]) -> Any:
-    """Return ``given`` with the tensors inside the shells, and note whose memory they lie on."""
+def _plain(given: Any, shells: list[SharedTensor]) -> Any:
+    """Return ``given`` with the tensors inside the shells, and note the shells."""
     if isinstance(given, SharedTensor):
-        lent[given._plain.untyped_storage().data_ptr()] = given._loan  # noqa: SLF001
+        shells.append(given)
         return given._plain  # noqa: SLF001
     if isinstance(given, list | tuple):
-        return type(given)(_plain(one, lent) for one in given)
+        return type(given)(_plain(one, shells) for one in given)
     if isinstance(given, dict):
-        return {name: _plain(one, lent) for name, one in given.items()}
+        return {name: _plain(one, shells) for name, one in given.items()}
     return given
+
+
+def _start(tensor: torch.Tensor) -> int:
+    """Return where the memory begins that ``tensor`` lies on; the same for all views of it."""
+    start: int = tensor.untyped_storage().data_ptr()
+    return start
 
 
 def _lent_again(found: Any, lent: Mapping[int, Loan]) -> Any:
     """Return what an operation gave, with shells around what lies on lent memory."""
     if isinstance(found, torch.Tensor) and found.layout is torch.strided:
-        loan = lent.get(found.untyped_storage().data_ptr())
+        loan = lent.get(_start(found))
         return found if loan is None else SharedTensor(found, loan)
     if isinstance(found, list | tuple):
         return type(found)(_lent_again(one, lent) for one in found)
