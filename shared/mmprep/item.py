@@ -19,6 +19,9 @@ from mmprep.registration import Lease, Mapping, Registration
 class Source(Protocol):
     """Where an item's tensors come from."""
 
+    def check(self) -> None:
+        """Raise LeaseLost where what :meth:`hold_now` or :meth:`hold` returned can't be read any more, InvalidRequest where the client is closed."""
+
     def copy(self) -> memoryview:
         """Return the tensor region, private to the caller and checked."""
 
@@ -40,6 +43,9 @@ class Inline:
 
     def __init__(self, region: memoryview) -> None:
         self._region = region.toreadonly()
+
+    def check(self) -> None:
+        return None
 
     def copy(self) -> memoryview:
         return memoryview(bytearray(self._region))
@@ -79,6 +85,9 @@ class Shared:
         if not self._mapping.frozen:
             self._registration.check_held(self._lease.id)
         return self._mapping
+
+    def check(self) -> None:
+        self._checked()
 
     def copy(self) -> memoryview:
         return self._checked().copy(self._address)[self._start() :]

@@ -213,6 +213,11 @@ class Service:
             "lane": [lane["pid"] for lane in status["lanes"]],
         }
 
+    def mapping(self, file: str) -> list[str]:
+        """Return the roles of the service's processes that have mapped a file whose path has ``file`` in it."""
+        pids = [(role, pid) for role, pids in self.pids().items() for pid in pids]
+        return [role for role, pid in pids if file in Path(f"/proc/{pid}/maps").read_text()]
+
     def metrics(self) -> dict[str, float]:
         """Return the series of ``/metrics`` as ``{name{labels}: value}``."""
         lines = self.request("GET", "/metrics").body.decode().splitlines()

@@ -30,7 +30,7 @@ def service():
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 6
+    assert len(EXAMPLES) == 8
     assert len(COMMANDS) == 1
 
 
