@@ -201,6 +201,20 @@ class Service:
         """Wait until nothing is under way, pinned or leased, and return the status."""
         return self.status_when(_is_quiet, "a service with nothing under way, pinned or leased")
 
+    def under_way(self) -> int:
+        """Return how many requests the frontends are at."""
+        return sum(frontend["inflight"] for frontend in self.status()["frontends"])
+
+    @contextmanager
+    def standing_still(self, role: str = "writer") -> Iterator[None]:
+        """Stop the one process of a role for the time of a block."""
+        (pid,) = self.pids()[role]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
     def pids(self) -> dict[str, list[int]]:
         """Return the pids of the service's processes by role."""
         status = self.status_when(

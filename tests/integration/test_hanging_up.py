@@ -1,7 +1,6 @@
 """HTTP callers that hang up after addresses were leased for them: what nobody took up is given back at once."""
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -57,21 +56,6 @@ def place(service):
     return host, int(port)
 
 
-def under_way(service):
-    return sum(frontend["inflight"] for frontend in service.status()["frontends"])
-
-
-@contextlib.contextmanager
-def standing_still(service):
-    """Let the writer answer nothing for a while."""
-    (writer,) = service.pids()["writer"]
-    os.kill(writer, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(writer, signal.SIGCONT)
-
-
 def asking(kind):
     """Return a request for a leased address."""
     body = {"messages": user(photo("cat.png")), "mm_payload": "shm", "backend_id": "engine", "lease_kind": kind}
@@ -111,17 +95,15 @@ def test_leases_of_an_answer_that_was_not_read_end_when_its_caller_is_killed(ser
 def test_a_caller_that_hangs_up_before_its_answer_leaves_no_lease(service, kind):
     """It goes while the writer has the offer and the frontend stands still, which then hears of both at once."""
     (frontend,) = service.pids()["frontend"]
-    (writer,) = service.pids()["writer"]
     service.render(user(photo("cat.png")))
-    os.kill(writer, signal.SIGSTOP)
     try:
-        caller = socket.create_connection(place(service))
-        caller.sendall(asking(kind))
-        eventually(lambda: under_way(service) == 1, "the call's start")
-        os.kill(frontend, signal.SIGSTOP)
-        caller.close()
+        with service.standing_still():
+            caller = socket.create_connection(place(service))
+            caller.sendall(asking(kind))
+            eventually(lambda: service.under_way() == 1, "the call's start")
+            os.kill(frontend, signal.SIGSTOP)
+            caller.close()
     finally:
-        os.kill(writer, signal.SIGCONT)
         os.kill(frontend, signal.SIGCONT)
     service.quiet()
 
@@ -140,9 +122,9 @@ def test_an_answer_that_comes_when_a_client_has_just_given_up_leaves_no_lease(se
             (await chat()).release()
             await asyncio.to_thread(eventually, lambda: leases(service) == 0, "the end of the first lease")
             asked = asyncio.create_task(chat())
-            with standing_still(service):
-                await asyncio.to_thread(eventually, lambda: under_way(service) == 1, "the call's start")
-            given_up_as(asked, lambda: leases(service) == 1 and under_way(service) == 0, "the answer")
+            with service.standing_still():
+                await asyncio.to_thread(eventually, lambda: service.under_way() == 1, "the call's start")
+            given_up_as(asked, lambda: leases(service) == 1 and service.under_way() == 0, "the answer")
             with pytest.raises(asyncio.CancelledError):
                 await asked
             await asyncio.to_thread(eventually, lambda: leases(service) == 0, "the end of the lease")
@@ -172,7 +154,7 @@ def test_an_answer_that_comes_to_a_frontend_when_its_caller_has_just_gone_leaves
                     priority=0,
                 )
                 (await offer()).release()
-                with standing_still(service):
+                with service.standing_still():
                     offered = asyncio.create_task(offer(lease=LeaseTo("engine", kind)))
                     for _ in range(3):  # it sends, and looks once for what has come
                         await asyncio.sleep(0)
