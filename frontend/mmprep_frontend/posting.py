@@ -82,7 +82,9 @@ async def post(
             tuple((item.place.slot, item.place.generation) for item in items if item.place is not None),
             same,
         )
-        job_id = await service.writer.post(asked, content.pieces(), expires=expires, deadline=chat.deadline)
+        job_id = await service.writer.post(
+            asked, content.pieces(), offered=chat.offered, expires=expires, deadline=chat.deadline
+        )
     finally:
         chat.release()
     return msgspec.json.encode({"request_id": job_id, "queue": queue})
