@@ -37,7 +37,7 @@ def test_bytes_that_are_no_head_are_a_protocol_error(frame):
 
 def test_a_head_with_ids_of_a_million_tokens_fits():
     ids = list(range(1_000_000))
-    head = Head("x", ids_to_bytes(ids), b"", (), 1, "s", bytes(16), 1)
+    head = Head(b"{}", ids_to_bytes(ids), b"", (), 1, "s", bytes(16))
     assert ids_from_bytes(unpack_head(head.pack()).token_ids)[-1] == 999_999
 
 
