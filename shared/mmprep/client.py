@@ -537,6 +537,8 @@ class AsyncClient:
             frames: list[zmq.Frame] = await future
         except asyncio.CancelledError:
             frontend.link.send([pack(messages.Cancel(number))])
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._release_unwanted(future.result())  # it came at the same moment
             raise
         finally:
             frontend.calls.forget(number)
@@ -563,7 +565,9 @@ class AsyncClient:
     def _release_unwanted(self, frames: list[zmq.Frame]) -> None:
         """Let go of what was leased for an answer that came too late."""
         registration = self._registration
-        if registration is not None and frames:
+        if registration is None or not frames:
+            return
+        with contextlib.suppress(ProtocolError):  # an answer without media is none
             for item in unpack_head(frames[0].buffer).items:
                 if item.place is not None and item.place.lease is not None:
                     registration.drop(item.place.lease)
