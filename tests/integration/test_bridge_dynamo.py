@@ -34,7 +34,8 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("dynamo") is None, reason="Dynamo's runtime is not installed: pip install mmprep[dynamo]"
 )
 NODE = ROOT / "tests" / "integration" / "dynamo_node.py"
-PICTURES = (photo("cat.png"), text("and"), photo("rocket.jpg"))
+#: The text in between looks like a placeholder and is none.
+PICTURES = (photo("cat.png"), text("and <|image_pad|>"), photo("rocket.jpg"))
 
 
 class Dynamo:
@@ -123,19 +124,41 @@ def service():
         yield running
 
 
-@pytest.fixture(scope="module", params=["mem", "file"])
-def dynamo(service, request):
+@contextlib.contextmanager
+def running(service, discovery):
     with tempfile.TemporaryDirectory(prefix="dynamo-", dir="/tmp") as directory:
-        running = Dynamo(service, request.param, directory)
+        started = Dynamo(service, discovery, directory)
         try:
-            yield running.ready()
+            yield started.ready()
         finally:
-            statuses = running.stop()
-            for process in running.processes:
+            statuses = started.stop()
+            for process in started.processes:
                 if process.poll() is None:
                     process.kill()
                     process.wait()
-        assert set(statuses) == {0}, running.log.read_text()
+        assert set(statuses) == {0}, started.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def dynamo(service):
+    with running(service, "file") as started:
+        yield started
+
+
+def test_frontend_and_worker_in_one_process_need_no_discovery(service):
+    with running(service, "mem") as started:
+        (found,) = started.told(photo("cat.png"))["items"]["image"]
+        assert found["shared"]
+        (element,) = service.render(user(photo("cat.png")))["features"]["kwargs_data"]["image"]
+        assert found["fields"] == digests(element)
+
+
+def digests(element):
+    """Return what the worker tells of an element of ``kwargs_data``."""
+    return {
+        name: [field.dtype, list(field.array.shape), hashlib.sha256(field.array.tobytes()).hexdigest()]
+        for name, field in decode_item(element).items()
+    }
 
 
 def test_a_worker_reads_the_pixels_of_a_chat_where_they_lie(service, dynamo):
@@ -145,10 +168,7 @@ def test_a_worker_reads_the_pixels_of_a_chat_where_they_lie(service, dynamo):
     assert told["token_ids"] == reference["token_ids"]
     for found, element in zip(told["items"]["image"], features["kwargs_data"]["image"], strict=True):
         assert found["shared"]
-        assert found["fields"] == {
-            name: [field.dtype, list(field.array.shape), hashlib.sha256(field.array.tobytes()).hexdigest()]
-            for name, field in decode_item(element).items()
-        }
+        assert found["fields"] == digests(element)
     extra = told["extra"]
     assert extra["mm_hashes"] == features["mm_hashes"]["image"]
     assert extra["mm_placeholders"] == features["mm_placeholders"]["image"]
@@ -260,7 +280,7 @@ def test_errors_of_a_request_are_answered_with_their_words(service, dynamo, part
     answer = dynamo.chat(*parts, **fields)
     assert answer.status == 400, answer.body
     assert re.search(message, answer.json["message"])
-    service.quiet()
+    assert leases(service) == 0
 
 
 @pytest.mark.parametrize(("what", "status"), [("stale", 503), ("fail", 500), ("end", 500), ("refuse", 400)])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+import msgspec
 from numpy.typing import NDArray
 
-from mmprep.address import parse_address
+from mmprep.address import Address
 from mmprep.backend import AsyncBackend
 from mmprep.errors import InvalidRequest, LeaseLost, ServiceUnavailable, StaleAddress
 from mmprep.kwargs_data import from_text
@@ -40,37 +41,42 @@ async def open_items(request: Mapping[str, Any], backend: AsyncBackend) -> Async
     InvalidRequest
         The request's ``extra_args`` are not those of this bridge.
     """
-    args = request.get("extra_args") or {}
+    media = _read(request.get("extra_args"))
     async with AsyncExitStack() as stack:
         yield {
             modality: [
-                await _open(stack, backend, address, tensors)
-                for address, tensors in zip(addresses, inline, strict=True)
+                from_text(tensors or "") if address is None else await _open(stack, backend, address)
+                for address, tensors in zip(addresses, media.tensors(modality), strict=True)
             ]
-            for modality, addresses, inline in _given(args)
+            for modality, addresses in media.mm_addresses.items()
         }
 
 
-def _given(args: Any) -> list[tuple[str, Sequence[Any], Sequence[Any]]]:
-    if not isinstance(args, Mapping):
-        raise InvalidRequest("extra_args is a map", param="extra_args")
-    addresses, inline = args.get("mm_addresses") or {}, args.get("kwargs_data") or {}
-    if not isinstance(addresses, Mapping) or not isinstance(inline, Mapping):
-        raise InvalidRequest("media are lists by modality", param="extra_args.mm_addresses")
-    given: list[tuple[str, Sequence[Any], Sequence[Any]]] = []
-    for modality, ones in addresses.items():
-        others = inline.get(modality) or [None] * len(ones)
-        if not isinstance(ones, list) or len(others) != len(ones):
-            raise InvalidRequest("media are lists of equal lengths", param="extra_args.mm_addresses")
-        given.append((modality, ones, others))
-    return given
+class _Media(msgspec.Struct):
+    """What a request says of its media."""
+
+    mm_addresses: dict[str, list[Address | None]] = {}
+    kwargs_data: dict[str, list[str | None]] = {}
+
+    def tensors(self, modality: str) -> list[str | None]:
+        """Return the tensors that travel in place of addresses."""
+        count = len(self.mm_addresses[modality])
+        tensors = self.kwargs_data.get(modality, [None] * count)
+        if len(tensors) != count:
+            raise InvalidRequest("addresses and tensors are lists of equal lengths", param="extra_args.kwargs_data")
+        return tensors
 
 
-async def _open(stack: AsyncExitStack, backend: AsyncBackend, address: Any, tensors: Any) -> Arrays:
-    if address is None:
-        return from_text(tensors)
+def _read(args: Any) -> _Media:
     try:
-        item = await backend.acquire(parse_address(address), kind="view")
+        return msgspec.convert({} if args is None else args, _Media)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"not what the frontend says of media: {error}", param="extra_args") from None
+
+
+async def _open(stack: AsyncExitStack, backend: AsyncBackend, address: Address) -> Arrays:
+    try:
+        item = await backend.acquire(address, kind="view")
         stack.callback(item.release)
         return await stack.enter_async_context(item.view())
     except (StaleAddress, LeaseLost) as error:
