@@ -77,9 +77,9 @@ class Dynamo:
     def connect(self):
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
 
-    def request(self, method, path, body=None):
+    def request(self, method, path, body=None, **headers):
         with contextlib.closing(self.connect()) as connection:
-            connection.request(method, path, body, {"Content-Type": "application/json"})
+            connection.request(method, path, body, {"Content-Type": "application/json", **headers})
             response = connection.getresponse()
             return Answer(response.status, response.headers, response.read())
 
@@ -200,7 +200,7 @@ def test_the_same_picture_is_processed_once_for_all_who_ask(service, dynamo):
 
 
 def test_an_answer_streams_with_its_usage(dynamo):
-    with dynamo.streaming(photo("cat.png")) as response:
+    with dynamo.streaming(photo("cat.png"), stream_options={"include_usage": True}) as response:
         lines = [line[6:] for line in response.read().decode().splitlines() if line.startswith("data: ")]
     assert lines[-1] == "[DONE]"
     chunks = [json.loads(line) for line in lines[:-1]]
@@ -210,6 +210,12 @@ def test_an_answer_streams_with_its_usage(dynamo):
     assert usage["prompt_tokens"] == prompt
     assert usage["total_tokens"] == prompt + usage["completion_tokens"]
     assert len(chunks) >= 2
+
+
+def test_a_caller_can_have_a_trace_and_a_name_for_the_request(dynamo):
+    headers = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01", "tracestate": "a=b", "x-request-id": "mine"}
+    answer = dynamo.request("POST", "/v1/chat/completions", body(photo("cat.png")), **headers)
+    assert answer.status == 200, answer.body
 
 
 def test_a_stop_string_ends_the_answer_and_the_worker(service, dynamo):

@@ -3,13 +3,15 @@
 import base64
 import gc
 import importlib.util
+import subprocess
+import sys
 import warnings
 from types import SimpleNamespace
 
 import msgpack
 import numpy as np
 import pytest
-from tests.integration.service import DATA, decode_item, photo, serving, text, user
+from tests.integration.service import DATA, decode_item, environment, photo, serving, text, user
 
 from mmprep import Backend, Client, InvalidRequest
 from mmprep.bridges.vllm import inject_into_mm_cache, to_generate_request, to_mm_kwargs_item
@@ -411,3 +413,22 @@ def test_vllms_server_refuses_features_that_are_none(engine, features):
     answer, given = generate(engine, {"token_ids": [1, 2, 3], "sampling_params": {"max_tokens": 1}, "features": whole})
     assert answer.status_code == 422
     assert given is None
+
+
+LOADED = """
+import warnings
+warnings.simplefilter("ignore")
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
+print(ServingTokens.serve_tokens.__module__.partition(".")[0])
+"""
+
+
+@vllm
+@needs_vllm
+@pytest.mark.parametrize(("told", "served_by"), [(True, "mmprep"), (False, "vllm")])
+def test_vllm_loads_the_plugin_and_it_does_nothing_unless_it_is_told_of_a_service(service, told, served_by):
+    env = environment({"MMPREP_ENDPOINT": service.endpoint} if told else {})
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=False, env=env)
+    assert done.stdout.split()[-1:] == [served_by], done.stderr

@@ -43,8 +43,8 @@ class ChatEngine:
 
     Parameters
     ----------
-    client:
-        Of the service.
+    connect:
+        Returns the client of the service, which is the same for all chats.
     routed:
         Dynamo's engine behind its router.
     decoder:
@@ -54,9 +54,13 @@ class ChatEngine:
     """
 
     def __init__(
-        self, client: AsyncClient, routed: Any, decoder: Callable[[bool], Decode], eos_token_ids: Sequence[int]
+        self,
+        connect: Callable[[], Awaitable[AsyncClient]],
+        routed: Any,
+        decoder: Callable[[bool], Decode],
+        eos_token_ids: Sequence[int],
     ) -> None:
-        self._client = client
+        self._connect = connect
         self._routed = routed
         self._decoder = decoder
         self._eos = tuple(eos_token_ids)
@@ -69,41 +73,42 @@ class ChatEngine:
         InvalidArgument, HttpError
             Dynamo's, which its server answers.
         """
-        stopped = asyncio.ensure_future(context.async_killed_or_stopped())
-        result: Result | None = None
-        try:
-            fields = chat_fields(request)
-            messages = fields.pop("messages", [])
-            result = await _unless(
-                stopped, self._client.chat(messages, payload="shm", **fields, **(context.trace_headers() or {}))
-            )
-            prepared = preprocessed(result, request, self._eos)
-            params = result.request["sampling_params"]
-            answer = _Answer(request, context.id(), result, self._text(prepared, params))
-            stream = await _unless(stopped, self._routed.generate(prepared, context=context))
-            while not answer.ended and (output := await _unless(stopped, _next(stream))) is not None:
-                given = _read(output)
-                if given.get("token_ids"):
-                    result.release()
-                if (chunk := answer.chunk(given)) is not None:
-                    yield chunk
-        except _HungUp:
-            return
-        except Exception as error:
-            raise answerable(error) from error
-        finally:
-            stopped.cancel()
-            if result is not None:
-                result.release()
-        if answer.cut:
-            context.stop_generating()
+        with contextlib.ExitStack() as held:
+            stopped = asyncio.ensure_future(context.async_killed_or_stopped())
+            held.callback(stopped.cancel)
+            try:
+                fields = chat_fields(request)
+                client = await _unless(stopped, self._connect())
+                result = await _unless(stopped, client.chat(payload="shm", **fields, **_trace(context)))
+                held.callback(result.release)
+                prepared = preprocessed(result, request, self._eos)
+                answer = _Answer(request, context.id(), result, self._text(prepared))
+                stream = await _unless(stopped, self._routed.generate(prepared, context=context))
+                while not answer.ended and (output := await _unless(stopped, _next(stream))) is not None:
+                    given = _read(output)
+                    if given.get("token_ids"):
+                        result.release()
+                    if (chunk := answer.chunk(given)) is not None:
+                        yield chunk
+                if answer.cut:
+                    context.stop_generating()
+            except _HungUp:
+                return
+            except Exception as error:
+                raise answerable(error) from error
 
-    def _text(self, prepared: Mapping[str, Any], params: Mapping[str, Any]) -> AnswerText:
+    def _text(self, prepared: Mapping[str, Any]) -> AnswerText:
         return AnswerText(
             self._decoder(prepared["output_options"]["skip_special_tokens"]),
             prepared["stop_conditions"].get("stop") or (),
-            include_stop=bool(params.get("include_stop_str_in_output")),
+            include_stop=bool(prepared["sampling_options"].get("include_stop_str_in_output")),
         )
+
+
+def _trace(context: Any) -> dict[str, Any]:
+    """Return the headers of the caller's trace as a client's call takes them."""
+    headers = context.trace_headers() or {}
+    return {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
 
 
 class _Answer:
@@ -123,6 +128,8 @@ class _Answer:
             "model": request["model"],
         }
         self._prompt = len(result.token_array)
+        options = request.get("stream_options") or {}
+        self._counts = not request.get("stream") or bool(options.get("include_usage"))
         self._tokens = 0
         self._text = text
         self._role: dict[str, str] = {"role": "assistant"}
@@ -146,7 +153,7 @@ class _Answer:
         choice = {"index": 0, "delta": {**self._role, "content": words}, "finish_reason": end}
         self._role = {}
         chunk = {**self._head, "choices": [choice]}
-        return {**chunk, "usage": self._usage()} if self.ended else chunk
+        return {**chunk, "usage": self._usage()} if self.ended and self._counts else chunk
 
     def _usage(self) -> dict[str, int]:
         return {

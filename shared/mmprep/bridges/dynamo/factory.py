@@ -1,12 +1,14 @@
 """The chat engines of a Dynamo frontend.
 
 Dynamo asks for one whenever a model appears, with the card of the model and the engine behind its router. All of them share one
-client of the service, which serves one model: a frontend has one service, and a service one model.
+client of the service, which serves one model: a frontend has one service, and a service one model. It connects with the first
+chat, so that neither has to be there before the other.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any, Self
 
 from mmprep.bridges.dynamo.chat import ChatEngine, Decode
 from mmprep.client import AsyncClient
-from mmprep.errors import StartupError
+from mmprep.errors import MmprepError, StartupError
 
 _EOS_FILES = ("generation_config.json", "config.json")
 
@@ -40,13 +42,11 @@ class ChatEngineFactory:
         ------
         StartupError
             The model's directory has no ``tokenizer.json``.
-        ServiceUnavailable
-            No service answers.
         """
         from dynamo.llm import PythonAsyncEngine  # noqa: PLC0415 -- the engine's own
 
         directory = Path(card.local_dir())
-        engine = ChatEngine(await self._client(), routed, read_decoder(directory), read_eos(directory))
+        engine = ChatEngine(self._client, routed, read_decoder(directory), read_eos(directory))
         return PythonAsyncEngine(engine.generate, asyncio.get_running_loop())
 
     async def _client(self) -> AsyncClient:
@@ -63,8 +63,8 @@ class ChatEngineFactory:
         """Disconnect from the service: chats under way fail. Again is no error."""
         opening, self._opening = self._opening, None
         if opening is not None:
-            client = await opening
-            await client.close()
+            with contextlib.suppress(MmprepError):  # it could not be opened
+                await (await opening).close()
 
 
 def chat_engine_factory(endpoint: str | None = None, *, request_timeout: float = 60.0) -> ChatEngineFactory:

@@ -5,6 +5,8 @@ request to ``/inference/v1/generate`` may have ``mm_addresses``, as the service 
 their ranges ``is_embed``, which vLLM's own form leaves out. An address that is leased to ``MMPREP_BACKEND_ID`` is opened
 without a word with the service; any other is leased to this process first.
 
+It is for the server that vLLM has in Python, not for its Rust frontend (``VLLM_USE_RUST_FRONTEND``).
+
 How: vLLM has no place for this, so :func:`install` changes three things of its module before it has built its routes. The
 form ``MultiModalFeatures`` keeps what it does not know; ``ServingTokens.serve_tokens`` opens the addresses before vLLM
 looks at the request; and where vLLM makes its input of the features, the tensors and masks are put in. They are the shared
@@ -20,6 +22,7 @@ import asyncio
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
@@ -29,12 +32,14 @@ from typing import Any
 from mmprep.address import Address, parse_address
 from mmprep.backend import Backend
 from mmprep.bridges.vllm.items import to_mm_kwargs_item
-from mmprep.errors import MmprepError
+from mmprep.errors import InvalidRequest, MmprepError
 
 _log = logging.getLogger("mmprep.vllm")
 _PACKAGE = "vllm.entrypoints.scale_out.token_in_token_out"
 #: Of the request that is being served: what its features have of ours.
 _CURRENT: ContextVar[_Opened | None] = ContextVar("mmprep_features", default=None)
+#: For how long a service that was not there is not looked for again.
+_MISSED_SECONDS = 2.0
 _installed = False
 
 Masks = dict[str, list[list[bool] | None]]
@@ -64,6 +69,8 @@ class Resolver:
         self._id = backend_id
         self._guard = threading.Lock()
         self._backend: Backend | None = None
+        #: That no service was there, and when it was found out, by ``time.monotonic``.
+        self._missed: tuple[MmprepError, float] | None = None
 
     def resolve(self, addresses: Mapping[str, Sequence[Address | None]]) -> dict[str, list[Any]]:
         """Return vLLM's items at addresses, ``None`` where there is none; blocks.
@@ -82,8 +89,24 @@ class Resolver:
     def _connected(self) -> Backend:
         with self._guard:
             if self._backend is None:
-                self._backend = Backend(self._endpoint, id=self._id)
+                if self._missed is not None and time.monotonic() - self._missed[1] < _MISSED_SECONDS:
+                    raise self._missed[0]  # those who waited meanwhile need not wait again
+                try:
+                    self._backend = self._registered()
+                except MmprepError as error:
+                    self._missed = error, time.monotonic()
+                    raise
             return self._backend
+
+    def _registered(self) -> Backend:
+        try:
+            return Backend(self._endpoint, id=self._id)
+        except InvalidRequest as error:
+            if self._id is None:
+                raise
+            # As in a second server process of one engine; addresses are leased anew then.
+            _log.warning("registering under a name of its own: %s", error)
+            return Backend(self._endpoint)
 
     def _item(self, backend: Backend, address: Address, batch_size: int) -> Any:
         item = backend.acquire(address, kind="view") if address.lease is None else backend.open(address)
