@@ -73,16 +73,14 @@ class Worker:
                 address["generation"] -= 1
         async with open_items(request, self.backend) as items:
             found = {modality: [described(arrays) for arrays in ones] for modality, ones in items.items()}
-            if wanted == "hang":
+            if wanted == "stop":  # its lease shows that it goes on until it is told
+                for token in self.said("alpha STOP omega"):
+                    yield {"token_ids": [token]}
+            if wanted in {"hang", "stop"}:
                 await context.async_killed_or_stopped()
                 return
         if wanted == "drip":
             yield {"token_ids": self.said("drip")}
-            await context.async_killed_or_stopped()
-            return
-        if wanted == "stop":
-            for token in self.said("alpha STOP omega"):
-                yield {"token_ids": [token]}
             await context.async_killed_or_stopped()
             return
         routing = request.get("mm_routing_info") or {}
