@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tests.integration.service import DATA, decode_item, environment, photo, serving, text, user
 
-from mmprep import Backend, Client, InvalidRequest
+from mmprep import Backend, Client, InvalidRequest, ServiceUnavailable
 from mmprep.bridges.vllm import inject_into_mm_cache, to_generate_request, to_mm_kwargs_item
 from mmprep.bridges.vllm.plugin import Resolver, install
 from mmprep.items import FieldSpec
@@ -183,6 +183,23 @@ def test_an_answer_without_what_the_engine_needs_is_refused(service):
         ):
             with pytest.raises(InvalidRequest, match=f"image 0 of the answer has {missing}"):
                 to_generate_request(answer, payload=payload)
+
+
+def test_a_second_process_of_an_engine_registers_under_a_name_of_its_own(service):
+    with Backend(service.endpoint, id="engine"):
+        resolver = Resolver(service.endpoint, "engine")
+        assert resolver.resolve({}) == {}
+        assert len(service.status()["backends"]) >= 2
+        resolver.close()
+
+
+def test_where_no_service_is_the_caller_learns_that_and_no_more(tmp_path):
+    resolver = Resolver(f"ipc://{tmp_path}", None)
+    for _ in range(2):
+        with pytest.raises(ServiceUnavailable) as missing:
+            resolver.resolve({})
+        assert str(tmp_path) not in missing.value.message
+    resolver.close()
 
 
 # --- vLLM itself ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.wire_strategies import instances
 
+from mmprep.client import Result
 from mmprep.errors import ProtocolError
 from mmprep.result import Head, ids_from_bytes, ids_to_bytes, unpack_head
 
@@ -58,3 +59,9 @@ def test_an_id_that_is_no_uint32_is_an_error_and_not_another_id(token):
 def test_bytes_that_end_within_an_id_are_a_value_error(size):
     with pytest.raises(ValueError):
         ids_from_bytes(bytes(size))
+
+
+@pytest.mark.parametrize("request_", [b"", b"[]", b"{}", b'{"request_id": "r", "sampling_params": 5}', b"\xff"])
+def test_a_head_without_a_request_is_a_protocol_error(request_):
+    with pytest.raises(ProtocolError):
+        Result(Head(request_, b"", b"", (), 0, "", bytes(16)), {})

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import threading
 import time
@@ -32,7 +33,7 @@ from typing import Any
 from mmprep.address import Address, parse_address
 from mmprep.backend import Backend
 from mmprep.bridges.vllm.items import to_mm_kwargs_item
-from mmprep.errors import InvalidRequest, MmprepError
+from mmprep.errors import InvalidRequest, MmprepError, ServiceUnavailable
 
 _log = logging.getLogger("mmprep.vllm")
 _PACKAGE = "vllm.entrypoints.scale_out.token_in_token_out"
@@ -40,6 +41,7 @@ _PACKAGE = "vllm.entrypoints.scale_out.token_in_token_out"
 _CURRENT: ContextVar[_Opened | None] = ContextVar("mmprep_features", default=None)
 #: For how long a service that was not there is not looked for again.
 _MISSED_SECONDS = 2.0
+_NOT_THERE = "the service that holds the media cannot be reached; try again later"
 _installed = False
 
 Masks = dict[str, list[list[bool] | None]]
@@ -69,8 +71,8 @@ class Resolver:
         self._id = backend_id
         self._guard = threading.Lock()
         self._backend: Backend | None = None
-        #: That no service was there, and when it was found out, by ``time.monotonic``.
-        self._missed: tuple[MmprepError, float] | None = None
+        #: When it was found out that no service is there, by ``time.monotonic``.
+        self._missed_at = -math.inf
 
     def resolve(self, addresses: Mapping[str, Sequence[Address | None]]) -> dict[str, list[Any]]:
         """Return vLLM's items at addresses, ``None`` where there is none; blocks.
@@ -89,13 +91,14 @@ class Resolver:
     def _connected(self) -> Backend:
         with self._guard:
             if self._backend is None:
-                if self._missed is not None and time.monotonic() - self._missed[1] < _MISSED_SECONDS:
-                    raise self._missed[0]  # those who waited meanwhile need not wait again
+                if time.monotonic() - self._missed_at < _MISSED_SECONDS:  # who waited meanwhile need not wait again
+                    raise ServiceUnavailable(_NOT_THERE)
                 try:
                     self._backend = self._registered()
                 except MmprepError as error:
-                    self._missed = error, time.monotonic()
-                    raise
+                    self._missed_at = time.monotonic()
+                    _log.error("cannot register with %s: %s", self._endpoint, error)
+                    raise ServiceUnavailable(_NOT_THERE) from None
             return self._backend
 
     def _registered(self) -> Backend:
