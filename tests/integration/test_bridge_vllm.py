@@ -219,6 +219,7 @@ def engine(service):
         from fastapi import FastAPI
         from fastapi.testclient import TestClient
         from vllm.entrypoints.scale_out.token_in_token_out.api_router import router
+        from vllm.v1 import serial_utils
 
     class Tokens(module.ServingTokens):
         """vLLM's own, up to the engine."""
@@ -264,7 +265,14 @@ def engine(service):
     app.state.enable_server_load_tracking = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield SimpleNamespace(http=TestClient(app), tokens=tokens, protocol=protocol, serde=mm_serde, resolver=resolver)
+        yield SimpleNamespace(
+            http=TestClient(app),
+            tokens=tokens,
+            protocol=protocol,
+            serde=mm_serde,
+            serial=serial_utils,
+            resolver=resolver,
+        )
     resolver.close()
 
 
@@ -295,14 +303,17 @@ def test_vllm_takes_the_request_and_finds_the_same_items_in_it(client, engine):
 
 @vllm
 @needs_vllm
-@pytest.mark.usefixtures("engine")
-def test_an_item_of_vllm_is_the_shared_memory_until_its_last_tensor_is_gone(service, client):
+def test_an_item_of_vllm_is_the_shared_memory_until_its_last_tensor_is_gone(service, client, engine):
     result = chat(client)
     (ours,) = result.items["image"]
     with ours.view() as arrays:
         start = arrays["pixel_values"].ctypes.data
     item = to_mm_kwargs_item(ours)
     assert item["pixel_values"].data.data_ptr() == start
+    frames = engine.serial.MsgpackEncoder().encode(item)  # as it goes to the engine's process
+    assert any(np.frombuffer(frame, np.uint8).ctypes.data == start for frame in frames[1:])
+    assert engine.serial.MsgpackDecoder(type(item)).decode(frames) == item
+    del frames
     private = to_mm_kwargs_item(ours, copy=True)
     assert private["pixel_values"].data.data_ptr() != start
     assert private == item

@@ -22,12 +22,14 @@ import asyncio
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from http import HTTPStatus
+from importlib import import_module
 from typing import Any
 
 from mmprep.address import Address, parse_address
@@ -161,8 +163,8 @@ def install(resolver: Resolver) -> None:
 
 def _modules() -> tuple[Any, Any]:
     """Return the modules that are changed; raises where they are not as they have to be."""
-    from importlib import import_module  # noqa: PLC0415
-
+    if f"{_PACKAGE}.api_router" in sys.modules:
+        raise ImportError("vLLM has built its routes already")
     protocol, serving = import_module(f"{_PACKAGE}.protocol"), import_module(f"{_PACKAGE}.serving")
     for module, names in (
         (protocol, ("MultiModalFeatures", "GenerateRequest")),
