@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Mapping as AnyMapping
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -274,3 +275,29 @@ def item_from_address(
         address=address,
         run=run,
     )
+
+
+def features_of(items: AnyMapping[str, Sequence[Item]]) -> dict[str, Any] | None:
+    """Return what a GenerateRequest says of its media, without their tensors; ``None`` where there are none.
+
+    Parameters
+    ----------
+    items:
+        By modality, in the order of the prompt.
+    """
+    if not items:
+        return None
+    return {
+        "mm_hashes": {m: [item.hash for item in ones] for m, ones in items.items()},
+        "mm_placeholders": {m: [_range(item) for item in ones] for m, ones in items.items()},
+        "kwargs_data": None,
+        "mm_metadata": None,
+        "mm_addresses": None,
+    }
+
+
+def _range(item: Item) -> dict[str, Any]:
+    placed: dict[str, Any] = {"offset": item.offset, "length": item.length}
+    if item.is_embed is not None:
+        placed["is_embed"] = item.is_embed
+    return placed

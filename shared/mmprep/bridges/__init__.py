@@ -1,1 +1,1 @@
-"""Bridges: an item's tensors and ranges in the forms of engines. One module an engine, which alone imports its package."""
+"""Bridges to engines: each takes what the service prepares into the forms of one engine, and imports it only when used."""
