@@ -32,7 +32,7 @@ def service():
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 8
+    assert len(EXAMPLES) == 10
     assert len(COMMANDS) == 1
 
 
