@@ -55,6 +55,7 @@ class Settings:
     spill, inline: bytes of the segments beside the ring, and of tensors on their way.
     shortage: probability that there is no memory for a spill, while faults happen.
     large: probability that a call asks for a medium that is too large for the ring.
+    busy: probability that an event keeps its process so long that others wait for it together.
     """
 
     arena: int = 4096
@@ -63,6 +64,7 @@ class Settings:
     inline: int = 0
     shortage: float = 0.0
     large: float = 0.2
+    busy: float = 0.03
     lanes: int = 2
     lease_seconds: float = 3.0
     upload_seconds: float = 2.0
@@ -145,7 +147,7 @@ class Service:
 
     def __init__(self, seed, settings, *, harsh=False, log=False):
         self.seed, self.settings, self.harsh = seed, settings, harsh
-        self.world = World(seed, log=log)
+        self.world = World(seed, log=log, busy=settings.busy)
         self.network = Network(self.world, settings.high_water)
         self.segments = Segments(self.world, settings.arena, settings.slots, settings.segments, settings.spill)
         self.segments.shortage = settings.shortage

@@ -1,8 +1,9 @@
 """The simulated machine: one clock, one random source, processes with locks, and an event loop for each of them.
 
 Everything that happens is an event on one heap, in the order of time and then of arrival, so a seed says all. An event
-belongs to a process: a dead one's are dropped, those of a stopped one wait until it goes on. Then its timers and what it
-received run in a random interleaving, each kind in its own order, as a process that wakes up sees both at once.
+belongs to a process: a dead one's are dropped, those of a stopped one wait until it goes on, and those of one that is busy
+for some milliseconds until it is not. Then its timers and what it received run in a random interleaving, each kind in its
+own order, as a process that wakes up sees both at once; and only then whatever they woke up.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections import deque
 #: Events after which a run is taken for one that never ends.
 MOST_EVENTS = 400_000
 MOST_TASKS = 256
+#: For how long at most an event keeps its process busy, in seconds.
+BUSY_SECONDS = 0.01
 
 
 class Violation(AssertionError):
@@ -35,9 +38,12 @@ class World:
         Of everything.
     log:
         Whether to keep readable lines of all that happens.
+    busy:
+        Probability that an event keeps its process busy.
     """
 
-    def __init__(self, seed, *, log=False):
+    def __init__(self, seed, *, log=False, busy=0.0):
+        self.busy = busy
         self.random = random.Random(seed)
         self.now = 1000.0
         self.lines = [] if log else None
@@ -77,12 +83,14 @@ class World:
             if owner is not None:
                 if not owner.alive:
                     continue
-                if owner.stopped:
+                if owner.stopped or owner.busy:
                     owner.backlog.append((call, args, kind))
                     continue
             self.events += 1
             if self.events > MOST_EVENTS:
                 raise Violation(f"there is no end: {MOST_EVENTS} events")
+            if owner is not None and owner.loop is not None and kind != "soon" and self.busy and self.chance(self.busy):
+                owner.work(self.random.uniform(0.0, BUSY_SECONDS))
             self._do(owner, call, args)
             if done():
                 return
@@ -118,7 +126,7 @@ class Process:
     def __init__(self, world, role, ident):
         self.world = world
         self.role, self.id, self.pid = role, ident, world.new_pid()
-        self.alive, self.stopped, self.disturbed = True, False, False
+        self.alive, self.stopped, self.busy, self.disturbed = True, False, False, False
         self.backlog = []
         self.crash_in = None
         self.lag = 0.0
@@ -180,6 +188,20 @@ class Process:
             return
         self.world.say(f"!! {self} goes on")
         self.stopped = False
+        if not self.busy:
+            self._catch_up()
+
+    def work(self, seconds):
+        """Look at no other event for a while."""
+        self.busy = True
+        self.world.at(seconds, None, self._worked)
+
+    def _worked(self):
+        self.busy = False
+        if self.alive and not self.stopped:
+            self._catch_up()
+
+    def _catch_up(self):
         kinds = {}
         for event in self.backlog:
             kinds.setdefault(event[2], deque()).append(event)
