@@ -25,7 +25,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 import mmprep
-from mmprep.errors import Busy, InvalidRequest, MmprepError, ProtocolError, StartupError
+from mmprep.errors import Busy, InvalidRequest, MmprepError, ProtocolError, ServiceUnavailable, StartupError
 from mmprep.logs import event
 from mmprep.metrics import Metrics
 from mmprep.remote.curve import read_secret
@@ -41,6 +41,7 @@ from mmprep_frontend.remote.session import CHUNK, CREDITS, Session
 
 _log = logging.getLogger("mmprep.remote")
 
+_OVER = "the session is over: connect again"
 #: Backends at a time.
 _MOST_SESSIONS = 256
 _TICK_SECONDS = 0.25
@@ -173,6 +174,7 @@ class RemoteDoor:
             case remote.Alive():
                 pass
             case remote.Bye():
+                del self._sessions[peer]
                 closing = self._end(session, "left")
                 closing.add_done_callback(lambda _: self._send(peer, messages.Done(message.call)))
             case _:
@@ -237,7 +239,8 @@ class RemoteDoor:
         self._metrics.count("mmprep_refused_total", link="remote", error=type(error).__name__)
         event(_log, logging.WARNING, "a backend was refused", reason=str(error))
         self._send(peer, messages.Refused(messages.Fault.of(error)))
-        if session is not None:
+        if session is not None:  # which has heard why
+            self._sessions.pop(peer, None)
             self._end(session, "refused")
 
     # --- out ------------------------------------------------------------------------------------------------------
@@ -285,6 +288,7 @@ class RemoteDoor:
             event(_log, logging.INFO, "a backend on another host is gone", backend=session.id, reason=why)
             for peer in [peer for peer, one in self._sessions.items() if one is session]:
                 del self._sessions[peer]
+                self._send(peer, messages.Refused(messages.Fault.of(ServiceUnavailable(_OVER))))
             self._tasks.add(closing)
             closing.add_done_callback(partial(self._ended, session))
         return closing

@@ -33,7 +33,7 @@ from mmprep.wire import messages
 from mmprep.wire import remote_messages as remote
 
 #: Bytes of a chunk, and how many of them may be under way to one backend: what a message may wait behind.
-CHUNK, CREDITS = 512 * 1024, 16
+CHUNK, CREDITS = 1024 * 1024, 8
 #: Words of one backend that may be worked on at once, and leases that it may have.
 _MOST_CALLS, _MOST_LEASES = 256, 4096
 _OPEN_SECONDS = 10.0

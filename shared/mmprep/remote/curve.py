@@ -90,16 +90,21 @@ def check_service_keys(
         The options do not go together, a file is wrong, or others than processes of this host could connect without a key.
     """
     if endpoint is None:
-        if key_file is not None or clients_dir is not None or allow_plain:
-            raise StartupError("--remote-endpoint: give it too; options about keys are for backends on other hosts")
+        given = {"--curve-key-file": key_file, "--curve-clients-dir": clients_dir, "--allow-plain-remote": allow_plain}
+        for option, value in given.items():
+            if value:
+                raise StartupError(f"{option}: it is for backends on other hosts; give --remote-endpoint too")
         return
-    if key_file is None and clients_dir is None:
-        if not (endpoint.is_loopback or allow_plain):
-            raise StartupError(
-                f"--remote-endpoint {endpoint}: other hosts can connect there, and without keys everybody may; give "
-                "--curve-key-file and --curve-clients-dir (make keys with: mmprep keys), or --allow-plain-remote"
-            )
-        return
+    if key_file is not None or clients_dir is not None:
+        _check_files(key_file, clients_dir, allow_plain=allow_plain)
+    elif not (endpoint.is_loopback or allow_plain):
+        raise StartupError(
+            f"--remote-endpoint {endpoint}: other hosts can connect there, and without keys everybody may; give "
+            "--curve-key-file and --curve-clients-dir (make keys with: mmprep keys), or --allow-plain-remote"
+        )
+
+
+def _check_files(key_file: Path | None, clients_dir: Path | None, *, allow_plain: bool) -> None:
     if key_file is None:
         raise StartupError("--curve-key-file: give it too; it is what encrypts")
     if clients_dir is None:

@@ -42,7 +42,7 @@ from mmprep.wire.sockets import Link
 #: Seconds for one word with the door, its replacement included.
 _CALL_SECONDS = 10.0
 #: Seconds in which something has to come of tensors that were asked for.
-_STALL_SECONDS = 10.0
+_STALL_SECONDS = 30.0
 _CLOSE_SECONDS = 2.0
 _UPKEEP_SECONDS = 0.05
 #: Seconds between two signs of life; a third of a short lease's time.
@@ -317,6 +317,7 @@ class RemoteReader:
                 said = now
                 with contextlib.suppress(MmprepError):  # the door does not read: ZeroMQ's heartbeat will tell
                     self._tell(remote.Alive())
+                    self._ask([] if self._reception is None else self._reception.tell())
             if self._reception is not None:
                 for lease in self._reception.stalled(now, _STALL_SECONDS):
                     self._fail(lease, ServiceUnavailable("the tensors do not come; try again", retry_after=1.0))
@@ -365,6 +366,12 @@ class RemoteReader:
             why = "the handshake failed: the service wants keys; give curve_key_file and curve_server_key_file"
         self._refuse(AuthenticationError(why))
 
+    def _refused(self, error: MmprepError) -> None:
+        """The door has ended the session, or begins none: say so to those who wait, and try another connection."""
+        if not (self._up and isinstance(error, ServiceUnavailable)):
+            self._refuse(error)
+        self._link.reopen()
+
     def _refuse(self, error: MmprepError) -> None:
         self._refusal = error
         self._calls.fail_all(ServiceUnavailable, error.message)
@@ -380,8 +387,7 @@ class RemoteReader:
             case remote.Neighbour():
                 self._is_near(message)
             case messages.Refused():
-                self._refuse(message.fault.error())
-                self._link.reopen()
+                self._refused(message.fault.error())
             case remote.Ended():
                 self._ended(message)
             case remote.Opened():

@@ -2,14 +2,14 @@
 
 Items are received one behind the other, in the order in which they were begun, with so many chunks under way as the door
 allows; the next item begins while the last chunks of the one before are on their way. Chunks of one item come in order,
-each once: anything else breaks the protocol.
+each once: anything else breaks the protocol. More is asked for when half of the credits are free, so that a word goes for
+some chunks together.
 
 An item that nobody wants any more is *abandoned*: what was asked for it still comes, and counts as under way until then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import msgspec
@@ -35,13 +35,14 @@ class Arrival(NamedTuple):
 
 
 class Incoming(msgspec.Struct):
-    """One item; chunks below ``received`` are here, those below ``asked`` are to come."""
+    """One item; chunks below ``received`` are here, those below ``asked`` are to come. ``told``: how many the door knows of."""
 
     length: int
     chunks: int
     moved_at: float
     asked: int = 0
     received: int = 0
+    told: int = 0
     abandoned: bool = False
 
 
@@ -100,16 +101,11 @@ class Reception:
                 del self._items[lease]
             return Arrival(None, False, self._spend(now))
         complete = item.received == item.chunks
+        asks = []
         if complete:
             del self._items[lease]
-            return Arrival(place.start, True, [Asking(lease, item.chunks, item.chunks), *self._spend(now)])
-        return Arrival(place.start, False, self._go_on(lease, item, now))
-
-    def _go_on(self, lease: bytes, item: Incoming, now: float) -> list[Asking]:
-        """Tell of the progress of an item first: it is what makes room for whatever is asked next."""
-        asks = self._spend(now)
-        own = [ask for ask in asks if ask.lease == lease] or [Asking(lease, item.asked, item.received)]
-        return [*own, *(ask for ask in asks if ask.lease != lease)]
+            asks.append(Asking(lease, item.chunks, item.chunks))
+        return Arrival(place.start, complete, [*asks, *self._spend(now)])
 
     def ended(self, lease: bytes, now: float) -> list[Asking]:
         """The door sends no more of an item; return what to ask for in its place."""
@@ -134,10 +130,15 @@ class Reception:
         ]
 
     def _spend(self, now: float) -> list[Asking]:
-        """Ask for as much as the credits allow."""
+        """Ask for as much as the credits allow, where half of them are free."""
         left = self._credits - self.under_way
-        asks = []
-        for lease, item in self._wanting():
+        wanting = self._wanting()
+        if not wanting or 2 * left < self._credits:
+            return []
+        # What has come is told first: to the door it is what makes room for all that is asked then.
+        first = wanting[0][0]
+        asks = [ask for ask in self.tell() if ask.lease != first]
+        for lease, item in wanting:
             more = min(left, item.chunks - item.asked)
             if more <= 0:
                 break
@@ -148,7 +149,16 @@ class Reception:
             asks.append(Asking(lease, item.asked, item.received))
         return asks
 
-    def _wanting(self) -> Iterable[tuple[bytes, Incoming]]:
+    def tell(self) -> list[Asking]:
+        """Return what tells the door how far every item has come, where it does not know."""
+        asks = []
+        for lease, item in self._items.items():
+            if item.told < item.received and not item.abandoned:
+                item.told = item.received
+                asks.append(Asking(lease, item.asked, item.received))
+        return asks
+
+    def _wanting(self) -> list[tuple[bytes, Incoming]]:
         return [(lease, item) for lease, item in self._items.items() if not item.abandoned and item.asked < item.chunks]
 
     def validate(self) -> None:
@@ -166,4 +176,6 @@ class Reception:
             )
             assert not item.abandoned or item.received < item.asked, "an item is kept of which nothing comes any more"
             assert item.abandoned or item.received < item.chunks, "a complete item is kept"
-        assert self.under_way == self._credits or not self._wanting(), "credits are left, and chunks are wanted"
+            assert item.told <= item.received, "the door was told of more than came"
+        free = self._credits - self.under_way
+        assert 2 * free < self._credits or not self._wanting(), "half of the credits are left, and chunks are wanted"

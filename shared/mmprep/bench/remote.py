@@ -1,0 +1,121 @@
+"""Tensors over tcp: a remote backend's pull of an item, against raw ZeroMQ moving as many bytes.
+
+Both by turns, over the loopback, both with CURVE or both without. Raw is a DEALER that asks a ROUTER for one message of all
+bytes; the pull is ``Backend.acquire``: a word with the service about a lease, then the chunks, into one buffer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from mmprep.backend import Backend
+from mmprep.bench import pictures
+from mmprep.bench.figures import median
+from mmprep.bench.handover import Tensor
+from mmprep.bench.running import Child, Service, service
+from mmprep.cli.desk import DeskClient
+from mmprep.client import Client
+from mmprep.ports import claim_port
+from mmprep.remote.curve import make_pair
+
+_MOST = 100_000_000
+_LANES = 2
+_FIELD = "pixel_values"
+
+
+def measure(model: Path, directory: Path, tensors: Sequence[Tensor], repeats: int) -> list[dict[str, Any]]:
+    """Return for each tensor, with and without CURVE, the medians in milliseconds and the ratio of the bandwidths."""
+    keys = directory / "keys"
+    for name in ("service", "backend"):
+        make_pair(keys / name, name)
+    options = ["--curve-key-file", str(keys / "service" / "service.key"), "--curve-clients-dir", str(keys / "backend")]
+    return [
+        *_secured(model, tensors, repeats, keys, options),
+        *_secured(model, tensors, repeats, None, []),
+    ]
+
+
+def _secured(
+    model: Path, tensors: Sequence[Tensor], repeats: int, keys: Path | None, options: list[str]
+) -> list[dict[str, Any]]:
+    with claim_port("127.0.0.1", 0) as reserved:
+        raw = f"tcp://127.0.0.1:{reserved.getsockname()[1]}"
+    public, secret = (key.decode() for key in zmq.curve_keypair())
+    orders = {"endpoint": raw, "secret": secret if keys else "", "most": _MOST}
+    context: zmq.Context[Any] = zmq.Context()
+    remote = ["--remote-endpoint", "tcp://127.0.0.1:0", *options]
+    try:
+        with (
+            service(model, frontends=1, lanes=_LANES, options=remote) as running,
+            Child("mmprep.bench.raw_tcp", orders) as echo,
+            context.socket(zmq.DEALER) as socket,
+        ):
+            echo.wait_ready()
+            if keys is not None:
+                socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
+                socket.curve_serverkey = public.encode()
+            socket.connect(raw)
+            return [_one(running, socket, tensor, repeats, keys) for tensor in tensors]
+    finally:
+        context.destroy(linger=0)
+
+
+def _one(
+    running: Service, socket: zmq.Socket[bytes], tensor: Tensor, repeats: int, keys: Path | None
+) -> dict[str, Any]:
+    with DeskClient(running.runtime_dir) as desk:
+        endpoint = desk.status()["remote"]["endpoint"]
+    files: dict[str, Any] = {}
+    if keys is not None:
+        files["curve_key_file"] = keys / "backend" / "backend.key"
+        files["curve_server_key_file"] = keys / "service" / "service.pub"
+    part = {"type": "image_url", "image_url": {"url": pictures.jpeg(tensor.picture)}}
+    with (
+        Client(f"ipc://{running.runtime_dir}") as client,
+        Backend(endpoint, transport="tcp", **files) as backend,
+    ):
+        item = client.chat([{"role": "user", "content": [part]}], mm_dtype="float32").items["image"][0]
+        address = item.address
+        assert address is not None
+        nbytes = sum(array.nbytes for array in item.materialize().values())
+        pulled = backend.acquire(address)
+        if (pulled.materialize()[_FIELD] != item.materialize()[_FIELD]).any():
+            raise AssertionError("what was received is not what lies in shared memory")
+        pulled.release()
+
+        def pull() -> None:
+            backend.acquire(address).release()
+
+        def raw() -> None:
+            socket.send(str(nbytes).encode())
+            socket.recv(copy=False)
+
+        times = _by_turns([raw, pull], repeats)
+    raw_ms, pull_ms = (round(1000 * median(taken), 3) for taken in times)
+    return {
+        "tensor": tensor.name,
+        "bytes": nbytes,
+        "curve": keys is not None,
+        "raw_ms": raw_ms,
+        "pull_ms": pull_ms,
+        "raw_mb_per_second": round(nbytes / raw_ms / 1000, 1),
+        "pull_mb_per_second": round(nbytes / pull_ms / 1000, 1),
+        "pull_to_raw": round(raw_ms / pull_ms, 3),
+    }
+
+
+def _by_turns(ways: Sequence[Callable[[], None]], repeats: int) -> list[list[float]]:
+    """Return the seconds that each way took, each time."""
+    times: list[list[float]] = [[] for _ in ways]
+    for number in range(repeats + 1):
+        for way, taken in zip(ways, times, strict=True):
+            started = time.perf_counter()
+            way()
+            if number:  # the first one finds nothing warm
+                taken.append(time.perf_counter() - started)
+    return times

@@ -1,0 +1,511 @@
+"""Backends on another host: real processes over tcp with CURVE, on the loopback, where tensors travel because they are told to."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zmq
+from tests.integration.service import DATA, environment, eventually, is_alive, photo, serving, text, user
+
+from mmprep import (
+    AsyncBackend,
+    AuthenticationError,
+    Backend,
+    Client,
+    InvalidRequest,
+    LeaseLost,
+    ServiceUnavailable,
+    StaleDelivery,
+)
+from mmprep.address import parse_address
+from mmprep.cli.desk import DeskClient
+from mmprep.errors import MmprepError
+from mmprep.reading import LocalReader
+from mmprep.remote.curve import make_pair, read_public, read_secret
+from mmprep.wire import messages
+from mmprep.wire import remote_messages as remote
+from mmprep.wire.codec import PROTOCOL, pack, unpack
+
+CAT = (DATA / "cat.png").read_bytes()
+CHAT = user({"type": "image_url", "image_url": {"url": CAT}}, text("What is it?"))
+LEASE_SECONDS = 3
+
+#: Opens the item at an address, pulls a job, says so, and waits.
+HOLDER = """
+import json, sys
+from mmprep import Backend
+
+endpoint, key, server, id = sys.argv[1:]
+keys = {"curve_key_file": key, "curve_server_key_file": server}
+with Backend(endpoint, id=id, queue="held", transport="tcp", **keys) as backend:
+    print("connected", flush=True)
+    item = backend.open(json.loads(sys.stdin.readline()))
+    with item.view() as arrays:
+        print(int(arrays["pixel_values"].sum()), flush=True)
+        job = backend.pull()
+        print(job.id, flush=True)
+        sys.stdin.readline()
+        print(int(arrays["pixel_values"].sum()), backend.renew(item.address), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def keys():
+    """Give a directory with key pairs, and one with the public keys of the clients that may connect."""
+    directory = Path(tempfile.mkdtemp(prefix="mmprep-keys-", dir="/tmp"))
+    for name in ("service", "engine", "guest", "stranger"):
+        make_pair(directory, name)
+    clients = directory / "clients"
+    clients.mkdir()
+    for name in ("engine", "guest"):
+        shutil.copy(directory / f"{name}.pub", clients)
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="module")
+def service(keys):
+    options = ("--curve-key-file", keys / "service.key", "--curve-clients-dir", keys / "clients")
+    limits = ("--lease-seconds", LEASE_SECONDS, "--cache-size", "32MiB")
+    with serving("--remote-endpoint", "tcp://127.0.0.1:0", *options, *limits) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def door(service):
+    return service.status()["remote"]["endpoint"]
+
+
+@pytest.fixture(scope="module")
+def connect(door, keys):
+    """Return what connects a backend to the door, with a key."""
+
+    def backend(*, key="engine", server="service", kind=Backend, **arguments):
+        files = {"curve_key_file": keys / f"{key}.key", "curve_server_key_file": keys / f"{server}.pub"}
+        return kind(door, **{"transport": "tcp", **files, **arguments})
+
+    return backend
+
+
+@pytest.fixture(autouse=True)
+def _quiet(service):
+    """Check that after a test nobody has anything any more."""
+    yield
+    with DeskClient(str(service.runtime_dir)) as desk:
+        eventually(lambda: _is_left(desk.status()), "a service without backends and leases")
+
+
+def _is_left(status):
+    queues = status["queues"].values()
+    return not (status["backends"] or status["remote"]["backends"] or status["pins"] or any(q["depth"] for q in queues))
+
+
+def address_for(service, backend_id, name="rocket.jpg", **fields):
+    answer = service.render(user(photo(name)), mm_payload="shm", backend_id=backend_id, **fields)
+    return answer["features"]["mm_addresses"]["image"][0]
+
+
+def refused(service, error):
+    return service.metrics().get(f'mmprep_refused_total{{error="{error}",link="remote"}}', 0)
+
+
+def leases_of(service, backend_id):
+    """Return how many leases a backend has with the writer; ``None``: there is no such backend."""
+    with DeskClient(str(service.runtime_dir)) as desk:  # a fraction of the command's time
+        return next((b["leases"] for b in desk.status()["backends"] if b["id"] == backend_id), None)
+
+
+# --- the same as on the host ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "bfloat16"])
+def test_what_is_received_is_what_lies_in_shared_memory_to_the_bit(service, connect, dtype):
+    with connect(id="far") as far, Backend(service.endpoint, id="near") as near:
+        items = [b.open(address_for(service, b.id, mm_dtype=dtype)) for b in (far, near)]
+        received, local = (item.materialize() for item in items)
+        assert received.keys() == local.keys()
+        for name, array in received.items():
+            assert (array.dtype, array.shape) == (local[name].dtype, local[name].shape)
+            assert array.tobytes() == local[name].tobytes()
+        assert items[0].fields == items[1].fields
+        with items[0].view() as arrays:
+            assert not any(array.flags.writeable for array in arrays.values())
+            assert all(array.ctypes.data % 64 == 0 for array in arrays.values())
+        assert far.renew(items[0].address) == [True]
+        assert leases_of(service, "far") == 1
+        items[0].release()
+        eventually(lambda: leases_of(service, "far") == 0, "the end of the lease")
+        with pytest.raises(LeaseLost):
+            items[0].materialize()
+        assert far.renew(items[0].address) == [False]
+        again = far.acquire(items[0].address)
+        assert all((again.materialize()[name] == array).all() for name, array in local.items())
+
+
+def test_a_service_on_the_same_host_is_found_and_its_shared_memory_used(service, connect):
+    with connect(id="both", transport="auto", queue="both") as backend, Client(service.endpoint) as client:
+        assert isinstance(backend._backend._reader, LocalReader)
+        posted = client.post(CHAT, queue="both")
+        job = backend.pull()
+        assert job.id == posted
+        job.ack()
+
+
+def test_jobs_are_pulled_and_ended_as_on_the_host(service, connect):
+    async def work():
+        async with connect(kind=AsyncBackend, queue=["far", "away"], credits=2) as backend:
+            posted = [client.post(CHAT, queue=queue) for queue in ("far", "away", "far")]
+            got = []
+            async for job in backend:
+                async with job.view() as items:
+                    sums.append(int(items["image"][0]["pixel_values"].sum(dtype=np.int64)))
+                await (job.nack() if job.attempt == 1 and job.id == posted[0] else job.ack())
+                got.append((job.id, job.attempt))
+                if len(got) == 4:
+                    await backend.drain()
+            with pytest.raises(InvalidRequest, match="already"):
+                await job.release()
+            return posted, got
+
+    sums = []
+    with Client(service.endpoint) as client:
+        posted, got = asyncio.run(work())
+        with Backend(service.endpoint, queue="far") as near:
+            client.post(CHAT, queue="far")
+            job = near.pull()
+            with job.view() as items:
+                assert sums == 4 * [int(items["image"][0]["pixel_values"].sum(dtype=np.int64))]
+            job.ack()
+    assert sorted(got) == sorted([*((job_id, 1) for job_id in posted), (posted[0], 2)])
+
+
+def test_a_backend_receives_no_more_than_its_limit_at_a_time(service, connect):
+    with connect(id="small", receive_limit=3 << 20) as backend:
+        address = address_for(service, "small", mm_dtype="uint8")
+        first = backend.open(address)
+        with ThreadPoolExecutor(1) as thread:
+            second = thread.submit(backend.acquire, address)
+            eventually(lambda: leases_of(service, "small") == 2, "a second lease")
+            assert not second.done()
+            first.release()
+            second.result().release()
+        with pytest.raises(MmprepError, match="receive_limit"):
+            backend.acquire(address_for(service, "small", mm_dtype="float32"))
+
+
+# --- who may connect --------------------------------------------------------------------------------------------------
+
+
+def test_who_has_not_the_right_keys_is_told_so_and_counted_and_disturbs_nobody(service, connect, keys):
+    plain = {"curve_key_file": None, "curve_server_key_file": None}
+    before = refused(service, "unknown key"), refused(service, "handshake")
+    with connect(id="inside") as inside:
+        for arguments, said in (
+            ({"key": "stranger"}, "does not know this backend's key"),
+            ({"server": "stranger"}, "curve_server_key_file is not this service's key"),
+            (plain, "the service wants keys"),
+        ):
+            with pytest.raises(AuthenticationError, match=said) as caught:
+                connect(id="outside", **arguments)
+            assert str(keys) not in caught.value.message
+        assert (refused(service, "unknown key"), refused(service, "handshake")) == (before[0] + 1, before[1] + 2)
+        inside.open(address_for(service, "inside")).release()
+        with pytest.raises(InvalidRequest, match="living process"):
+            connect(id="inside")
+        with pytest.raises(InvalidRequest, match="living process"):
+            connect(id="inside", key="guest")
+        assert inside.renew(inside.open(address_for(service, "inside")).address) == [True]
+    assert leases_of(service, "outside") is None
+
+
+def test_a_key_that_is_put_there_lets_in_and_one_that_is_removed_ends_the_connection(service, connect, keys):
+    allowed = keys / "clients" / "stranger.pub"
+    shutil.copy(keys / "stranger.pub", allowed)
+
+    def connected():
+        try:
+            return connect(id="late", key="stranger")
+        except AuthenticationError:
+            return None
+
+    with eventually(connected, "a key that is known") as backend:
+        item = backend.open(address_for(service, "late"))
+        allowed.unlink()
+        eventually(lambda: leases_of(service, "late") is None, "the end of the session")
+        with pytest.raises(AuthenticationError, match="does not know this backend's key"):
+            backend.renew(item.address)
+        assert item.materialize()["pixel_values"].any()
+
+
+# --- peers that break the rules ---------------------------------------------------------------------------------------
+
+
+class Peer:
+    """Speaks the protocol by hand."""
+
+    def __init__(self, door, keys, name, key="engine"):
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.DEALER)
+        self.socket.linger = 0
+        self.socket.rcvtimeo = 60_000
+        public, secret = read_secret(keys / f"{key}.key", "key")
+        self.socket.curve_publickey, self.socket.curve_secretkey = public, secret
+        self.socket.curve_serverkey = read_public(keys / "service.pub", "key")
+        self.socket.connect(door)
+        self.name = name
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.context.destroy(linger=0)
+
+    def say(self, message, *frames):
+        self.socket.send_multipart([message if isinstance(message, bytes) else pack(message), *frames])
+
+    def hear(self, kind):
+        """Return the next message of a type, passing over signs of life, and its frames."""
+        while True:
+            header, *frames = self.socket.recv_multipart()
+            message = unpack(header, remote.FromDoor)
+            if not isinstance(message, remote.Alive):
+                assert isinstance(message, kind), message
+                return message, frames
+
+    def hello(self, protocol=PROTOCOL):
+        self.say(remote.RemoteHello(protocol, "0", self.name, os.urandom(16), (), 0, b""))
+        return self
+
+    def welcomed(self):
+        self.hello()
+        self.welcome = self.hear(remote.RemoteWelcome)[0]
+        return self
+
+    def open(self, address, call=1):
+        place = parse_address(address)
+        plain = remote.RemoteAddress(
+            place.segment,
+            bytes.fromhex(place.epoch),
+            place.slot,
+            place.offset,
+            place.length,
+            place.generation,
+            place.metadata_length,
+        )
+        lease = None if place.lease is None else bytes.fromhex(place.lease)
+        self.say(remote.Open(call, plain, lease, "copy"))
+        return self.hear(remote.Opened)[0].lease
+
+    def ended(self):
+        return self.hear(remote.Ended)[0].fault
+
+
+@pytest.fixture
+def peer(door, keys):
+    with Peer(door, keys, "raw") as peer:
+        yield peer.welcomed()
+
+
+@pytest.fixture
+def thief(door, keys):
+    with Peer(door, keys, "thief") as thief:
+        yield thief.welcomed()
+
+
+def chunks_of(address, peer):
+    """Return how many chunks an item has, and that it is large enough for the tests below."""
+    place = parse_address(address)
+    count = -(-(place.length - place.metadata_length) // peer.welcome.chunk)
+    assert count >= 3
+    return count
+
+
+@pytest.mark.parametrize("case", ["beyond", "twice", "credits", "received", "after", "unknown", "another's"])
+def test_chunks_that_may_not_be_asked_for_are_refused_and_the_session_goes_on(service, peer, thief, case):
+    address = address_for(service, "raw", mm_dtype="float32")
+    count = chunks_of(address, peer)
+    lease = peer.open(address)
+    asks = {
+        "beyond": [(count + 1, 0)],
+        "twice": [(1, 0), (1, 0)],
+        "credits": [(peer.welcome.credits + 1, 0)],
+        "received": [(1, 0), (2, 2)],
+    }
+    if case in asks:
+        for upto, received in asks[case]:
+            peer.say(remote.Ask(lease, upto, received))
+        for _ in asks[case][1:]:
+            peer.hear(remote.Chunk)
+        fault = peer.ended()
+        assert fault.kind == "ProtocolError"
+    elif case == "after":
+        peer.say(messages.Release(0, (lease,)))
+        peer.say(remote.Ask(lease, 1, 0))
+        assert peer.ended().kind == "LeaseLost"
+    elif case == "unknown":
+        peer.say(remote.Ask(bytes(16), 1, 0))
+        assert peer.ended().kind == "LeaseLost"
+    else:
+        thief.say(remote.Ask(lease, 1, 0))
+        assert thief.ended().kind == "LeaseLost"
+        thief.say(messages.Renew(7, (lease,)))
+        assert thief.hear(messages.Renewed)[0].lost == (lease,)
+        thief.say(messages.Release(8, (lease,)))
+        thief.hear(messages.Done)
+    again = peer.open({**address, "lease": None}, call=9)
+    peer.say(remote.Ask(again, 1, 0))
+    assert peer.hear(remote.Chunk)[0] == remote.Chunk(again, 0)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        [b"\xc1"],
+        [pack(messages.Clear(1))],
+        [pack(messages.Renew(1, (), "engine-0"))],
+        [pack(remote.Alive()), b"more"],
+        [b"\xdd\xff\xff\xff\xff"],
+    ],
+    ids=["no message", "another link's", "in another's name", "two frames", "a length that lies"],
+)
+def test_what_is_no_message_of_a_backend_ends_its_session(service, peer, garbage):
+    peer.open(address_for(service, "raw"))
+    peer.socket.send_multipart(garbage)
+    assert peer.hear(messages.Refused)[0].fault.kind == "ProtocolError"
+    eventually(lambda: leases_of(service, "raw") is None, "the end of the session")
+
+
+def test_another_version_and_whoever_does_not_say_hello_are_refused(door, keys, service):
+    before = refused(service, "ProtocolError")
+    with Peer(door, keys, "old") as old:
+        old.hello(PROTOCOL + 1)
+        assert "use one version" in old.hear(messages.Refused)[0].fault.message
+    with Peer(door, keys, "rude") as rude:
+        rude.say(messages.Renew(1, ()))
+        assert "hello" in rude.hear(messages.Refused)[0].fault.message
+    assert refused(service, "ProtocolError") == before + 2
+
+
+# --- peers that do not go on ------------------------------------------------------------------------------------------
+
+
+def test_a_backend_that_lives_and_does_not_read_loses_its_lease_in_time(service, peer):
+    lease = peer.open(address_for(service, "raw", mm_dtype="float32"))
+    peer.say(remote.Ask(lease, 2, 0))
+
+    def lost():
+        peer.say(remote.Alive())
+        return leases_of(service, "raw") == 0
+
+    eventually(lost, "the end of the lease")
+    assert [peer.hear(remote.Chunk)[0].number for _ in range(2)] == [0, 1]
+    assert peer.ended().kind == "LeaseLost"
+    assert service.metrics()['mmprep_remote_pulls_total{outcome="stalled"}'] >= 1
+
+
+@contextmanager
+def holder(service, door, keys, name):
+    """Give a process that holds an item and a job, the sum of the item's pixels, and the job's id."""
+    command = [sys.executable, "-c", HOLDER, door, keys / "engine.key", keys / "service.pub", name]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(list(map(str, command)), text=True, env=environment(), **pipes) as process:
+        try:
+            assert process.stdout.readline() == "connected\n"
+            process.stdin.write(json.dumps(address_for(service, name)) + "\n")
+            process.stdin.flush()
+            total = int(process.stdout.readline())
+            with Client(service.endpoint) as client:
+                posted = client.post(CHAT, queue="held")
+            assert process.stdout.readline() == f"{posted}\n"
+            yield process, total, posted
+        finally:
+            process.kill()
+
+
+def test_a_backend_that_is_killed_has_nothing_any_more_and_its_job_goes_to_another(service, door, keys, connect):
+    with holder(service, door, keys, "mortal") as (process, _, posted):
+        process.kill()
+        with connect(queue="held") as heir:
+            job = heir.pull(60)
+            assert (job.id, job.attempt) == (posted, 2)
+            job.ack()
+        eventually(lambda: leases_of(service, "mortal") is None, "the end of the session")
+        with connect(id="mortal"):
+            pass
+
+
+def test_a_backend_that_is_stopped_is_given_up_after_a_leases_time_and_keeps_what_it_received(
+    service, door, keys, connect
+):
+    with holder(service, door, keys, "sleeper") as (process, total, posted):
+        process.send_signal(signal.SIGSTOP)
+        eventually(lambda: leases_of(service, "sleeper") is None, "the end of the session")
+        process.send_signal(signal.SIGCONT)
+        with connect(queue="held") as heir:
+            job = heir.pull(60)
+            assert (job.id, job.attempt) == (posted, 2)
+            process.stdin.write("\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == f"{total} [False]\n"
+            job.ack()
+        assert process.wait(60) == 0
+
+
+def test_a_pull_goes_on_when_the_writer_dies_in_the_middle_of_it(service, peer):
+    with Backend(service.endpoint, id="near") as near:
+        item = near.open(address_for(service, "near", mm_dtype="float32"))
+        expected = item.materialize()["pixel_values"].tobytes()
+        address = address_for(service, "raw", mm_dtype="float32")
+        count = chunks_of(address, peer)
+        lease = peer.open(address)
+        peer.say(remote.Ask(lease, 1, 0))
+        data = [peer.hear(remote.Chunk)[1][0]]
+        writer = service.pids()["writer"][0]
+        os.kill(writer, signal.SIGKILL)
+        eventually(lambda: not is_alive(writer), "the end of the writer")
+        peer.say(remote.Ask(lease, 2, 1))
+        data.append(peer.hear(remote.Chunk)[1][0])
+        service.status_when(
+            lambda s: s.get("worker", {}).get("pid") not in {None, writer} and s["lanes"], "a new writer"
+        )
+        for number in range(2, count):
+            peer.say(remote.Ask(lease, number + 1, number))
+            data.append(peer.hear(remote.Chunk)[1][0])
+        peer.say(remote.Ask(lease, count, count))
+        assert b"".join(data)[: len(expected)] == expected
+        peer.say(messages.Renew(5, (lease,)))
+        assert peer.hear(messages.Renewed)[0].lost == ()
+
+
+def test_a_backend_connects_again_when_the_door_dies_and_what_it_received_stays(service, connect):
+    with connect(id="patient", queue="patient") as backend, Client(service.endpoint) as client:
+        item = backend.open(address_for(service, "patient"))
+        pixels = item.materialize()["pixel_values"]
+        client.post(CHAT, queue="patient")
+        job = backend.pull()
+        os.kill(service.status()["remote"]["pid"], signal.SIGKILL)
+        again = eventually(lambda: _opened(backend, item.address), "a new door")
+        assert (again.materialize()["pixel_values"] == pixels).all()
+        assert (item.materialize()["pixel_values"] == pixels).all()
+        with pytest.raises(StaleDelivery):
+            job.ack()
+        job = backend.pull(60)
+        assert job.attempt == 2
+        job.ack()
+
+
+def _opened(backend, address):
+    try:
+        return backend.acquire(address)
+    except ServiceUnavailable:
+        return None
