@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from service import ROOT, Service, environment
 
+from mmprep.remote.curve import make_pair
+
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 COMMANDS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 ANSWERS = re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
@@ -21,16 +23,22 @@ DEFAULT_URL = "http://127.0.0.1:8790"
 def service():
     """Give a service in the default runtime directory of those who are told this ``XDG_RUNTIME_DIR``."""
     with tempfile.TemporaryDirectory(prefix="mmprep-", dir="/tmp") as directory:
-        running = Service(Path(directory) / "mmprep", "--cache-size", "64MiB", "--enable-injection")
+        keys = Path(directory) / "keys"
+        make_pair(keys, "service")
+        make_pair(keys, "engine-1")
+        remote = ("--remote-endpoint", "tcp://127.0.0.1:0", "--curve-key-file", keys / "service.key")
+        remote += ("--curve-clients-dir", keys)
+        running = Service(Path(directory) / "mmprep", "--cache-size", "64MiB", "--enable-injection", *remote)
         try:
             yield running.ready()
         finally:
             status = running.stop()
+        shutil.rmtree(keys)
         assert (status, list(Path(directory).iterdir())) == (0, [])
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 6
+    assert len(EXAMPLES) == 7
     assert len(COMMANDS) == 1
 
 
@@ -66,6 +74,10 @@ def test_the_first_request_of_the_readme_gets_the_answer_that_stands_below_it(se
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_a_python_example_of_the_readme_runs(service, number):
     code = EXAMPLES[number].replace(DEFAULT_URL, service.url)
+    code = code.replace("http://10.0.0.5:8790", service.url).replace(
+        "/etc/mmprep", f"{service.runtime_dir.parent}/keys"
+    )
+    code = code.replace("tcp://10.0.0.5:7790", service.status()["remote"]["endpoint"])
     result = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -188,7 +188,7 @@ class RemoteDoor:
         if session is not None:
             raise ProtocolError("a connection says hello once")
         if hello.host and hmac.compare_digest(hello.host, self._host):
-            self._send(peer, remote.Neighbour(str(self._runtime.path), self._runtime.runtime_id))
+            self._send(peer, remote.Neighbour(str(self._runtime.path), bytes.fromhex(self._runtime.runtime_id)))
             return
         closing = self._make_way(hello, user)
         if closing is None and len(self._by_id) >= _MOST_SESSIONS:

@@ -416,10 +416,10 @@ class RemoteReader:
 
     def _is_near(self, neighbour: remote.Neighbour) -> None:
         """Use the service's shared memory, where it can be seen from here; containers of one host may not see it."""
-        runtime = RuntimeDir(neighbour.runtime_dir)
+        runtime, runtime_id = RuntimeDir(neighbour.runtime_dir), neighbour.runtime_id.hex()
         self._host = b""
         with contextlib.suppress(OSError):
-            if runtime.runtime_id == neighbour.runtime_id and segments_of(neighbour.runtime_id):
+            if runtime.runtime_id == runtime_id and segments_of(runtime_id):
                 self.near = runtime
                 self._changed.set()
                 return

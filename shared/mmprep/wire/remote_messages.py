@@ -21,7 +21,8 @@ MAX_CHUNK = 4 << 20
 MAX_CHUNK_CREDITS = 64
 
 HostId = Annotated[bytes, msgspec.Meta(max_length=16)]
-RuntimeId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}\Z")]
+#: The runtime directory's id in bytes.
+RuntimeId = Annotated[bytes, msgspec.Meta(min_length=4, max_length=4)]
 
 
 class RemoteHello(Wire, frozen=True):
