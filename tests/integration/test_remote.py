@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zmq
+from tests.integration.faulty import Gates
 from tests.integration.service import DATA, environment, eventually, is_alive, photo, serving, text, user
 
 from mmprep import (
@@ -30,6 +31,7 @@ from mmprep import (
 from mmprep.address import parse_address
 from mmprep.cli.desk import DeskClient
 from mmprep.errors import MmprepError
+from mmprep.failpoints import VARIABLE
 from mmprep.reading import LocalReader
 from mmprep.remote.curve import make_pair, read_public, read_secret
 from mmprep.wire import messages
@@ -39,6 +41,12 @@ from mmprep.wire.codec import PROTOCOL, pack, unpack
 CAT = (DATA / "cat.png").read_bytes()
 CHAT = user({"type": "image_url", "image_url": {"url": CAT}}, text("What is it?"))
 LEASE_SECONDS = 3
+#: By label; where the door comes by when tensors are received, and a job.
+DOOR = {
+    "chunks are asked for": "remote.ask.received",
+    "a chunk was sent": "remote.chunk.sent",
+    "a job was sent": "remote.job.sent",
+}
 
 #: Opens the item at an address, pulls a job, says so, and waits.
 HOLDER = """
@@ -74,10 +82,16 @@ def keys():
 
 
 @pytest.fixture(scope="module")
-def service(keys):
+def gates(keys):
+    return Gates(keys, {label: f"{point}=kill" for label, point in DOOR.items()})
+
+
+@pytest.fixture(scope="module")
+def service(keys, gates):
     options = ("--curve-key-file", keys / "service.key", "--curve-clients-dir", keys / "clients")
     limits = ("--lease-seconds", LEASE_SECONDS, "--cache-size", "32MiB")
-    with serving("--remote-endpoint", "tcp://127.0.0.1:0", *options, *limits) as running:
+    armed = {VARIABLE: gates.variable}
+    with serving("--remote-endpoint", "tcp://127.0.0.1:0", *options, *limits, env=armed) as running:
         yield running
 
 
@@ -107,7 +121,8 @@ def _quiet(service):
 
 def _is_left(status):
     queues = status["queues"].values()
-    return not (status["backends"] or status["remote"]["backends"] or status["pins"] or any(q["depth"] for q in queues))
+    far = status.get("remote", {"backends": "not known while there is no door"})["backends"]
+    return not (status["backends"] or far or status["pins"] or any(q["depth"] for q in queues))
 
 
 def address_for(service, backend_id, name="rocket.jpg", **fields):
@@ -502,6 +517,32 @@ def test_a_backend_connects_again_when_the_door_dies_and_what_it_received_stays(
         job = backend.pull(60)
         assert job.attempt == 2
         job.ack()
+
+
+@pytest.mark.parametrize("label", DOOR)
+def test_what_is_under_way_when_the_door_dies_comes_right_from_the_next_one(service, gates, connect, label):
+    with connect(id="unlucky", queue="unlucky") as backend, Client(service.endpoint) as client:
+        address = address_for(service, "unlucky", mm_dtype="float32")
+        with Backend(service.endpoint, id="near") as near:
+            expected = near.acquire(address).materialize()["pixel_values"]
+        gates.open(label)
+        if "job" in label:
+            client.post(CHAT, queue="unlucky")
+            assert eventually(lambda: _acknowledged(backend), "a job that is this backend's").attempt == 2
+        else:
+            item = eventually(lambda: _opened(backend, address), "a new door")
+            assert (item.materialize()["pixel_values"] == expected).all()
+        assert gates.was_taken(label)
+
+
+def _acknowledged(backend):
+    """Return a job that was acknowledged; the first one may be another delivery's by now."""
+    job = backend.pull()
+    try:
+        job.ack()
+    except (StaleDelivery, ServiceUnavailable):
+        return None
+    return job
 
 
 def _opened(backend, address):

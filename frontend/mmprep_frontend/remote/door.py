@@ -46,6 +46,8 @@ _OVER = "the session is over: connect again"
 _MOST_SESSIONS = 256
 _TICK_SECONDS = 0.25
 _ALIVE_SECONDS = 1.0
+#: Seconds between two lines of the log about connections that were refused.
+_LOG_SECONDS = 1.0
 #: Bytes of jobs and other words that may wait for a backend, beside its chunks.
 _OTHER_BYTES = 32 << 20
 #: Messages that ZeroMQ takes for one peer; what is more waits here, where it is counted.
@@ -90,6 +92,7 @@ class RemoteDoor:
         self._by_id: dict[str, Session] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._gatekeeper: Gatekeeper | None = None
+        self._told_at = float("-inf")
         socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
         configure(socket)
         socket.sndhwm = _HIGH_WATER
@@ -144,7 +147,10 @@ class RemoteDoor:
         failed = parse_monitor_message(frames)["event"]
         why = "unknown key" if failed == zmq.EVENT_HANDSHAKE_FAILED_AUTH else "handshake"
         self._metrics.count("mmprep_refused_total", link="remote", error=why)
-        event(_log, logging.WARNING, "a connection was refused", reason=why)
+        now = time.monotonic()
+        if now - self._told_at >= _LOG_SECONDS:  # anybody can make these
+            self._told_at = now
+            event(_log, logging.WARNING, "a connection was refused", reason=why)
 
     def _on_message(self, frames: list[zmq.Frame]) -> None:
         peer = frames[0].bytes

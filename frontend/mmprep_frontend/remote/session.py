@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import msgspec
 import zmq
 
+from mmprep import failpoints
 from mmprep.address import Address
 from mmprep.errors import Busy, InvalidRequest, LeaseLost, MmprepError, ProtocolError, StaleDelivery
 from mmprep.item import Shared, Source
@@ -256,6 +257,7 @@ class Session:
             lent.source.release()
 
     def _asked(self, ask: remote.Ask) -> None:
+        failpoints.reach("remote.ask.received")
         lent = self._lent.get(ask.lease)
         try:
             if lent is None:
@@ -267,6 +269,7 @@ class Session:
                 frame = lent.source.part(piece.start, piece.stop)
                 self._metrics.count("mmprep_remote_bytes_total", piece.stop - piece.start)
                 self._send(remote.Chunk(ask.lease, piece.number), frame)
+                failpoints.reach("remote.chunk.sent")
         except ProtocolError as error:
             self._metrics.count("mmprep_refused_total", link="remote", error="ProtocolError")
             self._send(remote.Ended(ask.lease, messages.Fault.of(error)))
@@ -322,6 +325,7 @@ class Session:
             fault,
         )
         self._send(delivery, *content.pieces())
+        failpoints.reach("remote.job.sent")
 
     async def _end_job(self, message: messages.Ack | messages.GiveBack) -> None:
         found = self._jobs.get(message.token)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,38 +19,30 @@ from typing import Any, NamedTuple
 import msgspec
 import zmq
 
-import mmprep
 from mmprep.address import Address
-from mmprep.errors import AuthenticationError, InvalidRequest, MmprepError, ProtocolError, ServiceUnavailable
+from mmprep.errors import MmprepError, ProtocolError, ServiceUnavailable
 from mmprep.item import Item, Runner, Source
 from mmprep.items import ItemMeta, align, region_size, unpack_meta
 from mmprep.reading import item_of
 from mmprep.registration import Pulls, WriterLostError
+from mmprep.remote.connection import DoorConnection, Handlers
 from mmprep.remote.curve import RemoteKeys
-from mmprep.remote.endpoint import TcpEndpoint, host_id
+from mmprep.remote.endpoint import TcpEndpoint
 from mmprep.remote.received import Memory, Received, aligned
 from mmprep.remote.reception import Asking, Reception
 from mmprep.runtime import RuntimeDir
-from mmprep.segment import segments_of
 from mmprep.wire import messages
 from mmprep.wire import remote_messages as remote
-from mmprep.wire.calls import CallTable
-from mmprep.wire.codec import CONTROL_LIMIT, PROTOCOL, pack, unpack
-from mmprep.wire.sockets import Link
+from mmprep.wire.codec import CONTROL_LIMIT
 
-#: Seconds for one word with the door, its replacement included.
-_CALL_SECONDS = 10.0
+#: Seconds to wait for memory where there is none for what is opened.
+_ROOM_SECONDS = 10.0
 #: Seconds in which something has to come of tensors that were asked for.
 _STALL_SECONDS = 30.0
 _CLOSE_SECONDS = 2.0
 _UPKEEP_SECONDS = 0.05
 #: Seconds between two signs of life; a third of a short lease's time.
 _ALIVE_SECONDS = 1.0
-#: Seconds after a loss, until the door is tried again.
-_PAUSE_SECONDS = 0.2
-#: Milliseconds between two heartbeats of ZeroMQ's own, and until one that is not answered ends the connection.
-_HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 2000, 10_000
-_CONNECT_MS = 5000
 #: How often tensors are asked for again because the connection was lost.
 _MOST_RETRIES = 2
 #: Leases in one message.
@@ -66,7 +57,7 @@ class _Receiving(NamedTuple):
 
 
 class RemoteReader:
-    """A backend's registration with the door of a service.
+    """A :class:`mmprep.reading.Reader` by way of a door.
 
     Parameters
     ----------
@@ -82,10 +73,6 @@ class RemoteReader:
         Tensors are to travel even where the service is on this host.
     run:
         How other threads run coroutines on the loop, ``None`` where the program is on it.
-
-    Attributes
-    ----------
-    near: the service's runtime directory where it is on this host; then this backend is not registered here.
     """
 
     def __init__(
@@ -102,60 +89,36 @@ class RemoteReader:
         receives: bool,
         run: Runner | None,
     ) -> None:
-        self.near: RuntimeDir | None = None
-        self._keys = keys
-        self._id = backend_id
         self._pulls = pulls
-        self._queues = tuple(queues)
-        self._credits = credits
         self._run = run
-        self._host = b"" if receives else host_id()
-        self._instance = os.urandom(16)
         self._memory = Memory(receive_limit)
         self._loop = asyncio.get_running_loop()
-        self._calls = CallTable()
         self._receiving: dict[bytes, _Receiving] = {}
         self._reception: Reception | None = None
         self._dropped: deque[bytes] = deque()
-        self._up = self._closed = self._known = False
-        self._refusal: MmprepError | None = None
-        self._changed = asyncio.Event()
+        self._closed = False
         self._alive_seconds = _ALIVE_SECONDS
-        self._ipv6 = endpoint.is_ipv6
-        self._link = Link(
+        self._door = DoorConnection(
             context,
-            str(endpoint),
-            f"backend:{backend_id}",
-            greeting=self._greeting,
-            on_message=self._on_message,
-            on_down=self._on_down,
-            frame_limit=remote.MAX_CHUNK,
-            copy=False,
-            tune=self._tune,
-            on_refusal=self._handshake_failed,
-            pause=_PAUSE_SECONDS,
+            endpoint,
+            keys,
+            backend_id,
+            queues=tuple(queues),
+            credits=credits,
+            receives=receives,
+            handlers=Handlers(self._welcomed, self._said, self._over),
         )
         self._upkeep = asyncio.create_task(self._keep_up())
 
     # --- life -----------------------------------------------------------------------------------------------------
 
-    async def ready(self, seconds: float) -> None:
-        """Wait until this backend is registered, or was found to be on the service's host.
+    @property
+    def near(self) -> RuntimeDir | None:
+        """The service's runtime directory where it is on this host; then this backend is not registered."""
+        return self._door.near
 
-        Raises
-        ------
-        AuthenticationError
-            The keys do not fit.
-        ServiceUnavailable
-            Nobody answered within ``seconds``.
-        """
-        try:
-            async with asyncio.timeout(seconds):
-                await self._until(lambda: self._up or self.near is not None)
-        except TimeoutError:
-            raise ServiceUnavailable(
-                "no service answers at this endpoint; is it started with --remote-endpoint?"
-            ) from None
+    async def ready(self, seconds: float) -> None:
+        await self._door.ready(seconds)
 
     async def close(self) -> None:
         if self._closed:
@@ -164,13 +127,11 @@ class RemoteReader:
         self._upkeep.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._upkeep
-        if self._up:
-            self._release_dropped()
-            with contextlib.suppress(MmprepError, TimeoutError):
-                async with asyncio.timeout(_CLOSE_SECONDS):
-                    await self.call(remote.Bye)
-        self._link.close()
-        self._end_all(InvalidRequest, "this client is closed")
+        self._release_dropped()
+        await self._door.close(_CLOSE_SECONDS)
+
+    async def call(self, make: Callable[[int], msgspec.Struct]) -> Any:
+        return await self._door.call(make)
 
     # --- items ----------------------------------------------------------------------------------------------------
 
@@ -195,7 +156,7 @@ class RemoteReader:
         over: tuple[bytes, ...] = ()
         for start in range(0, len(leases), _BATCH):
             batch = leases[start : start + _BATCH]
-            answer = await self.call(partial(messages.Renew, leases=batch))
+            answer = await self._door.call(partial(messages.Renew, leases=batch))
             over += tuple(answer.lost)
         return over
 
@@ -215,10 +176,10 @@ class RemoteReader:
             address.metadata_length,
         )
         for retries_left in reversed(range(_MOST_RETRIES + 1)):
-            opened, blob = await self.call(lambda call: remote.Open(call, place, lease, kind))
+            opened, blob = await self._door.call(lambda call: remote.Open(call, place, lease, kind))
             try:
                 meta = _read_meta(blob)
-                source = await self._receive(opened.lease, region_size(meta.fields), _CALL_SECONDS)
+                source = await self._receive(opened.lease, region_size(meta.fields), _ROOM_SECONDS)
             except WriterLostError:  # the lease went with the connection
                 if not retries_left:
                     raise
@@ -261,62 +222,28 @@ class RemoteReader:
     def _abandon(self, lease: bytes) -> None:
         del self._receiving[lease]
         if self._reception is not None and lease in self._reception:
-            self._tell(messages.Release(0, (lease,)))
+            self._door.tell(messages.Release(0, (lease,)))
             self._ask(self._reception.abandon(lease, time.monotonic()))
-
-    # --- words with the door --------------------------------------------------------------------------------------
-
-    async def call(self, make: Callable[[int], msgspec.Struct]) -> Any:
-        """Ask the door, and the next one where the connection is lost before it answers: every call may be made twice."""
-        try:
-            async with asyncio.timeout(_CALL_SECONDS):
-                while True:
-                    if not self._closed:
-                        await self._until(lambda: self._up)
-                    number, future = self._calls.open()
-                    try:
-                        self._tell(make(number))
-                        return await future
-                    except WriterLostError:
-                        continue
-                    finally:
-                        self._calls.forget(number)
-        except TimeoutError:
-            raise ServiceUnavailable("the service did not answer", retry_after=1.0) from None
-
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        """Wait for ``condition``; raises a refusal that comes meanwhile, and InvalidRequest where this is closed."""
-        former = self._refusal
-        while not condition():
-            if self._closed:
-                raise InvalidRequest("this client is closed")
-            if self._refusal is not former and self._refusal is not None:
-                raise self._refusal
-            self._changed.clear()
-            await self._changed.wait()
-
-    def _tell(self, message: msgspec.Struct) -> None:
-        self._link.send([pack(message)])
 
     def _ask(self, asks: Sequence[Asking]) -> None:
         for ask in asks:
-            self._tell(remote.Ask(*ask))
+            self._door.tell(remote.Ask(*ask))
 
     def _release_dropped(self) -> None:
         while self._dropped:
             batch = tuple(self._dropped.popleft() for _ in range(min(_BATCH, len(self._dropped))))
-            if self._up:  # else they ended with the connection
-                self._tell(messages.Release(0, batch))
+            if self._door.up:  # else they ended with the connection
+                self._door.tell(messages.Release(0, batch))
 
     async def _keep_up(self) -> None:
         said = 0.0
         while True:
             await asyncio.sleep(_UPKEEP_SECONDS)
             now = time.monotonic()
-            if self._up and now - said >= self._alive_seconds:
+            if self._door.up and now - said >= self._alive_seconds:
                 said = now
                 with contextlib.suppress(MmprepError):  # the door does not read: ZeroMQ's heartbeat will tell
-                    self._tell(remote.Alive())
+                    self._door.tell(remote.Alive())
                     self._ask([] if self._reception is None else self._reception.tell())
             if self._reception is not None:
                 for lease in self._reception.stalled(now, _STALL_SECONDS):
@@ -327,103 +254,32 @@ class RemoteReader:
         if receiving is not None and not receiving.arrived.done():
             receiving.arrived.set_exception(error)
 
-    def _end_all(self, kind: type[MmprepError], why: str) -> None:
+    # --- what the door says ---------------------------------------------------------------------------------------
+
+    def _over(self, kind: type[MmprepError], why: str) -> None:
         """The session is over."""
-        self._up, self._reception = False, None
+        self._reception = None
         receiving, self._receiving = self._receiving, {}
         for one in receiving.values():
             if not one.arrived.done():
                 one.arrived.set_exception(kind(why))
-        self._calls.fail_all(kind, why)
-        self._changed.set()
-
-    # --- the connection -------------------------------------------------------------------------------------------
-
-    def _tune(self, socket: zmq.Socket[bytes]) -> None:
-        self._keys.apply(socket)
-        socket.ipv6 = self._ipv6
-        socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
-        socket.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_MS)
-
-    def _greeting(self) -> list[bytes]:
-        hello = remote.RemoteHello(
-            PROTOCOL, mmprep.__version__, self._id, self._instance, self._queues, self._credits, self._host
-        )
-        return [pack(hello)]
-
-    def _on_down(self) -> None:
-        self._end_all(WriterLostError, "the connection to the service was lost; try again")
-
-    def _handshake_failed(self, event: int) -> None:
-        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            why = "the service does not know this backend's key: put its public key into the service's --curve-clients-dir"
-        elif self._known and event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-            return  # a service that was there before is going away
-        elif self._keys.given:
-            why = "the handshake failed: curve_server_key_file is not this service's key, or it listens without keys"
-        else:
-            why = "the handshake failed: the service wants keys; give curve_key_file and curve_server_key_file"
-        self._refuse(AuthenticationError(why))
-
-    def _refused(self, error: MmprepError) -> None:
-        """The door has ended the session, or begins none: say so to those who wait, and try another connection."""
-        if not (self._up and isinstance(error, ServiceUnavailable)):
-            self._refuse(error)
-        self._link.reopen()
-
-    def _refuse(self, error: MmprepError) -> None:
-        self._refusal = error
-        self._calls.fail_all(ServiceUnavailable, error.message)
-        self._changed.set()
-
-    def _on_message(self, frames: list[zmq.Frame]) -> None:
-        message = unpack(frames[0].buffer, remote.FromDoor)
-        match message:
-            case remote.Chunk():
-                self._chunk(message, frames[1:])
-            case remote.RemoteWelcome():
-                self._welcomed(message)
-            case remote.Neighbour():
-                self._is_near(message)
-            case messages.Refused():
-                self._refused(message.fault.error())
-            case remote.Ended():
-                self._ended(message)
-            case remote.Opened():
-                self._calls.resolve(message.call, (message, b"".join(frame.bytes for frame in frames[1:2])))
-            case messages.Failed():
-                self._calls.resolve(message.call, message.fault.error())
-            case messages.Done() | messages.Renewed() | messages.Kept():
-                self._calls.resolve(message.call, message)
-            case messages.Delivery() if self._pulls is not None:
-                self._pulls.delivered(message, [frame.bytes for frame in frames[1:]])
-            case _:
-                pass
 
     def _welcomed(self, welcome: remote.RemoteWelcome) -> None:
         self._reception = Reception(chunk=welcome.chunk, credits=welcome.credits)
         self._alive_seconds = min(_ALIVE_SECONDS, welcome.lease_ms / 3000)
         self._dropped.clear()
-        self._host = b""  # where it is now it stays
-        self._refusal, self._up, self._known = None, True, True
         if self._pulls is not None:
             for make, answered in self._pulls.greets():
-                number, future = self._calls.open()
-                future.add_done_callback(answered)
-                self._tell(make(number))
-        self._changed.set()
+                self._door.ask(make, answered)
 
-    def _is_near(self, neighbour: remote.Neighbour) -> None:
-        """Use the service's shared memory, where it can be seen from here; containers of one host may not see it."""
-        runtime, runtime_id = RuntimeDir(neighbour.runtime_dir), neighbour.runtime_id.hex()
-        self._host = b""
-        with contextlib.suppress(OSError):
-            if runtime.runtime_id == runtime_id and segments_of(runtime_id):
-                self.near = runtime
-                self._changed.set()
-                return
-        self._link.send(self._greeting())
+    def _said(self, message: msgspec.Struct, frames: list[zmq.Frame]) -> None:
+        match message:
+            case remote.Chunk():
+                self._chunk(message, frames)
+            case remote.Ended():
+                self._ended(message)
+            case messages.Delivery() if self._pulls is not None:
+                self._pulls.delivered(message, [frame.bytes for frame in frames])
 
     def _chunk(self, chunk: remote.Chunk, frames: list[zmq.Frame]) -> None:
         if self._reception is None:
@@ -432,7 +288,7 @@ class RemoteReader:
         try:
             arrival = self._reception.arrived(chunk.lease, chunk.number, len(data), time.monotonic())
         except ProtocolError:
-            self._link.reopen()  # nothing that this door sends can be relied on
+            self._door.give_up()
             raise
         receiving = self._receiving.get(chunk.lease)
         if arrival.offset is not None and receiving is not None:
