@@ -1,7 +1,8 @@
 """Tensors over tcp: a remote backend's pull of an item, against raw ZeroMQ moving as many bytes.
 
 Both by turns, over the loopback, both with CURVE or both without. Raw is a DEALER that asks a ROUTER for one message of all
-bytes; the pull is ``Backend.acquire``: a word with the service about a lease, then the chunks, into one buffer.
+bytes; the pull is ``Backend.open`` of an address that the service has leased to the backend before: a word with the door,
+then the chunks, into one buffer.
 """
 
 from __future__ import annotations
@@ -16,16 +17,14 @@ import zmq
 from mmprep.backend import Backend
 from mmprep.bench import pictures
 from mmprep.bench.figures import median
-from mmprep.bench.handover import Tensor
+from mmprep.bench.handover import READER, Requests, Tensor
 from mmprep.bench.running import Child, Service, service
 from mmprep.cli.desk import DeskClient
-from mmprep.client import Client
 from mmprep.ports import claim_port
 from mmprep.remote.curve import make_pair
 
 _MOST = 100_000_000
 _LANES = 2
-_FIELD = "pixel_values"
 
 
 def measure(model: Path, directory: Path, tensors: Sequence[Tensor], repeats: int) -> list[dict[str, Any]]:
@@ -74,28 +73,28 @@ def _one(
     if keys is not None:
         files["curve_key_file"] = keys / "backend" / "backend.key"
         files["curve_server_key_file"] = keys / "service" / "service.pub"
-    part = {"type": "image_url", "image_url": {"url": pictures.jpeg(tensor.picture)}}
+    picture = pictures.jpeg(tensor.picture)
+    requests = Requests(running)
     with (
-        Client(f"ipc://{running.runtime_dir}") as client,
-        Backend(endpoint, transport="tcp", **files) as backend,
+        Backend(endpoint, id=READER, transport="tcp", **files) as backend,
+        Backend(f"ipc://{running.runtime_dir}") as near,
     ):
-        item = client.chat([{"role": "user", "content": [part]}], mm_dtype="float32").items["image"][0]
-        address = item.address
-        assert address is not None
-        nbytes = sum(array.nbytes for array in item.materialize().values())
-        pulled = backend.acquire(address)
-        if (pulled.materialize()[_FIELD] != item.materialize()[_FIELD]).any():
+        address = requests.address(picture, "copy")
+        pulled, local = backend.open(address).materialize(), near.acquire(address).materialize()
+        if any((pulled[name] != array).any() for name, array in local.items()):
             raise AssertionError("what was received is not what lies in shared memory")
-        pulled.release()
+        nbytes = sum(array.nbytes for array in local.values())
+        leased = iter([requests.address(picture, "copy") for _ in range(repeats + 1)])
 
         def pull() -> None:
-            backend.acquire(address).release()
+            backend.open(next(leased)).release()
 
         def raw() -> None:
             socket.send(str(nbytes).encode())
             socket.recv(copy=False)
 
         times = _by_turns([raw, pull], repeats)
+    requests.close()
     raw_ms, pull_ms = (round(1000 * median(taken), 3) for taken in times)
     return {
         "tensor": tensor.name,
