@@ -187,14 +187,20 @@ class Pulling:
 
     async def _take_charge(self, held: Held, content: JobContent, leases: Sequence[bytes]) -> None:
         granted = iter(leases)
-        for item in content.items:
-            meta = _meta(item)
-            if item.place is None or held.error is not None:
-                held.items.append(self._item(item, meta, None, None))
-                continue
-            assert self._reader is not None
-            found = await self._reader.source(_address(content, item, meta, next(granted, b"")), meta)
-            held.items.append(self._item(item, meta, *found))
+        metas = [_meta(item) for item in content.items]
+        placed = [item.place is not None and held.error is None for item in content.items]
+        assert self._reader is not None
+        found = iter(
+            await self._reader.sources(
+                [
+                    (_address(content, item, meta, next(granted, b"")), meta)
+                    for item, meta, there in zip(content.items, metas, placed, strict=True)
+                    if there
+                ]
+            )
+        )
+        for item, meta, there in zip(content.items, metas, placed, strict=True):
+            held.items.append(self._item(item, meta, *(next(found) if there else (None, None))))
 
     def _item(self, item: HeadItem, meta: ItemMeta, address: Address | None, source: Source | None) -> Item:
         return Item(

@@ -6,7 +6,7 @@ on the service's host; :class:`mmprep.remote.reader.RemoteReader` is the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -42,8 +42,8 @@ class Reader(Protocol):
     async def acquire(self, address: Address, kind: LeaseKind) -> Item:
         """Lease the content of an address and return the item; raises StaleAddress."""
 
-    async def source(self, address: Address, meta: ItemMeta) -> tuple[Address, Source]:
-        """Return the address as it is leased, and the tensors, of an item whose metadata are known; raises StaleAddress."""
+    async def sources(self, wanted: Sequence[tuple[Address, ItemMeta]]) -> list[tuple[Address, Source]]:
+        """Return the addresses as they are leased, and the tensors, of all items of a job; raises StaleAddress."""
 
     async def renew(self, leases: tuple[bytes, ...]) -> tuple[bytes, ...]:
         """Prolong leases from now and return those that are over."""
@@ -122,7 +122,10 @@ class LocalReader:
         held = await self.registration.acquire(address, kind)
         return self._item(msgspec.structs.replace(address, lease_kind=kind), *held)
 
-    async def source(self, address: Address, meta: ItemMeta) -> tuple[Address, Source]:  # noqa: ARG002 -- what it lies in has them too
+    async def sources(self, wanted: Sequence[tuple[Address, ItemMeta]]) -> list[tuple[Address, Source]]:
+        return [await self._source(address) for address, _ in wanted]
+
+    async def _source(self, address: Address) -> tuple[Address, Source]:
         found = self.registration.hold_now(address, None) or await self.registration.hold(address, None)
         address = msgspec.structs.replace(address, lease=found[1].id.hex())
         return address, Shared(self.registration, found[0], address, found[1])

@@ -5,18 +5,19 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zmq
 from tests.integration.faulty import Gates
-from tests.integration.service import DATA, environment, eventually, is_alive, photo, serving, text, user
+from tests.integration.service import DATA, decode_item, environment, eventually, is_alive, photo, serving, text, user
 
 from mmprep import (
     AsyncBackend,
@@ -204,6 +205,23 @@ def test_jobs_are_pulled_and_ended_as_on_the_host(service, connect):
     assert sorted(got) == sorted([*((job_id, 1) for job_id in posted), (posted[0], 2)])
 
 
+def test_jobs_of_several_items_come_whole_where_there_is_room_for_one_at_a_time(service, connect):
+    pictures = [photo("cat.png"), photo("rocket.jpg")]
+    answer = service.render(user(*pictures), mm_dtype="uint8")
+    expected = [decode_item(element)["pixel_values"].array for element in answer["features"]["kwargs_data"]["image"]]
+    limit = int(1.5 * sum(array.nbytes for array in expected))
+    with connect(queue="narrow", credits=3, receive_limit=limit) as backend:
+        for _ in range(3):
+            assert service.chat(user(*pictures), mm_dtype="uint8", queue="narrow").status == 202
+        for _ in range(3):
+            job = backend.pull()
+            with job.view() as items:
+                for arrays, array in zip(items["image"], expected, strict=True):
+                    assert (arrays["pixel_values"] == array).all()
+            assert job.attempt == 1
+            job.ack()
+
+
 def test_a_backend_receives_no_more_than_its_limit_at_a_time(service, connect):
     with connect(id="small", receive_limit=3 << 20) as backend:
         address = address_for(service, "small", mm_dtype="uint8")
@@ -221,7 +239,7 @@ def test_a_backend_receives_no_more_than_its_limit_at_a_time(service, connect):
 # --- who may connect --------------------------------------------------------------------------------------------------
 
 
-def test_who_has_not_the_right_keys_is_told_so_and_counted_and_disturbs_nobody(service, connect, keys):
+def test_who_has_not_the_right_keys_is_told_so_and_counted_and_disturbs_nobody(service, connect, door, keys):
     plain = {"curve_key_file": None, "curve_server_key_file": None}
     before = refused(service, "unknown key"), refused(service, "handshake")
     with connect(id="inside") as inside:
@@ -233,6 +251,12 @@ def test_who_has_not_the_right_keys_is_told_so_and_counted_and_disturbs_nobody(s
             with pytest.raises(AuthenticationError, match=said) as caught:
                 connect(id="outside", **arguments)
             assert str(keys) not in caught.value.message
+        for said in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 8, bytes(range(256))):
+            with socket.create_connection(("127.0.0.1", int(door.rpartition(":")[2]))) as stranger:
+                stranger.sendall(said)
+                with suppress(ConnectionError):
+                    while stranger.recv(4096):
+                        pass
         assert (refused(service, "unknown key"), refused(service, "handshake")) == (before[0] + 1, before[1] + 2)
         inside.open(address_for(service, "inside")).release()
         with pytest.raises(InvalidRequest, match="living process"):

@@ -145,12 +145,26 @@ class RemoteReader:
     async def acquire(self, address: Address, kind: messages.LeaseKind) -> Item:
         return await self._open(msgspec.structs.replace(address, lease_kind=kind), None, kind)
 
-    async def source(self, address: Address, meta: ItemMeta) -> tuple[Address, Source]:
-        assert address.lease is not None
-        length = region_size(meta.fields)
-        if align(address.metadata_length) + length > address.length:
-            raise ProtocolError("a job has an item that is longer than its extent")
-        return address, await self._receive(bytes.fromhex(address.lease), length, None)
+    async def sources(self, wanted: Sequence[tuple[Address, ItemMeta]]) -> list[tuple[Address, Source]]:
+        """Return the received items of a job; room for all is taken at once, so that two jobs never wait for each other."""
+        lengths = [_length(address, meta) for address, meta in wanted]
+        await self._memory.take(sum(lengths), None)
+        leases = [bytes.fromhex(address.lease or "") for address, _ in wanted]
+        # All at once: the next item's first chunks come right behind the last ones of the item before.
+        receiving = [asyncio.create_task(self._receive(*one)) for one in zip(leases, lengths, strict=True)]
+        try:
+            sources = await asyncio.gather(*receiving)
+        except BaseException:
+            for task in receiving:
+                task.cancel()
+            ended = await asyncio.gather(*receiving, return_exceptions=True)
+            for outcome, length in zip(ended, lengths, strict=True):
+                if isinstance(outcome, Received):
+                    outcome.release()
+                else:
+                    self._memory.give(length)
+            raise
+        return [(address, source) for (address, _), source in zip(wanted, sources, strict=True)]
 
     async def renew(self, leases: tuple[bytes, ...]) -> tuple[bytes, ...]:
         over: tuple[bytes, ...] = ()
@@ -179,7 +193,7 @@ class RemoteReader:
             opened, blob = await self._door.call(lambda call: remote.Open(call, place, lease, kind))
             try:
                 meta = _read_meta(blob)
-                source = await self._receive(opened.lease, region_size(meta.fields), _ROOM_SECONDS)
+                source = await self._receive_alone(opened.lease, region_size(meta.fields))
             except WriterLostError:  # the lease went with the connection
                 if not retries_left:
                     raise
@@ -190,16 +204,19 @@ class RemoteReader:
             return item_of(address, opened.lease, meta, source, self._run)
         raise AssertionError
 
-    async def _receive(self, lease: bytes, length: int, seconds: float | None) -> Received:
-        """Receive an item; ``seconds``: to wait for memory."""
-        await self._memory.take(length, seconds)
+    async def _receive_alone(self, lease: bytes, length: int) -> Received:
+        await self._memory.take(length, _ROOM_SECONDS)
         try:
-            region = aligned(length)
-            if length:
-                await self._fill(lease, region)
+            return await self._receive(lease, length)
         except BaseException:
             self._memory.give(length)
             raise
+
+    async def _receive(self, lease: bytes, length: int) -> Received:
+        """Receive an item for which memory is taken."""
+        region = aligned(length)
+        if length:
+            await self._fill(lease, region)
         return Received(region, lambda: self._give_up(lease, length))
 
     def _give_up(self, lease: bytes, length: int) -> None:
@@ -303,6 +320,14 @@ class RemoteReader:
             asks = self._reception.ended(ended.lease, time.monotonic())
             self._fail(ended.lease, ended.fault.error())
             self._ask(asks)
+
+
+def _length(address: Address, meta: ItemMeta) -> int:
+    """Return the bytes of the tensor region of an item of a job, which lies in its extent."""
+    length = region_size(meta.fields)
+    if align(address.metadata_length) + length > address.length:
+        raise ProtocolError("a job has an item that is longer than its extent")
+    return length
 
 
 def _read_meta(blob: bytes) -> ItemMeta:

@@ -36,6 +36,7 @@ class Memory:
         self._guard = threading.Lock()
         self._loop = asyncio.get_running_loop()
         self._freed = asyncio.Event()
+        self._turn = asyncio.Lock()
 
     @property
     def used(self) -> int:
@@ -58,7 +59,7 @@ class Memory:
                 "give a larger receive_limit"
             )
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(seconds), self._turn:  # who came first is first, however much it needs
                 while not self._took(nbytes):
                     self._freed.clear()
                     await self._freed.wait()
