@@ -13,11 +13,23 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import zmq
 from tests.integration.faulty import Gates
-from tests.integration.service import DATA, decode_item, environment, eventually, is_alive, photo, serving, text, user
+from tests.integration.service import (
+    DATA,
+    decode_item,
+    environment,
+    eventually,
+    is_alive,
+    photo,
+    private_bytes,
+    serving,
+    text,
+    user,
+)
 
 from mmprep import (
     AsyncBackend,
@@ -27,6 +39,7 @@ from mmprep import (
     InvalidRequest,
     LeaseLost,
     ServiceUnavailable,
+    StaleAddress,
     StaleDelivery,
 )
 from mmprep.address import parse_address
@@ -41,7 +54,7 @@ from mmprep.wire.codec import PROTOCOL, pack, unpack
 
 CAT = (DATA / "cat.png").read_bytes()
 CHAT = user({"type": "image_url", "image_url": {"url": CAT}}, text("What is it?"))
-LEASE_SECONDS = 3
+LEASE_SECONDS = 5
 #: By label; where the door comes by when tensors are received, and a job.
 DOOR = {
     "chunks are asked for": "remote.ask.received",
@@ -292,12 +305,13 @@ def test_a_key_that_is_put_there_lets_in_and_one_that_is_removed_ends_the_connec
 class Peer:
     """Speaks the protocol by hand."""
 
-    def __init__(self, door, keys, name, key="engine"):
+    def __init__(self, door, keys, name, *, most=1000):
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.linger = 0
         self.socket.rcvtimeo = 60_000
-        public, secret = read_secret(keys / f"{key}.key", "key")
+        self.socket.rcvhwm = most
+        public, secret = read_secret(keys / "engine.key", "key")
         self.socket.curve_publickey, self.socket.curve_secretkey = public, secret
         self.socket.curve_serverkey = read_public(keys / "service.pub", "key")
         self.socket.connect(door)
@@ -452,6 +466,44 @@ def test_a_backend_that_lives_and_does_not_read_loses_its_lease_in_time(service,
     assert service.metrics()['mmprep_remote_pulls_total{outcome="stalled"}'] >= 1
 
 
+def test_a_backend_that_says_it_reads_and_does_not_costs_the_door_little_and_is_given_up(service, door, keys):
+    def given_up():
+        return service.metrics().get('mmprep_remote_sessions_total{end="not reading"}', 0)
+
+    before = given_up()
+    pid = service.status()["remote"]["pid"]
+    with Peer(door, keys, "liar", most=1) as liar:
+        address = address_for(service, liar.welcomed().name, mm_dtype="float32") | {"lease": None}
+        count = chunks_of(address, liar)
+        leases = [liar.open(address, call) for call in range(1, 41)]
+        assert len(leases) * count * liar.welcome.chunk > 256 << 20
+        for lease in leases:
+            liar.say(remote.Ask(lease, count, 0))
+            liar.say(remote.Ask(lease, count, count))
+        eventually(lambda: given_up() == before + 1, "the end of its session")
+        assert private_bytes(pid) < 256 << 20
+
+
+def test_an_address_whose_content_is_gone_and_a_forged_one_are_errors(service, connect):
+    with connect(id="late") as backend:
+        item = backend.open(address_for(service, "late"))
+        address = json.loads(msgspec.json.encode(item.address)) | {"lease": None}
+        item.release()
+        for forged, error in (
+            ({"slot": 1 << 40}, InvalidRequest),
+            ({"offset": address["offset"] + 64}, StaleAddress),
+            ({"generation": address["generation"] + 1}, StaleAddress),
+            ({"metadata_length": 1}, InvalidRequest),
+            ({"length": 1 << 40}, InvalidRequest),
+        ):
+            with pytest.raises(error):
+                backend.acquire(address | forged)
+        eventually(lambda: leases_of(service, "late") == 0, "the end of all leases")
+        assert service.post("/reset_mm_cache", {}).status == 200
+        with pytest.raises(StaleAddress):
+            backend.acquire(address)
+
+
 @contextmanager
 def holder(service, door, keys, name):
     """Give a process that holds an item and a job, the sum of the item's pixels, and the job's id."""
@@ -512,16 +564,20 @@ def test_a_pull_goes_on_when_the_writer_dies_in_the_middle_of_it(service, peer):
         writer = service.pids()["writer"][0]
         os.kill(writer, signal.SIGKILL)
         eventually(lambda: not is_alive(writer), "the end of the writer")
-        peer.say(remote.Ask(lease, 2, 1))
-        data.append(peer.hear(remote.Chunk)[1][0])
-        service.status_when(
-            lambda s: s.get("worker", {}).get("pid") not in {None, writer} and s["lanes"], "a new writer"
-        )
-        for number in range(2, count):
+        for number in range(1, count):
             peer.say(remote.Ask(lease, number + 1, number))
             data.append(peer.hear(remote.Chunk)[1][0])
         peer.say(remote.Ask(lease, count, count))
         assert b"".join(data)[: len(expected)] == expected
+        with DeskClient(str(service.runtime_dir)) as desk:
+
+            def another():
+                peer.say(remote.Alive())
+                status = desk.status()
+                known = any(backend["id"] == "raw" for backend in status["backends"])
+                return known and status.get("worker", {}).get("pid") not in {None, writer}
+
+            eventually(another, "a new writer that knows of the lease")
         peer.say(messages.Renew(5, (lease,)))
         assert peer.hear(messages.Renewed)[0].lost == ()
 

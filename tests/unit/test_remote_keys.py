@@ -5,8 +5,10 @@ import stat
 import pytest
 import zmq
 
+from mmprep import AsyncBackend
 from mmprep.cli.options import parser, resolve
 from mmprep.errors import InvalidRequest, StartupError
+from mmprep.remote import curve
 from mmprep.remote.curve import RemoteKeys, make_pair, read_clients, read_public, read_secret
 from mmprep.remote.endpoint import TcpEndpoint, parse_tcp, tcp_to_bind, tcp_to_connect
 
@@ -136,3 +138,27 @@ def test_a_backend_goes_without_keys_only_within_its_host_or_where_it_is_told_to
     ):
         with pytest.raises(InvalidRequest):
             RemoteKeys.read(*arguments, allow_plain=allow_plain)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "arguments"),
+    [
+        ("tcp://10.0.0.5:7790", {}),
+        ("tcp://10.0.0.5", {"allow_plain": True}),
+        ("tcp://10.0.0.5:0", {"allow_plain": True}),
+        ("ipc:///tmp", {"transport": "tcp"}),
+        (None, {"transport": "tcp"}),
+    ],
+)
+def test_a_backend_is_told_what_is_wrong_before_it_connects(endpoint, arguments):
+    with pytest.raises(InvalidRequest):
+        AsyncBackend(endpoint, **arguments)
+
+
+def test_a_service_takes_as_many_clients_as_it_says_and_no_more(pair, monkeypatch):
+    monkeypatch.setattr(curve, "MOST_CLIENTS", 1)
+    keys = ("--curve-key-file", pair[0], "--curve-clients-dir", pair[0].parent)
+    decide("--remote-endpoint", "tcp://127.0.0.1:0", *keys)
+    make_pair(pair[0].parent, "engine-1")
+    with pytest.raises(StartupError, match=r"--curve-clients-dir.*more than 1"):
+        decide("--remote-endpoint", "tcp://127.0.0.1:0", *keys)

@@ -6,14 +6,16 @@ owner in within a second, and one that is removed ends the connections that were
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any, Final
 
 import zmq
 
-from mmprep.remote.curve import read_clients
+from mmprep.remote.curve import PUBLIC_SUFFIX, read_clients
 from mmprep.wire.sockets import Pump
 
 #: The domain of the door's socket; libzmq asks about no others here.
@@ -39,9 +41,11 @@ class Gatekeeper:
 
     def __init__(self, context: zmq.Context[Any], directory: Path) -> None:
         self._directory = directory
+        #: Names by keys. The key is part of a name: another key under the same one is another one's.
         self._users: dict[bytes, str] = {}
         self._known: frozenset[str] = frozenset()
         self._wrong: list[str] = []
+        self._seen: list[tuple[str, int, int, int]] | None = None
         self._read_at = float("-inf")
         socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
         socket.linger = 0
@@ -63,16 +67,32 @@ class Gatekeeper:
             return
         self._read_at = now
         try:
+            files = self._files()
+            if files == self._seen:
+                return
             clients, wrong = read_clients(self._directory)
-        except OSError as error:
-            clients, wrong = {}, []
-            _log.error("--curve-clients-dir cannot be read (%s): nobody is let in", error.strerror)
+        except (FileNotFoundError, NotADirectoryError):
+            files, clients, wrong = [], {}, ["the directory, which is gone"]
+        except OSError as error:  # as of a process without free descriptors: what was known stays
+            _log.error("--curve-clients-dir cannot be read: %s", error.strerror)
+            return
+        self._seen = files
         if wrong != self._wrong:
             self._wrong = wrong
             _log.warning("--curve-clients-dir: no public key in %s", ", ".join(wrong))
-        # The key is part of the user: another key under the same name is another one's.
         self._users = {key: f"{name}:{key.hex()}" for key, name in clients.items()}
         self._known = frozenset(self._users.values())
+
+    def _files(self) -> list[tuple[str, int, int, int]]:
+        """Return what tells whether a file has changed, of each; raises OSError where the directory cannot be read."""
+        found = []
+        with os.scandir(self._directory) as entries:
+            for entry in entries:
+                if entry.name.endswith(PUBLIC_SUFFIX):
+                    with contextlib.suppress(FileNotFoundError):  # gone meanwhile, or a link to nothing
+                        status = entry.stat()
+                        found.append((entry.name, status.st_mtime_ns, status.st_ino, status.st_size))
+        return sorted(found)
 
     def _asked(self, frames: list[bytes]) -> None:
         if len(frames) != _FRAMES or frames[2] != _VERSION or frames[7] != b"CURVE":

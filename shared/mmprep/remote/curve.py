@@ -114,7 +114,10 @@ def _check_files(key_file: Path | None, clients_dir: Path | None, *, allow_plain
     read_secret(key_file, "--curve-key-file")
     if not clients_dir.is_dir():
         raise StartupError(f"--curve-clients-dir: {clients_dir} is no directory")
-    for path in sorted(clients_dir.glob(f"*{PUBLIC_SUFFIX}")):
+    clients = sorted(clients_dir.glob(f"*{PUBLIC_SUFFIX}"))
+    if len(clients) > MOST_CLIENTS:
+        raise StartupError(f"--curve-clients-dir: {clients_dir} has more than {MOST_CLIENTS:,} keys")
+    for path in clients:
         read_public(path, "--curve-clients-dir")
 
 
