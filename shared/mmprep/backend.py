@@ -14,7 +14,7 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import zmq
 
@@ -99,6 +99,8 @@ class AsyncBackend:
         self.id = id or f"backend-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._keys = RemoteKeys.read(curve_key_file, curve_server_key_file, allow_plain=allow_plain)
         self._place: RuntimeDir | TcpEndpoint = _place(endpoint, self._keys, transport)
+        if receive_limit < 1:
+            raise InvalidRequest("'receive_limit' is a number of bytes, 1 or more", param="receive_limit")
         self._receives = transport == "tcp"
         self._receive_limit = receive_limit
         self._queues = (queue,) if isinstance(queue, str) else queue
@@ -395,6 +397,8 @@ class Backend:
 
 def _place(endpoint: str | None, keys: RemoteKeys, transport: Transport) -> RuntimeDir | TcpEndpoint:
     """Return where the service is; raises InvalidRequest where what was given does not go together."""
+    if transport not in get_args(Transport):
+        raise InvalidRequest('\'transport\' is "auto" or "tcp"', param="transport")
     if endpoint is not None and endpoint.startswith("tcp:"):
         place = tcp_to_connect(endpoint)
         keys.check(place)

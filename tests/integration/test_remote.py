@@ -574,7 +574,7 @@ def test_a_pull_goes_on_when_the_writer_dies_in_the_middle_of_it(service, peer):
             def another():
                 peer.say(remote.Alive())
                 status = desk.status()
-                known = any(backend["id"] == "raw" for backend in status["backends"])
+                known = any(backend["id"] == "raw" for backend in status.get("backends", ()))
                 return known and status.get("worker", {}).get("pid") not in {None, writer}
 
             eventually(another, "a new writer that knows of the lease")

@@ -148,6 +148,8 @@ def test_a_backend_goes_without_keys_only_within_its_host_or_where_it_is_told_to
         ("tcp://10.0.0.5:0", {"allow_plain": True}),
         ("ipc:///tmp", {"transport": "tcp"}),
         (None, {"transport": "tcp"}),
+        ("tcp://127.0.0.1:7790", {"transport": "udp"}),
+        ("tcp://127.0.0.1:7790", {"receive_limit": 0}),
     ],
 )
 def test_a_backend_is_told_what_is_wrong_before_it_connects(endpoint, arguments):
