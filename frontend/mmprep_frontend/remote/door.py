@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import os
 import time
 from collections.abc import Coroutine
 from functools import partial
@@ -106,7 +107,9 @@ class RemoteDoor:
             socket.bind(str(endpoint))
         except zmq.ZMQError as error:
             socket.close()
-            raise StartupError(f"--remote-endpoint {endpoint}: cannot listen there ({error.strerror})") from None
+            raise StartupError(
+                f"--remote-endpoint {endpoint}: cannot listen there ({os.strerror(error.errno or 0)})"
+            ) from None
         self._monitor = Pump(monitor, self._handshake_failed)
         self._pump = Pump(socket, self._on_message, outbox_bytes=CHUNK * CREDITS + _OTHER_BYTES, copy=False)
         self._ticking = asyncio.create_task(self._tick())

@@ -36,6 +36,7 @@ MOST_STARTS = 5
 _ORPHANS_SECONDS = 5.0
 #: The name of the door for backends on other hosts.
 _REMOTE = "remote-0"
+_WORDS = {"remote": "door for other hosts"}
 _LONGEST_DELAY = 2.0
 #: Seconds that a process gets to end, however short the drain timeout is.
 _LEAST_TO_END = 0.5
@@ -147,14 +148,14 @@ class Supervisor:
             return
         # What once could start is tried again: whatever it lacks now, as room in /dev/shm, may come back.
         if child.status == CANNOT_START and not self._announced:
-            self._fail(f"the {role} could not start; its message stands above")
+            self._fail(f"the {_WORDS.get(role, role)} could not start; its message stands above")
             return
         _log.warning("%s (pid %d) ended with status %s and is replaced", child.name, child.pid, child.status)
         failures = self._failures.get(child.name, 0)
         self._failures[child.name] = failures + 1
         if not self._announced and failures + 1 >= MOST_STARTS:
             self._fail(
-                f"the {role} ended {failures + 1} times before it was ready, the last time with status {child.status}; "
+                f"the {_WORDS.get(role, role)} ended {failures + 1} times before it was ready, the last time with status {child.status}; "
                 "what it said stands above"
             )
             return
