@@ -281,18 +281,27 @@ class RemoteDoor:
             say = now - said >= _ALIVE_SECONDS
             said = now if say else said
             for peer, session in list(self._sessions.items()):
-                if now - session.heard_at > session.seconds:
-                    self._end(session, "silent")
-                elif self._gatekeeper is not None and not self._gatekeeper.knows(session.user):
-                    self._end(session, "key removed")
-                elif say:
-                    self._say(peer, remote.Alive())
-                session.tick(now)
+                try:
+                    self._look_at(peer, session, now, say=say)
+                except Exception:  # noqa: BLE001 -- whatever is wrong with one must not keep the others
+                    _log.exception("a session could not be looked at")
+                    self._end(session, "broken")
+
+    def _look_at(self, peer: bytes, session: Session, now: float, *, say: bool) -> None:
+        if now - session.heard_at > session.seconds:
+            self._end(session, "silent")
+        elif self._gatekeeper is not None and not self._gatekeeper.knows(session.user):
+            self._end(session, "key removed")
+        else:
+            if say:
+                self._say(peer, remote.Alive())
+            session.tick(now)
 
     def _end(self, session: Session, why: str) -> asyncio.Task[None]:
         """Give back what a backend had; the returned task ends when that is done."""
+        first = not session.closing
         closing = session.close()
-        if closing not in self._tasks:
+        if first:
             self._metrics.count("mmprep_remote_sessions_total", end=why)
             event(_log, logging.INFO, "a backend on another host is gone", backend=session.id, reason=why)
             for peer in [peer for peer, one in self._sessions.items() if one is session]:
