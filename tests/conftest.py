@@ -6,6 +6,8 @@
 - Nothing in the test process may connect to, send to, or look up a host that is not this machine. Sockets below Python
   (ZeroMQ's, uvloop's) are not seen by this guard, nor are child processes.
 - Where files of tests run side by side, each process of them has a /dev/shm of its own.
+- The test process has no torch, as the service's processes have none: what transformers computes is what it computes for them.
+  The tests of what needs torch use :mod:`tests.torch_too`.
 - A test may take as long as it needs. One that stands still for :data:`WATCHDOG_MINUTES` ends the run with all stacks.
 """
 
@@ -29,6 +31,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from mmprep.without_torch import leave_torch_out
 
 WATCHDOG_MINUTES = 10
 SLOW_WATCHDOG_MINUTES = 60
@@ -55,6 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         _take_own_shared_memory()
+    leave_torch_out()
     if config.getoption("--slow"):
         settings.load_profile("long")
     # Output is not captured yet; the watchdog must be heard while it is.

@@ -34,6 +34,7 @@ from mmprep_frontend.offers import MOST_RESENDS, Action, Offers, Put, Say, Settl
 from mmprep_frontend.posts import Action as PostAction
 from mmprep_frontend.posts import Posts
 from mmprep_frontend.posts import Say as SayPost
+from mmprep_frontend.posts import Settle as SettledPost
 from mmprep_frontend.tensors import TensorLink, Tensors, TensorsLostError
 
 _log = logging.getLogger("mmprep.dispatch")
@@ -115,6 +116,7 @@ class Offered:
 
     Attributes
     ----------
+    token: of the offer.
     items: one answer an item, in the offer's order.
     mapping: the ring, in which the places of this answer lie that are not in a spill.
     lease_ms: how long granted leases hold.
@@ -129,7 +131,7 @@ class Offered:
         self.lease_ms = answer.lease_ms
         self.leased_to = answer.leased_to
         self._link = link
-        self._token = token
+        self.token = token
         self._tensors = Tensors(mapping)
 
     async def fetch(self, link: TensorLink) -> None:
@@ -141,7 +143,7 @@ class Offered:
             failpoints.reach("frontend.fetched")
         self._tensors.add(fetched)
         if fetched and self.leased_to is not None:
-            self._link.unpin(self._token)
+            self._link.unpin(self.token)
 
     def region(self, item: messages.ItemAnswer) -> memoryview:
         """Return an item's tensors as they lie there, kept until :meth:`release`; may be read on any thread.
@@ -186,7 +188,7 @@ class Offered:
         """Let go; again is no error."""
         self._tensors.close()
         failpoints.reach("frontend.unpin.before")
-        self._link.unpin(self._token)
+        self._link.unpin(self.token)
         failpoints.reach("frontend.unpin.after")
 
     def give_back(self) -> None:
@@ -260,7 +262,10 @@ class WriterLink:
         self._on_card = on_card
         self._offers = Offers()
         self._posts = Posts(queue_size, first=_FIRST_POST)
-        self._posting: dict[int, asyncio.Future[str]] = {}
+        #: Who waits for a post's outcome, by its token, and the token of the offer that pins what it needs.
+        self._posting: dict[int, tuple[int | None, asyncio.Future[str]]] = {}
+        #: That offer by the job's id.
+        self._pinned_for: dict[str, int | None] = {}
         self._post_again: asyncio.TimerHandle | None = None
         self._waiting: dict[int, tuple[Sequence[Wanted], asyncio.Future[Offered]]] = {}
         self._calls = CallTable(first=_FIRST_CALL)
@@ -380,7 +385,15 @@ class WriterLink:
         finally:
             del self._waiting[token]
 
-    async def post(self, post: messages.Post, content: Sequence[bytes], *, expires: float, deadline: float) -> str:
+    async def post(
+        self,
+        post: messages.Post,
+        content: Sequence[bytes],
+        *,
+        offered: Offered | None,
+        expires: float,
+        deadline: float,
+    ) -> str:
         """Post a job to a queue; return its id, or that of the job which an equal request has become.
 
         Parameters
@@ -389,6 +402,8 @@ class WriterLink:
             With a fresh id. What its places name must be pinned until this returns.
         content:
             Its frames.
+        offered:
+            What pins it; lets go when the job is accepted.
         expires, deadline:
             When it must have been taken, and when it must have been accepted, by the loop's clock.
 
@@ -401,7 +416,7 @@ class WriterLink:
             async with asyncio.timeout_at(deadline):
                 while True:
                     try:
-                        return await self._post_once(post, content, expires)
+                        return await self._post_once(post, content, None if offered is None else offered.token, expires)
                     except ServiceUnavailable as error:
                         if error.retry_after is None:
                             raise
@@ -409,17 +424,18 @@ class WriterLink:
         except TimeoutError:
             raise DeadlineExceeded("the request's time was over before its job was accepted") from None
 
-    async def _post_once(self, post: messages.Post, content: Sequence[bytes], expires: float) -> str:
+    async def _post_once(self, post: messages.Post, content: Sequence[bytes], offer: int | None, expires: float) -> str:
         loop = asyncio.get_running_loop()
         token, actions = self._posts.post(post, content, expires, loop.time())
         future: asyncio.Future[str] = loop.create_future()
-        self._posting[token] = future
+        self._posting[token] = offer, future
+        self._pinned_for[post.job] = offer
         try:
             self._carry_out_posts(actions)
             failpoints.reach("frontend.post.sent")
             return await future
         finally:
-            del self._posting[token]
+            del self._posting[token], self._pinned_for[post.job]
             self._posts.give_up(token)
 
     def unpin(self, token: int) -> None:
@@ -570,22 +586,31 @@ class WriterLink:
             if isinstance(action, SayPost):
                 self._say_post(action)
             else:
-                waiting = self._posting.get(action.token)
-                if waiting is not None and not waiting.done():
-                    if isinstance(action.outcome, MmprepError):
-                        waiting.set_exception(action.outcome)
-                    else:
-                        waiting.set_result(action.outcome)
+                self._settle_post(action)
         wake_at, loop = self._posts.wake_at, asyncio.get_running_loop()
         if wake_at < math.inf and self._post_again is None:
             self._post_again = loop.call_at(wake_at, self._post_due)
 
+    def _settle_post(self, settle: SettledPost) -> None:
+        offer, future = self._posting.get(settle.token, (None, None))
+        if offer is not None and not isinstance(settle.outcome, MmprepError):
+            self._offers.released(offer)
+        if future is None or future.done():
+            return
+        if isinstance(settle.outcome, MmprepError):
+            future.set_exception(settle.outcome)
+        else:
+            future.set_result(settle.outcome)
+
     def _say_post(self, say: SayPost) -> None:
+        message, offer = say.message, self._pinned_for.get(say.message.job)
+        if offer is not None:
+            message = msgspec.structs.replace(message, releases=self._offers.number(offer))
         try:
-            self._link.send([pack(say.message), *say.content])
+            self._link.send([pack(message), *say.content])
         except Busy as error:  # the writer does not read at the moment
             now = asyncio.get_running_loop().time()
-            self._carry_out_posts(self._posts.failed(say.message.call, error, now))
+            self._carry_out_posts(self._posts.failed(message.call, error, now))
 
     def _post_due(self) -> None:
         self._post_again = None
@@ -605,11 +630,16 @@ class WriterLink:
             self._settle(Settle(put.token, error))
 
     def _settle(self, settle: Settle) -> None:
-        waiting = self._waiting.get(settle.token)
-        if waiting is None or waiting[1].done():
+        _, future = self._waiting.get(settle.token, (None, None))
+        if future is None:
             return
         if isinstance(settle.outcome, MmprepError):
-            waiting[1].set_exception(settle.outcome)
+            if not future.done():
+                future.set_exception(settle.outcome)
+            return
+        # Now, because the answer's places lie in the segment of this moment.
+        offered = Offered(self, settle.token, *settle.outcome)
+        if future.done():  # whoever waited was cancelled in this moment, and has not run since
+            offered.give_back()
         else:
-            # Now, because the answer's places lie in the segment of this moment.
-            waiting[1].set_result(Offered(self, settle.token, *settle.outcome))
+            future.set_result(offered)

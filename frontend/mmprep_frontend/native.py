@@ -29,9 +29,8 @@ from mmprep.wire.messages import LeaseKind
 from mmprep.wire.sockets import Pump, router
 from mmprep_frontend.caller import ANONYMOUS
 from mmprep_frontend.injection.service import Injecting
-from mmprep_frontend.posting import once, post
+from mmprep_frontend.posting import once, post, request_of
 from mmprep_frontend.render.answer import new_request_id
-from mmprep_frontend.render.sampling import max_tokens
 from mmprep_frontend.resets import Resets
 from mmprep_frontend.room import Held, Room
 from mmprep_frontend.service import RenderedChat, RenderedItem, Service
@@ -272,18 +271,15 @@ class NativeDoor:
             items.append(_head_item(item, placed.offset, placed.length, frame, chat.request.lease_kind or "copy"))
         if chat.request.payload == "tensors" and chat.offered is not None:
             chat.offered.check()
-        room = model.max_model_len - len(chat.expanded.token_ids)
         mapping = chat.offered.mapping if chat.offered is not None else None
         head = Head(
-            request_id=new_request_id("chatcmpl"),
+            request=request_of(chat, model, new_request_id("chatcmpl")),
             token_ids=ids_to_bytes(chat.expanded.token_ids),
             unexpanded_token_ids=ids_to_bytes(chat.prompt.token_ids),
             items=tuple(items),
             lease_ms=chat.offered.lease_ms if chat.offered is not None else 0,
             segment=mapping.name if mapping is not None else "",
             epoch=bytes.fromhex(mapping.epoch) if mapping is not None else bytes(16),
-            max_tokens=max_tokens(chat.request, room, model.sampling),
-            prompt_text=chat.prompt.text if chat.request.return_prompt_text else None,
         )
         return head.pack()
 

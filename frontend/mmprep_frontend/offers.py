@@ -112,6 +112,11 @@ class Offers:
         self._by_number.pop(offer.number, None)
         return [Say(messages.Unpin(offer.number))] if self._up else []
 
+    def number(self, token: int) -> int | None:
+        """Return the number under which the writer knows what the offer's answer pinned, ``None`` where it pins nothing."""
+        offer = self._offers.get(token)
+        return None if offer is None or offer.pinned is None else offer.number
+
     def give_back(self, backend: str, leases: tuple[bytes, ...]) -> list[Action]:
         """End leases of an answer that will not reach anybody; said again where the connection is lost."""
         self._numbers += 1
@@ -178,6 +183,10 @@ class Offers:
         """End every offer that has no answer."""
         waiting = [offer for offer in self._offers.values() if offer.pinned is None]
         return [action for offer in waiting for action in self._fail(offer, error)]
+
+    def released(self, token: int) -> None:
+        """The writer has let go, with a job, of what the offer's answer pinned."""
+        self.cancel_silently(token)
 
     # --- steps ----------------------------------------------------------------------------------------------------
 

@@ -82,7 +82,9 @@ async def post(
             tuple((item.place.slot, item.place.generation) for item in items if item.place is not None),
             same,
         )
-        job_id = await service.writer.post(asked, content.pieces(), expires=expires, deadline=chat.deadline)
+        job_id = await service.writer.post(
+            asked, content.pieces(), offered=chat.offered, expires=expires, deadline=chat.deadline
+        )
     finally:
         chat.release()
     return msgspec.json.encode({"request_id": job_id, "queue": queue})
@@ -103,10 +105,11 @@ def _item(item: RenderedItem, offset: int, length: int) -> HeadItem:
     return HeadItem(item.part.modality, item.key, offset, length, answer.outcome == "hit", answer.meta, place)
 
 
-def _content(chat: RenderedChat, model: ServedModel, job_id: str, items: Sequence[HeadItem]) -> JobContent:
+def request_of(chat: RenderedChat, model: ServedModel, request_id: str) -> bytes:
+    """Return JSON of a chat's GenerateRequest, without its token ids and media."""
     rest = generate_request(
         chat.request,
-        request_id=job_id,
+        request_id=request_id,
         model=model.name,
         token_ids=chat.expanded.token_ids,
         max_model_len=model.max_model_len,
@@ -115,9 +118,13 @@ def _content(chat: RenderedChat, model: ServedModel, job_id: str, items: Sequenc
         token_offsets=chat.offsets,
     )
     del rest["token_ids"], rest["features"]
+    return msgspec.json.encode(rest)
+
+
+def _content(chat: RenderedChat, model: ServedModel, job_id: str, items: Sequence[HeadItem]) -> JobContent:
     mapping = chat.offered.mapping if chat.offered is not None else None
     return JobContent(
-        msgspec.json.encode(rest),
+        request_of(chat, model, job_id),
         ids_to_bytes(chat.expanded.token_ids),
         tuple(items),
         mapping.name if mapping is not None else "",

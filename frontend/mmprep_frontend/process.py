@@ -24,6 +24,7 @@ from mmprep.metrics import Metrics, ProcessReport
 from mmprep.runtime import RuntimeDir
 from mmprep.settings import CANNOT_START, FrontendSettings, read_settings
 from mmprep.wire import messages
+from mmprep.without_torch import leave_torch_out
 from mmprep_frontend.dispatch import WriterLink
 from mmprep_frontend.http.app import make_app
 from mmprep_frontend.http.door import HttpDoor
@@ -365,6 +366,7 @@ async def _run(settings: FrontendSettings) -> None:
 
 def main() -> None:
     """Run one frontend; the orders come on standard input."""
+    leave_torch_out()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     settings: FrontendSettings = read_settings(FrontendSettings)
     settings.logs.apply()

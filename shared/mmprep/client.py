@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
 import msgspec
 import zmq
@@ -33,7 +33,7 @@ from mmprep.errors import (
     TooLarge,
 )
 from mmprep.injected import request_body
-from mmprep.item import Inline, Item, Runner, Shared, Source
+from mmprep.item import Inline, Item, Runner, Shared, Source, features_of
 from mmprep.items import unpack_meta
 from mmprep.loop_thread import LoopThread
 from mmprep.registration import Registration
@@ -77,10 +77,14 @@ class Result:
     """
 
     def __init__(self, head: Head, items: dict[str, list[Item]]) -> None:
-        self.request_id = head.request_id
         self.items = items
-        self.max_tokens = head.max_tokens
-        self.prompt_text = head.prompt_text
+        try:
+            self._rest: dict[str, Any] = msgspec.json.decode(head.request, type=dict[str, Any])
+            self.request_id: str = self._rest["request_id"]
+            self.max_tokens: int = self._rest["sampling_params"]["max_tokens"]
+        except (msgspec.MsgspecError, KeyError, TypeError):
+            raise ProtocolError("an answer whose request is none") from None
+        self.prompt_text: str | None = self._rest.get("prompt_text")
         self._token_ids = ids_from_bytes(head.token_ids)
         self._unexpanded = ids_from_bytes(head.unexpanded_token_ids)
 
@@ -101,11 +105,23 @@ class Result:
         """The prompt as an array of uint32, shape ``(length,)``, without a copy."""
         return self._token_ids
 
+    @property
+    def request(self) -> dict[str, Any]:
+        """The GenerateRequest, in the form of the HTTP interface; its tensors are in :attr:`items`."""
+        return {**self._rest, "token_ids": self.token_ids, "features": features_of(self.items)}
+
     def release(self) -> None:
         """Give up the tensors of every item."""
         for items in self.items.values():
             for item in items:
                 item.release()
+
+
+class _Frames(NamedTuple):
+    """An answer as it came: what it is, and the frames behind that."""
+
+    message: messages.Response | messages.Rendered
+    frames: list[zmq.Frame]
 
 
 class _FrontendLink:
@@ -173,10 +189,14 @@ class _FrontendLink:
             case messages.Failed():
                 self.calls.resolve(message.call, message.fault.error())
             case messages.Response() | messages.Rendered():
-                if message.call in self.calls:
-                    self.calls.resolve(message.call, frames[1:])
-                elif isinstance(message, messages.Rendered):
-                    self._on_unwanted(frames[1:])
+                answer = _Frames(message, frames[1:])
+                if not self.calls.resolve(message.call, answer):
+                    self.unwanted(answer)
+
+    def unwanted(self, answer: _Frames) -> None:
+        """An answer has come that nobody waits for any more."""
+        if isinstance(answer.message, messages.Rendered):
+            self._on_unwanted(answer.frames)
 
 
 class _FrontendLost(ServiceUnavailable):
@@ -525,13 +545,15 @@ class AsyncClient:
         number, future = frontend.calls.open()
         try:
             frontend.link.send([pack(messages.Request(number, operation, *beside)), encoded, *attachments])
-            frames: list[zmq.Frame] = await future
+            answer: _Frames = await future
         except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:  # in the very same moment
+                frontend.unwanted(future.result())
             frontend.link.send([pack(messages.Cancel(number))])
             raise
         finally:
             frontend.calls.forget(number)
-        return frames
+        return answer.frames
 
     async def _any_up(self) -> _FrontendLink:
         """Wait for a frontend and return the one with the fewest calls."""
@@ -554,7 +576,9 @@ class AsyncClient:
     def _release_unwanted(self, frames: list[zmq.Frame]) -> None:
         """Let go of what was leased for an answer that came too late."""
         registration = self._registration
-        if registration is not None and frames:
+        if registration is None or not frames:
+            return
+        with contextlib.suppress(ProtocolError):  # an answer without media is none
             for item in unpack_head(frames[0].buffer).items:
                 if item.place is not None and item.place.lease is not None:
                     registration.drop(item.place.lease)

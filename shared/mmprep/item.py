@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Mapping as AnyMapping
 from typing import Any, Protocol
 
 import zmq
@@ -19,6 +20,9 @@ from mmprep.registration import Lease, Mapping, Registration
 
 class Source(Protocol):
     """Where an item's tensors come from."""
+
+    def check(self) -> None:
+        """Raise LeaseLost where what :meth:`hold_now` or :meth:`hold` returned can't be read any more, InvalidRequest where the client is closed."""
 
     def copy(self) -> memoryview:
         """Return the tensor region, private to the caller and checked."""
@@ -41,6 +45,9 @@ class Inline:
 
     def __init__(self, region: memoryview) -> None:
         self._region = region.toreadonly()
+
+    def check(self) -> None:
+        return None
 
     def copy(self) -> memoryview:
         return memoryview(bytearray(self._region))
@@ -80,6 +87,9 @@ class Shared:
         if not self._mapping.frozen:
             self._registration.check_held(self._lease.id)
         return self._mapping
+
+    def check(self) -> None:
+        self._checked()
 
     def copy(self) -> memoryview:
         return self._checked().copy(self._address)[self._start() :]
@@ -250,3 +260,29 @@ class Item:
         """Give up the tensors; the arrays of :meth:`materialize` stay good."""
         if self._source is not None:
             self._source.release()
+
+
+def features_of(items: AnyMapping[str, Sequence[Item]]) -> dict[str, Any] | None:
+    """Return what a GenerateRequest says of its media, without their tensors; ``None`` where there are none.
+
+    Parameters
+    ----------
+    items:
+        By modality, in the order of the prompt.
+    """
+    if not items:
+        return None
+    return {
+        "mm_hashes": {m: [item.hash for item in ones] for m, ones in items.items()},
+        "mm_placeholders": {m: [_range(item) for item in ones] for m, ones in items.items()},
+        "kwargs_data": None,
+        "mm_metadata": None,
+        "mm_addresses": None,
+    }
+
+
+def _range(item: Item) -> dict[str, Any]:
+    placed: dict[str, Any] = {"offset": item.offset, "length": item.length}
+    if item.is_embed is not None:
+        placed["is_embed"] = item.is_embed
+    return placed

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from mmprep.errors import MmprepError
-from mmprep.item import Item, Runner
+from mmprep.item import Item, Runner, features_of
 from mmprep.job_content import JobContent
 from mmprep.result import ids_from_bytes
 
@@ -93,18 +93,7 @@ class _Job:
     def request(self) -> dict[str, Any]:
         """The request as a GenerateRequest, in the form of the HTTP interface; its tensors are in :attr:`items`."""
         request: dict[str, Any] = json.loads(self._content.request)
-        return {**request, "token_ids": self.token_ids, "features": self._features()}
-
-    def _features(self) -> dict[str, Any] | None:
-        if not self.items:
-            return None
-        return {
-            "mm_hashes": {m: [item.hash for item in items] for m, items in self.items.items()},
-            "mm_placeholders": {m: [_range(item) for item in items] for m, items in self.items.items()},
-            "kwargs_data": None,
-            "mm_metadata": None,
-            "mm_addresses": None,
-        }
+        return {**request, "token_ids": self.token_ids, "features": features_of(self.items)}
 
     def view(self) -> JobView:
         """Return a context manager over the tensors of all items, as they lie in shared memory.
@@ -164,10 +153,3 @@ class Job(_Job):
     def release(self) -> None:
         """Give the job back undone; see :meth:`AsyncJob.release`."""
         self._run(self._pulling.give_back(self._held, None))
-
-
-def _range(item: Item) -> dict[str, Any]:
-    placed: dict[str, Any] = {"offset": item.offset, "length": item.length}
-    if item.is_embed is not None:
-        placed["is_embed"] = item.is_embed
-    return placed

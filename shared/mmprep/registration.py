@@ -45,6 +45,7 @@ _BATCH = 512
 _CALL_SECONDS = 10.0
 _CLOSE_SECONDS = 1.0
 _MOST_ENDED = 64
+_NO_SERVICE = "no service answers in this runtime directory; start it with: mmprep serve"
 _EARLIER_LIFE = "the address belongs to an earlier life of the cache; ask for the item again"
 
 
@@ -160,6 +161,8 @@ class Registration:
     ------
     InvalidRequest
         A living process has registered under the same id.
+    ServiceUnavailable
+        No service has ever run in the directory, or it has left.
     """
 
     def __init__(
@@ -185,7 +188,11 @@ class Registration:
         self._refusal: MmprepError | None = None
         self._changed = asyncio.Event()
         self._lock = ProcessLock(runtime.lock_path("backend", backend_id))
-        if not self._lock.acquire():
+        try:
+            alone = self._lock.acquire()
+        except FileNotFoundError:  # as in a directory that a service has left
+            raise ServiceUnavailable(_NO_SERVICE) from None
+        if not alone:
             raise InvalidRequest(
                 f"a living process is registered as {backend_id!r}; choose another backend id", param="backend_id"
             )
@@ -214,9 +221,7 @@ class Registration:
             async with asyncio.timeout(seconds):
                 await self._until(lambda: self._up)
         except TimeoutError:
-            raise ServiceUnavailable(
-                "no service answers in this runtime directory; start it with: mmprep serve"
-            ) from None
+            raise ServiceUnavailable(_NO_SERVICE) from None
         assert self.mapping is not None
         return self.mapping
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mmprep.items import Generation, Natural
 from mmprep.wire.codec import unpack
-from mmprep.wire.messages import Digest, Epoch, LeaseId, LeaseKind, ShortText
+from mmprep.wire.messages import Digest, Epoch, LeaseId, LeaseKind
 
 #: The largest packed head: token ids of a prompt of some millions of tokens.
 HEAD_LIMIT = 64 << 20
@@ -51,17 +51,18 @@ class HeadItem(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A rendered request. Token ids are little-endian uint32."""
+    """A rendered request. Token ids are little-endian uint32.
 
-    request_id: ShortText
+    ``request`` is JSON of its GenerateRequest, without token ids and media.
+    """
+
+    request: bytes
     token_ids: bytes
     unexpanded_token_ids: bytes
     items: tuple[HeadItem, ...]
     lease_ms: Natural
     segment: str
     epoch: Epoch
-    max_tokens: Natural
-    prompt_text: str | None = None
 
     def pack(self) -> bytes:
         """Return the packed form."""

@@ -201,6 +201,20 @@ class Service:
         """Wait until nothing is under way, pinned or leased, and return the status."""
         return self.status_when(_is_quiet, "a service with nothing under way, pinned or leased")
 
+    def under_way(self) -> int:
+        """Return how many requests the frontends are at."""
+        return sum(frontend["inflight"] for frontend in self.status()["frontends"])
+
+    @contextmanager
+    def standing_still(self, role: str = "writer") -> Iterator[None]:
+        """Stop the one process of a role for the time of a block."""
+        (pid,) = self.pids()[role]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
     def pids(self) -> dict[str, list[int]]:
         """Return the pids of the service's processes by role."""
         status = self.status_when(
@@ -212,6 +226,11 @@ class Service:
             "frontend": [frontend["pid"] for frontend in status["frontends"]],
             "lane": [lane["pid"] for lane in status["lanes"]],
         }
+
+    def mapping(self, file: str) -> list[str]:
+        """Return the roles of the service's processes that have mapped a file whose path has ``file`` in it."""
+        pids = [(role, pid) for role, pids in self.pids().items() for pid in pids]
+        return [role for role, pid in pids if file in Path(f"/proc/{pid}/maps").read_text()]
 
     def metrics(self) -> dict[str, float]:
         """Return the series of ``/metrics`` as ``{name{labels}: value}``."""

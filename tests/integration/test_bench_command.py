@@ -67,6 +67,19 @@ def test_users_of_the_native_client_ask_for_every_workload(service, tmp_path, wo
     service.quiet()
 
 
+@pytest.mark.parametrize("payload", ["shm", "none"])
+def test_jobs_go_through_a_queue_of_the_tests_own_and_leave_nothing(service, tmp_path, payload):
+    told = result(tmp_path, service.endpoint, *QUICK, "--rate", 20, "--queued", "--payload", payload)
+    assert told["settings"]["target"] == "a queue"
+    assert told["outcomes"] == {"ok": told["requests"]}
+    assert told["latency"]["count"] == told["requests"] > 0
+    assert told["cpu_ms_per_request"] > 0
+    queues = {name: queue for name, queue in service.status()["queues"].items() if name.startswith("bench-")}
+    assert all(queue["depth"] == 0 and not queue["backends"] for queue in queues.values())
+    assert sum(queue["jobs"]["acked"] for queue in queues.values()) >= told["requests"]
+    service.quiet()
+
+
 def test_a_trace_is_replayed_and_two_results_are_compared(service, tmp_path):
     trace = tmp_path / "trace.jsonl"
     entries = [{"timestamp": n / 10, "prompt_length": 4, "media": [{"id": n % 2, "size": 1000}]} for n in range(6)]

@@ -232,21 +232,6 @@ def test_a_closed_client_says_so(service):
     service.quiet()
 
 
-@contextmanager
-def standing_still(service):
-    """Let the writer answer nothing for a while."""
-    (writer,) = service.pids()["writer"]
-    os.kill(writer, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(writer, signal.SIGCONT)
-
-
-def under_way(service):
-    return sum(frontend["inflight"] for frontend in service.status()["frontends"])
-
-
 def cancelled(service):
     return service.metrics().get('mmprep_requests_total{outcome="cancelled",path="native/chat"}', 0)
 
@@ -254,14 +239,14 @@ def cancelled(service):
 def test_closing_a_client_ends_the_work_for_its_calls(service):
     before = cancelled(service)
     client = Client(service.endpoint)
-    with standing_still(service), ThreadPoolExecutor(4) as threads:
+    with service.standing_still(), ThreadPoolExecutor(4) as threads:
         calls = [threads.submit(client.chat, user(raw(drawn(next(numbers)))), payload="tensors") for _ in range(4)]
-        eventually(lambda: under_way(service) == 4, "the calls' start")
+        eventually(lambda: service.under_way() == 4, "the calls' start")
         client.close()
         for call in calls:
             with pytest.raises(InvalidRequest, match="closed"):
                 call.result()
-        eventually(lambda: under_way(service) == 0, "the end of the calls")
+        eventually(lambda: service.under_way() == 0, "the end of the calls")
     assert cancelled(service) == before + 4
 
 
@@ -272,13 +257,13 @@ def test_closing_an_asynchronous_client_ends_the_work_for_its_calls(service):
         client = AsyncClient(service.endpoint)
         await client.open()
         calls = [asyncio.create_task(client.chat(user(raw(drawn(next(numbers)))), payload="tensors")) for _ in range(4)]
-        await asyncio.to_thread(eventually, lambda: under_way(service) == 4, "the calls' start")
+        await asyncio.to_thread(eventually, lambda: service.under_way() == 4, "the calls' start")
         await client.close()
         assert all(isinstance(end, InvalidRequest) for end in await asyncio.gather(*calls, return_exceptions=True))
 
-    with standing_still(service):
+    with service.standing_still():
         asyncio.run(main())
-        eventually(lambda: under_way(service) == 0, "the end of the calls")
+        eventually(lambda: service.under_way() == 0, "the end of the calls")
     assert cancelled(service) == before + 4
 
 

@@ -11,10 +11,14 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import inspect
 from tests.wire_strategies import LINKS, MESSAGES, instances
 
+from mmprep.card import ItemOptions
 from mmprep.errors import ProtocolError
+from mmprep.job_content import JobContent
 from mmprep.layout import MAX_COUNTER, MAX_INCARNATION, generation
+from mmprep.result import Head
 from mmprep.wire import messages
 from mmprep.wire.codec import CONTROL_LIMIT, pack, unpack
 
@@ -154,18 +158,45 @@ def test_a_message_that_would_be_above_the_limit_is_not_sent():
         pack(messages.Card(bytes(CONTROL_LIMIT - 8)))
 
 
-def test_a_key_that_comes_twice_is_refused():
-    assert "twice" in refused(b"\x82\xa1a\x01\xa1a\x02")
+def places(kind):
+    """Yield a type, and every type within it."""
+    yield kind
+    if isinstance(kind, inspect.StructType):
+        inner = [field.type for field in kind.fields]
+    elif isinstance(kind, inspect.UnionType):
+        inner = kind.types
+    elif isinstance(kind, inspect.TupleType):
+        inner = kind.item_types
+    elif isinstance(kind, inspect.VarTupleType | inspect.ListType):
+        inner = [kind.item_type]
+    else:
+        inner = []
+    for one in inner:
+        yield from places(one)
 
 
-def test_keys_that_are_no_text_are_refused():
+@pytest.mark.parametrize("kind", [*MESSAGES, Head, JobContent, ItemOptions], ids=lambda kind: kind.__name__)
+def test_no_message_has_a_place_for_maps_numbers_with_a_point_or_just_anything(kind):
+    """So no key comes twice, and no number is none."""
+    found = list(places(inspect.type_info(kind)))
+    assert len(found) > 1
+    for place in found:
+        assert not isinstance(place, inspect.DictType | inspect.FloatType | inspect.AnyType | inspect.RawType)
+        if isinstance(place, inspect.StructType):
+            assert place.array_like
+            assert place.forbid_unknown_fields
+
+
+def test_maps_are_refused():
+    refused(b"\x82\xa1a\x01\xa1a\x02")
     refused(b"\x81\x90\x01")
     refused(b"\x81\x01\x01")
+    refused(b"\x92\xa6Cancel\x82\xa1a\x01\xa1a\x02")
 
 
 @pytest.mark.parametrize("code", [0, 3, 127])
 def test_extension_types_are_refused(code):
-    assert "extension" in refused(msgpack.packb(["Cancel", msgpack.ExtType(code, b"1234")]))
+    assert "`ext`" in refused(msgpack.packb(["Cancel", msgpack.ExtType(code, b"1234")]))
 
 
 @pytest.mark.parametrize("stamp", [msgpack.Timestamp(1, 0), msgpack.Timestamp(2**40, 5)], ids=repr)

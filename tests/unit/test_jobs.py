@@ -135,3 +135,30 @@ def test_what_a_lost_backend_had_is_delivered_elsewhere_and_its_pins_stay(world)
     assert world.got("second", messages.Failed)[-1].message.fault.kind == "StaleDelivery"
     world.say("second", messages.GiveBack(4, again.message.token, None))
     world.core.validate()
+
+
+def test_a_post_that_is_accepted_ends_the_pins_of_its_offer_and_one_that_is_refused_does_not(world):
+    world.cached(A)
+    pull(world, credit=0)
+    world.offer("f0", 5, A)
+    (item,) = world.answer("f0", 5)
+    post = messages.Post(6, "job", "nowhere", "p", 0, 1, 9000, ((item.slot, item.generation),), releases=5)
+    world.core.message(b"f0", post, world.now, [b"content"])
+    assert len(world.core.ring.holders) == 1
+    assert "job:job" not in world.core.ring.holders
+    for call in (7, 8):  # the second one is known, and ends nothing that goes on
+        accepted = msgspec.structs.replace(post, call=call, queue="q")
+        world.core.message(b"f0", accepted, world.now, [b"content"])
+        assert world.core.ring.holders == {"job:job"}
+    world.core.validate()
+
+
+def test_a_backend_gets_its_next_job_before_it_hears_that_the_last_one_is_done(world):
+    pull(world, credit=1)
+    posted(world, 1, "job-1")
+    posted(world, 2, "job-2")
+    (first,) = delivered(world)
+    world.say("engine", messages.Ack(2, first.message.token))
+    second, done = world.inbox.pop("engine")
+    assert isinstance(second.message, messages.Delivery)
+    assert done.message == messages.Done(2)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.wire_strategies import instances
 
+from mmprep.client import Result
 from mmprep.errors import ProtocolError
 from mmprep.result import Head, ids_from_bytes, ids_to_bytes, unpack_head
 
@@ -37,7 +38,7 @@ def test_bytes_that_are_no_head_are_a_protocol_error(frame):
 
 def test_a_head_with_ids_of_a_million_tokens_fits():
     ids = list(range(1_000_000))
-    head = Head("x", ids_to_bytes(ids), b"", (), 1, "s", bytes(16), 1)
+    head = Head(b"{}", ids_to_bytes(ids), b"", (), 1, "s", bytes(16))
     assert ids_from_bytes(unpack_head(head.pack()).token_ids)[-1] == 999_999
 
 
@@ -58,3 +59,9 @@ def test_an_id_that_is_no_uint32_is_an_error_and_not_another_id(token):
 def test_bytes_that_end_within_an_id_are_a_value_error(size):
     with pytest.raises(ValueError):
         ids_from_bytes(bytes(size))
+
+
+@pytest.mark.parametrize("request_", [b"", b"[]", b"{}", b'{"request_id": "r", "sampling_params": 5}', b"\xff"])
+def test_a_head_without_a_request_is_a_protocol_error(request_):
+    with pytest.raises(ProtocolError):
+        Result(Head(request_, b"", b"", (), 0, "", bytes(16)), {})

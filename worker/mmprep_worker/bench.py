@@ -28,6 +28,7 @@ from mmprep.bench.figures import median
 from mmprep.bench.running import full_size_model
 from mmprep.card import ItemOptions
 from mmprep.items import field_array, region_size
+from mmprep.without_torch import leave_torch_out
 from mmprep_worker.images.patches import write_patches
 from mmprep_worker.images.resample import NumbaResampler
 from mmprep_worker.models.family import MediaLimits, Prepared
@@ -173,6 +174,7 @@ def measure(model: Path, sizes: tuple[pictures.Size, ...], repeats: int) -> dict
 
 def main() -> None:
     """Do what the module's first line says."""
+    leave_torch_out()
     parser = argparse.ArgumentParser(prog="mmprep_worker.bench", description="Measure the kernel; writes JSON.")
     parser.add_argument("--output", type=Path, help="file; default: standard output")
     parser.add_argument("--quick", action="store_true", help="one size, few repeats")

@@ -2,7 +2,9 @@
 
 An answer that the kernel has taken is not an answer that was read. A client that has read to the end closes with a FIN; one
 that was killed, or has lost interest, leaves something unread, and its kernel says so with a RST, also where it had closed
-before the answer came. The state of the TCP connection tells the two apart, whatever the event loop calls the end.
+before the answer came. The state of the TCP connection tells the two apart, whatever the event loop calls the end; and where
+that RST is still on its way, the bytes that the other kernel has not acknowledged do: whoever has read an answer has
+acknowledged all of it before his FIN, and a closed socket acknowledges nothing.
 
 It can be said wrongly that an answer was not read, where only the last bytes were left; so what is done then must do no
 harm. Of a connection that this side closes first, as HTTP/1.0 and ``Connection: close`` want it, nothing is known.
@@ -12,8 +14,11 @@ from __future__ import annotations
 
 import logging
 import socket
+import struct
+import termios
 from collections import deque
 from collections.abc import Callable
+from fcntl import ioctl
 from typing import Final
 
 from aiohttp import web
@@ -30,6 +35,8 @@ MAX_HEADERS: Final = 100
 _MOST_WATCHED: Final = 64
 #: As in the kernel's ``tcp_states.h``: the other side has reset the connection.
 _TCP_CLOSE: Final = 7
+#: How many bytes were sent, and not acknowledged; see tcp(7).
+_SIOCOUTQ: Final = termios.TIOCOUTQ
 
 
 class Connection(web.RequestHandler):
@@ -56,20 +63,21 @@ class Connection(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """The connection is over."""
         unread, self._unread = self._unread, None
-        if unread and self._was_reset():
+        if unread and self._left_unread():
             for tell in unread:
                 tell()
         super().connection_lost(exc)
 
-    def _was_reset(self) -> bool:
+    def _left_unread(self) -> bool:
         opened = None if self.transport is None else self.transport.get_extra_info("socket")
         if opened is None:
             return False
         try:
             state: bytes = opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+            (unacknowledged,) = struct.unpack("i", ioctl(opened.fileno(), _SIOCOUTQ, bytes(4)))
         except OSError:
             return False
-        return state[0] == _TCP_CLOSE
+        return state[0] == _TCP_CLOSE or unacknowledged > 0
 
     def close_if_idle(self) -> bool:
         """Close the connection unless a request is being read or answered on it; return whether it is idle."""

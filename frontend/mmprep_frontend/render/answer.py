@@ -18,6 +18,7 @@ import msgspec
 
 from mmprep.errors import InvalidRequest
 from mmprep.items import FieldSpec, ItemMeta
+from mmprep.kwargs_data import kind_arguments
 from mmprep_frontend.render.expansion import Range
 from mmprep_frontend.render.packing import Piece, array_head, ext_head, map_head
 from mmprep_frontend.render.requests import ChatRequest, CompletionRequest, template_kwargs
@@ -202,15 +203,5 @@ def _pack(fields: Sequence[FieldSpec], raw: Callable[[FieldSpec], Piece], batch_
             small.clear()
         else:
             small += data
-        small += _FIELD_TAIL + _packed((spec.kind, _arguments(spec, batch_size)))
+        small += _FIELD_TAIL + _packed((spec.kind, kind_arguments(spec, batch_size)))
     return [*pieces, bytes(small)]
-
-
-def _arguments(spec: FieldSpec, batch_size: int) -> dict[str, Any]:
-    """Return how an engine joins this field's items, as the arguments of its field kind."""
-    if spec.kind == "flat":
-        # One item's rows: one list of slices, with one slice a dimension, of which only the first is cut.
-        return {"slices": [[[0, spec.shape[0], None]]], "dim": 0, "keep_on_cpu": spec.keep_on_cpu}
-    if spec.kind == "shared":
-        return {"batch_size": batch_size, "keep_on_cpu": spec.keep_on_cpu}
-    return {"keep_on_cpu": spec.keep_on_cpu}

@@ -223,8 +223,8 @@ class Delivered(_Request, kw_only=True):
         return "tensors" if self.queue is None else "shm"
 
 
-class _Generating(Delivered, kw_only=True):
-    """What a request says of the generation that is to follow."""
+class Sampled(Delivered, kw_only=True):
+    """What a request says of how tokens are drawn, under names that all forms share."""
 
     temperature: Temperature | None = None
     top_p: TopP | None = None
@@ -233,28 +233,37 @@ class _Generating(Delivered, kw_only=True):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
-    n: Positive | None = None
     seed: Int64 | None = None
-    max_tokens: Positive | None = None
-    min_tokens: Natural | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[Natural] | None = None
-    bad_words: list[str] | None = None
-    logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[Natural] | None = None
-    prompt_logprobs: Annotated[int, Meta(ge=-1)] | None = None
     ignore_eos: bool | None = None
+    logit_bias: dict[str, float] | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
+    watermarking: bool | None = None
     vllm_xargs: dict[str, Any] | None = None
+
+
+#: Its own fields.
+SAMPLING = tuple(name for name in Sampled.__struct_fields__ if name not in Delivered.__struct_fields__)
+
+
+class _Generating(Sampled, kw_only=True):
+    """What else a request says of the generation that is to follow."""
+
+    n: Positive | None = None
+    max_tokens: Positive | None = None
+    min_tokens: Natural | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[Natural] | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=-1)] | None = None
+    response_format: dict[str, Any] | None = None
     logprob_token_ids: list[Natural] | None = None
     thinking_token_budget: Annotated[int, Meta(ge=-1)] | None = None
     repetition_detection: dict[str, Any] | None = None
     stream_interval: Positive | None = None
-    watermarking: bool | None = None
     routed_experts_prompt_start: Natural | None = None
     stream_options: dict[str, Any] | None = None
     return_token_ids: bool | None = None

@@ -11,17 +11,11 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from mmprep_frontend.render.requests import (
+    SAMPLING,
     Content,
-    Delivered,
     Effort,
-    Int64,
-    Natural,
-    Penalty,
     Positive,
-    Share,
-    Temperature,
-    TopK,
-    TopP,
+    Sampled,
 )
 
 Status = Literal["in_progress", "completed", "incomplete"]
@@ -129,7 +123,7 @@ class Reasoning(Struct):
     effort: Effort | None = None
 
 
-class ResponsesRequest(Delivered, kw_only=True):
+class ResponsesRequest(Sampled, kw_only=True):
     """What ``/v1/responses/render`` takes; with it, what all requests say of their answers."""
 
     input: str | list[dict[str, Any]]
@@ -144,24 +138,6 @@ class ResponsesRequest(Delivered, kw_only=True):
     max_output_tokens: Positive | None = None
     include: list[str] | None = None
     top_logprobs: Annotated[int, Meta(ge=-1)] | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
-    min_p: Share | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
-    seed: Int64 | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[Natural] | None = None
-    ignore_eos: bool | None = None
-    logit_bias: dict[str, float] | None = None
-    skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    structured_outputs: dict[str, Any] | None = None
-    watermarking: bool | None = None
-    vllm_xargs: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     previous_response_id: Any = None
     conversation: Any = None
@@ -173,23 +149,6 @@ class ResponsesRequest(Delivered, kw_only=True):
 SAME = (
     "include_reasoning",
     "parallel_tool_calls",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "seed",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "logit_bias",
-    "skip_special_tokens",
-    "spaces_between_special_tokens",
-    "include_stop_str_in_output",
-    "structured_outputs",
-    "watermarking",
-    "vllm_xargs",
+    *SAMPLING,
     "chat_template_kwargs",
 )

@@ -21,7 +21,7 @@ from typing import IO, Any, Literal, Self
 
 from mmprep import embedded
 from mmprep.cli.desk import DeskClient
-from mmprep.cli.ready import url_in
+from mmprep.cli.ready import url_when_ready
 from mmprep.errors import ServiceUnavailable
 
 Mode = Literal["cold", "cached", "by uuid"]
@@ -29,7 +29,6 @@ Mode = Literal["cold", "cached", "by uuid"]
 #: The largest picture in pixels that Qwen2-VL's published configuration does not shrink.
 MAX_PIXELS = 12845056
 
-_SECONDS_TO_READY = 300.0
 _SECONDS_TO_STOP = 30.0
 
 
@@ -142,8 +141,8 @@ def service(
             env={**_environment(), **(environment or {})},
         )
         try:
-            port = _port_when_ready(process)
             assert process.stderr is not None
+            port = int(url_when_ready(process.stderr).rpartition(":")[2])
             reader = threading.Thread(target=_pass_on, args=(process.stderr,), daemon=True)
             running = Service(process, reader, runtime_dir, port, time.monotonic() - started)
         except BaseException:
@@ -166,20 +165,6 @@ def _pass_on(lines: IO[str]) -> None:
     for line in lines:
         sys.stderr.write(line)
     lines.close()
-
-
-def _port_when_ready(process: subprocess.Popen[str]) -> int:
-    assert process.stderr is not None
-    deadline = time.monotonic() + _SECONDS_TO_READY
-    said = []
-    for line in process.stderr:
-        url = url_in(line)
-        if url is not None:
-            return int(url.rpartition(":")[2])
-        said.append(line)
-        if time.monotonic() > deadline:
-            break
-    raise ServiceUnavailable("the service to be measured did not start: " + "".join(said[-3:]).strip())
 
 
 class Child:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterable
+
+from mmprep.errors import ServiceUnavailable
 
 _READY = re.compile(r"mmprep: ready after [0-9.]+ s: (http://\S+) and ipc://")
 
@@ -16,3 +20,24 @@ def url_in(line: str) -> str | None:
     """Return the service's URL where ``line`` says that it is ready, else ``None``."""
     match = _READY.match(line)
     return match and match[1]
+
+
+def url_when_ready(lines: Iterable[str]) -> str:
+    """Return the URL of a service as soon as it says that it is ready; whatever else it says goes to our standard error.
+
+    Parameters
+    ----------
+    lines:
+        What it prints on its standard error. What comes after is left to the caller: a full pipe would stop the service.
+
+    Raises
+    ------
+    ServiceUnavailable
+        It ended before.
+    """
+    for line in lines:
+        url = url_in(line)
+        if url is not None:
+            return url
+        sys.stderr.write(line)
+    raise ServiceUnavailable("the service did not start; its message stands above")

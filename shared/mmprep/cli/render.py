@@ -13,8 +13,8 @@ from typing import Any
 
 from mmprep.cli.extra import require_server
 from mmprep.cli.options import parser, resolve
-from mmprep.cli.ready import url_in
-from mmprep.errors import InvalidRequest, ServiceUnavailable
+from mmprep.cli.ready import url_when_ready
+from mmprep.errors import InvalidRequest
 
 
 def run(arguments: list[str]) -> int:
@@ -35,7 +35,8 @@ def run(arguments: list[str]) -> int:
             command.append(parsed.model)
         service = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         try:
-            url = _wait(service)
+            assert service.stderr is not None
+            url = url_when_ready(service.stderr)
             answer, status = _post(url, body)
         finally:
             service.terminate()
@@ -64,17 +65,6 @@ def _passed_on(arguments: list[str], file: str) -> list[str]:
         elif argument != file and not argument.startswith("--model="):
             passed.append(argument)
     return passed
-
-
-def _wait(service: subprocess.Popen[str]) -> str:
-    """Return the service's URL as soon as it says that it is ready; its other lines go to our standard error."""
-    assert service.stderr is not None
-    for line in service.stderr:
-        url = url_in(line)
-        if url is not None:
-            return url
-        sys.stderr.write(line)
-    raise ServiceUnavailable("the service did not start; its message stands above")
 
 
 def _post(url: str, body: bytes) -> tuple[Any, int]:

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from mmprep.backend import Backend
 from mmprep.errors import MmprepError
 from mmprep.item import Item
+from mmprep.without_torch import leave_torch_out
 
 Tensors = Mapping[str, NDArray[Any]]
 
@@ -137,6 +138,7 @@ def same_bits(one: NDArray[Any], other: NDArray[Any]) -> bool:
 
 def main() -> None:
     """Answer calls until standard input ends."""
+    leave_torch_out()
     # Read at import: says in a line of its own that there is no torch, which is as it should be.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     reader = Reader()

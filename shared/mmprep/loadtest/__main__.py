@@ -7,8 +7,8 @@ import sys
 import tempfile
 import threading
 
-from mmprep.cli.ready import url_in
-from mmprep.errors import MmprepError, ServiceUnavailable
+from mmprep.cli.ready import url_when_ready
+from mmprep.errors import MmprepError
 from mmprep.loadtest import command
 
 _USAGE = """usage: ./scripts/loadtest [--http] [--serve "OPTIONS OF mmprep serve"] [OPTIONS OF mmprep bench]
@@ -33,22 +33,13 @@ def main(arguments: list[str]) -> int:
         serve = [sys.executable, "-m", "mmprep.cli", "serve", "--runtime-dir", directory, "--port", "0", *options]
         with subprocess.Popen(serve, stderr=subprocess.PIPE, text=True) as service:
             try:
-                url = _wait(service)
+                assert service.stderr is not None
+                url = url_when_ready(service.stderr)
+                threading.Thread(target=sys.stderr.writelines, args=(service.stderr,), daemon=True).start()
                 target = [url, "--runtime-dir", directory] if http else [f"ipc://{directory}"]
                 return command.run([*target, *rest])
             finally:
                 service.terminate()
-
-
-def _wait(service: subprocess.Popen[str]) -> str:
-    """Return the service's URL as soon as it is ready; what it says goes to our standard error, before and after."""
-    assert service.stderr is not None
-    for line in service.stderr:
-        sys.stderr.write(line)
-        if (url := url_in(line)) is not None:
-            threading.Thread(target=sys.stderr.writelines, args=(service.stderr,), daemon=True).start()
-            return url
-    raise ServiceUnavailable("the service did not start; its message stands above")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any, Final
 import msgspec
 import uvloop
 
+from mmprep.backend import AsyncBackend
 from mmprep.cli.desk import DeskClient
 from mmprep.client import AsyncClient
 from mmprep.errors import InvalidRequest, ServiceUnavailable
@@ -30,11 +31,13 @@ from mmprep.loadtest.accounting import CpuTime, cache_counters
 from mmprep.loadtest.page import page
 from mmprep.loadtest.run import Record, Run
 from mmprep.loadtest.summary import Summary, compare, read_summary, summarise, table
-from mmprep.loadtest.targets import OK, HttpTarget, NativeTarget
+from mmprep.loadtest.targets import OK, HttpTarget, NativeTarget, QueueTarget, Target
 from mmprep.loadtest.workloads import SIZES, WORKLOADS, Ask, Shape, trace
 
 #: Seconds between two lines of progress where they are not written over each other.
 _EVERY: Final = 10
+#: Jobs of a queue that are here at a time.
+_CREDITS: Final = 128
 _KEY: Final = "MMPREP_BENCH_API_KEY"
 
 
@@ -103,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=("shm", "tensors", "none"),
         help="what is asked for; default: tensors over HTTP, shm of the native client",
     )
+    how.add_argument(
+        "--queued",
+        action="store_true",
+        help="post the requests to a queue of the test's own, and pull them from it: an answer is a job that is here, "
+        "mapped and acknowledged; by the native client",
+    )
     how.add_argument("--path", default="/v1/chat/completions/render", help="of an HTTP server")
     how.add_argument("--msgpack", action="store_true", help="ask an HTTP server for MessagePack")
     how.add_argument(
@@ -135,6 +144,8 @@ class _Loop:
 def _check(parsed: argparse.Namespace) -> _Loop:
     if parsed.size not in SIZES:
         raise InvalidRequest(f"--size must be one of {', '.join(SIZES)}, not {parsed.size}")
+    if parsed.queued and (_is_http(parsed) or parsed.payload == "tensors"):
+        raise InvalidRequest("--queued goes with a runtime directory, and with tensors in shared memory or none")
     if (parsed.workload == "trace") != (parsed.trace is not None):
         raise InvalidRequest("--workload trace and --trace FILE belong together")
     if parsed.workload == "trace":
@@ -214,7 +225,7 @@ def _asks(parsed: argparse.Namespace, seed: int) -> Iterator[Ask]:
     return WORKLOADS[parsed.workload](shape)
 
 
-async def _open_target(parsed: argparse.Namespace) -> HttpTarget | NativeTarget:
+async def _open_target(parsed: argparse.Namespace) -> Target:
     fields = dict(map(_field, parsed.field))
     if _is_http(parsed):
         return HttpTarget(
@@ -226,7 +237,16 @@ async def _open_target(parsed: argparse.Namespace) -> HttpTarget | NativeTarget:
         )
     client = AsyncClient(parsed.target, request_timeout=parsed.timeout)
     await client.open()
-    return NativeTarget(client, payload=parsed.payload or "shm", fields=fields)
+    if not parsed.queued:
+        return NativeTarget(client, payload=parsed.payload or "shm", fields=fields)
+    queue = f"bench-{os.urandom(6).hex()}"
+    backend = AsyncBackend(parsed.target, queue=queue, credits=_CREDITS)
+    try:
+        await backend.connect()
+    except BaseException:
+        await client.close()
+        raise
+    return QueueTarget(client, backend, queue, payload=parsed.payload or "shm", fields=fields)
 
 
 def _is_http(parsed: argparse.Namespace) -> bool:
@@ -262,9 +282,7 @@ class _Desk:
             self._desk.close()
 
 
-async def _counters(
-    parsed: argparse.Namespace, target: HttpTarget | NativeTarget, desk: _Desk
-) -> tuple[float, float] | None:
+async def _counters(parsed: argparse.Namespace, target: Target, desk: _Desk) -> tuple[float, float] | None:
     if not isinstance(target, HttpTarget):
         return await asyncio.to_thread(desk.counters)
     try:
@@ -300,7 +318,10 @@ async def _show_progress(run: Run) -> None:
 def _settings(parsed: argparse.Namespace, loop: _Loop, seed: int) -> dict[str, Any]:
     """Return what makes the run what it was; never a key, a path or the names of fields' values that may hold one."""
     http = _is_http(parsed)
-    settings: dict[str, Any] = {"target": parsed.target if http else "native client", "workload": parsed.workload}
+    settings: dict[str, Any] = {
+        "target": parsed.target if http else "a queue" if parsed.queued else "native client",
+        "workload": parsed.workload,
+    }
     if loop.users:
         settings |= {"users": loop.users, "think": parsed.think}
     elif loop.rate:

@@ -1,4 +1,4 @@
-"""Where requests go: a server over HTTP, or the service of a runtime directory through its native client.
+"""Where requests go: a server over HTTP, or the service of a runtime directory, through its native client or a queue.
 
 What became of a request is a word: ``ok``, or the kind of error. A target never raises for what a server answers.
 """
@@ -14,8 +14,10 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
+from mmprep.backend import AsyncBackend
 from mmprep.client import AsyncClient, Payload
 from mmprep.errors import MmprepError
+from mmprep.job import AsyncJob
 from mmprep.loadtest.http import HttpClient, Reply
 from mmprep.loadtest.workloads import Ask, Picture, Turn
 
@@ -23,6 +25,8 @@ OK: Final = "ok"
 TIMEOUT: Final = "client timeout"
 #: Bytes of encoded pictures that are kept because they may be sent again.
 _KEPT: Final = 256 << 20
+#: Ends of jobs that are remembered for those who may still learn that they posted them.
+_EARLY: Final = 4096
 
 
 class Target(Protocol):
@@ -96,7 +100,17 @@ class HttpTarget:
         await self.client.close()
 
 
-class NativeTarget:
+class _Chats:
+    """Asks as chats of the native client."""
+
+    def prepare(self, ask: Ask) -> list[dict[str, Any]]:
+        """Return the messages."""
+        return [
+            {"role": turn.role, "content": _content(turn, lambda picture: {"url": picture.data})} for turn in ask.turns
+        ]
+
+
+class NativeTarget(_Chats):
     """The service of a runtime directory; tensors in shared memory are released as soon as they are known.
 
     Parameters
@@ -114,12 +128,6 @@ class NativeTarget:
         self._payload: Payload = payload
         self._fields = dict(fields or {})
 
-    def prepare(self, ask: Ask) -> list[dict[str, Any]]:
-        """Return the messages."""
-        return [
-            {"role": turn.role, "content": _content(turn, lambda picture: {"url": picture.data})} for turn in ask.turns
-        ]
-
     async def send(self, prepared: list[dict[str, Any]]) -> str:
         """Send it."""
         try:
@@ -132,6 +140,85 @@ class NativeTarget:
     async def close(self) -> None:
         """Close the client."""
         await self._client.close()
+
+
+class QueueTarget(_Chats):
+    """A queue of its own: posts each request as a job, pulls it as a backend, maps its tensors and acknowledges it.
+
+    Parameters
+    ----------
+    client, backend:
+        Open; the backend pulls from the queue, and from no other, and nobody else does.
+    queue:
+        Its name.
+    payload:
+        ``none``: jobs without tensors.
+    """
+
+    def __init__(
+        self,
+        client: AsyncClient,
+        backend: AsyncBackend,
+        queue: str,
+        *,
+        payload: Payload = "shm",
+        fields: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._client = client
+        self._backend = backend
+        self._mapped = payload != "none"
+        self._queue = queue
+        self._fields = {**(fields or {}), **({} if self._mapped else {"mm_payload": payload})}
+        self._waiting: dict[str, asyncio.Future[str]] = {}
+        #: What became of jobs, by id, that were done before the word that they were accepted, or that nobody waits for.
+        self._early: OrderedDict[str, str] = OrderedDict()
+        self._pulling = asyncio.create_task(self._pull())
+
+    async def send(self, prepared: list[dict[str, Any]]) -> str:
+        """Post it, and wait until its job was pulled and acknowledged."""
+        try:
+            job_id = await self._client.post(prepared, queue=self._queue, **self._fields)
+        except MmprepError as error:
+            return error.type
+        if (early := self._early.pop(job_id, None)) is not None:
+            return early
+        end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._waiting[job_id] = end
+        try:
+            return await end
+        finally:
+            del self._waiting[job_id]
+
+    async def close(self) -> None:
+        """Pull nothing any more, and close both."""
+        self._pulling.cancel()
+        await asyncio.gather(self._pulling, return_exceptions=True)
+        await self._backend.close()
+        await self._client.close()
+
+    async def _pull(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            async for job in self._backend:
+                group.create_task(self._done(job))
+
+    async def _done(self, job: AsyncJob) -> None:
+        outcome = OK
+        try:
+            if job.error is not None:
+                outcome = job.error.type
+            elif self._mapped:
+                async with job.view():
+                    pass
+            await job.ack()
+        except MmprepError as error:
+            outcome = error.type
+        end = self._waiting.get(job.id)
+        if end is None:
+            self._early[job.id] = outcome
+            if len(self._early) > _EARLY:
+                self._early.popitem(last=False)
+        elif not end.done():
+            end.set_result(outcome)
 
 
 def _content(turn: Turn, source: Callable[[Picture], dict[str, Any]]) -> str | list[dict[str, Any]]:

@@ -103,6 +103,9 @@ class Received:
             raise LeaseLost("the item was released; ask for it again")
         return self._region
 
+    def check(self) -> None:
+        self._held()
+
     def copy(self) -> memoryview:
         return memoryview(bytearray(self._held()))
 

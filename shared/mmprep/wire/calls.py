@@ -43,15 +43,22 @@ class CallTable:
         self._waiting[number] = future
         return number, future
 
-    def resolve(self, number: int, outcome: Any) -> None:
-        """Give a call its outcome; an error is raised where it is awaited. Later outcomes are passed over."""
+    def resolve(self, number: int, outcome: Any) -> bool:
+        """Give a call its outcome; an error is raised where it is awaited. Later outcomes are passed over.
+
+        Returns
+        -------
+        bool
+            Whether the call was under way, and had not been cancelled.
+        """
         future = self._waiting.pop(number, None)
         if future is None or future.done():
-            return
+            return False
         if isinstance(outcome, MmprepError):
             future.set_exception(outcome)
         else:
             future.set_result(outcome)
+        return True
 
     def forget(self, number: int) -> bool:
         """Drop a call that nobody awaits any more; say whether it was under way."""

@@ -460,7 +460,8 @@ class Post(Wire, frozen=True):
     """A frontend posts a job. Answered by :class:`Posted` or Failed. Frames: its content, in pieces of :data:`JOB_PIECE`.
 
     The frontend keeps it until :class:`Finished`, and posts it to each writer that welcomes it meanwhile; ``again``: one
-    has accepted it before. ``places`` are slots and generations of its tensors; the writer pins them.
+    has accepted it before. ``places`` are slots and generations of its tensors; the writer pins them. ``releases``: the offer
+    whose pins end with it, as by :class:`Unpin`, unless it is refused.
     """
 
     call: Call
@@ -473,6 +474,7 @@ class Post(Wire, frozen=True):
     places: Annotated[tuple[tuple[Natural, Generation], ...], msgspec.Meta(max_length=MAX_ITEMS)]
     once: Once | None = None
     again: bool = False
+    releases: Call | None = None
 
 
 class Posted(Wire, frozen=True):

@@ -43,6 +43,7 @@ from mmprep.wire import messages
 from mmprep.wire.codec import pack, unpack
 from mmprep.wire.frames import send_frames
 from mmprep.wire.sockets import configure
+from mmprep.without_torch import leave_torch_out
 from mmprep_worker.lanes.config import LaneConfig
 from mmprep_worker.lanes.garbage import garbage
 from mmprep_worker.lanes.warmup import ColdError, warm_up
@@ -268,6 +269,7 @@ def _writer_is_gone() -> bool:
 
 def main() -> None:
     """Run one lane; the orders come on standard input."""
+    leave_torch_out()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # The end of standard input is only seen between tasks; a lane that hangs in a decoder must not outlive its writer.

@@ -126,13 +126,16 @@ class Queues:
     @property
     def wake_at(self) -> float:
         """When :meth:`tick` has something to do, in seconds of ``now``."""
-        times = [queue.forgotten_at() for queue in self._queues.values()]
+        wake_at = self._expiries[0][0] if self._expiries else math.inf
         if self._deliveries:
-            times.append(next(iter(self._deliveries.values())).deadline)
-        if self._expiries:
-            times.append(self._expiries[0][0])
-        times += [puller.paused_until for puller in self._pullers.values() if puller.paused_until > -math.inf]
-        return min(times, default=math.inf)
+            wake_at = min(wake_at, next(iter(self._deliveries.values())).deadline)
+        for queue in self._queues.values():
+            if queue.idle_since < math.inf:
+                wake_at = min(wake_at, queue.forgotten_at())
+        for puller in self._pullers.values():
+            if -math.inf < puller.paused_until < wake_at:
+                wake_at = puller.paused_until
+        return wake_at
 
     def take_ended(self) -> list[Ended]:
         """Return the jobs that have ended since the last call."""

@@ -38,7 +38,7 @@ from mmprep_worker.scheduling.queues import Queues
 from mmprep_worker.writer.aliases import MOST_ALIASES, Aliases
 from mmprep_worker.writer.holds import Holds
 from mmprep_worker.writer.inspection import clear, inspect
-from mmprep_worker.writer.jobs import Jobs
+from mmprep_worker.writer.jobs import JobMessage, Jobs
 from mmprep_worker.writer.leasing import Leasing
 from mmprep_worker.writer.plans import PlanStore
 from mmprep_worker.writer.state import (
@@ -442,9 +442,17 @@ class WriterCore:
             case messages.Clear() | messages.Inspect():
                 self._operate(peer, message)
             case messages.Post() | messages.Pull() | messages.Holding() | messages.Ack() | messages.GiveBack():
-                self._send(peer, self._jobs.answer(peer, message, frames, now))
+                self._about_jobs(peer, message, frames, now)
             case _:
                 self._about_leases(peer, message, now)
+
+    def _about_jobs(self, peer: Peer, message: JobMessage, frames: Sequence[bytes], now: float) -> None:
+        answer = self._jobs.answer(peer, message, frames, now)
+        if isinstance(message, messages.Post) and message.releases is not None:
+            self._unpin(peer, message.releases)
+        if isinstance(message, messages.Ack | messages.GiveBack):
+            self._jobs.dispatch(now)  # before the answer: a backend that hears it has its next job already
+        self._send(peer, answer)
 
     def _about_leases(self, peer: Peer, message: Any, now: float) -> None:
         answer = self._leasing.answer(peer, message, now)

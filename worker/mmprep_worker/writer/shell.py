@@ -30,7 +30,7 @@ from mmprep.segment import sibling_name, unlink
 from mmprep.settings import WriterSettings
 from mmprep.wire import messages
 from mmprep.wire.codec import CONTROL_LIMIT, MAX_FRAMES, PROTOCOL, pack, unpack
-from mmprep.wire.frames import recv_frames, send_frames
+from mmprep.wire.frames import readable, recv_frames, send_frames
 from mmprep.wire.outbox import Outbox
 from mmprep.wire.sockets import configure, router
 from mmprep_worker.lanes.config import LaneConfig
@@ -111,6 +111,8 @@ class WriterShell:
         #: Lanes that have told why they do not get warm, and are about to end.
         self._explained: set[int] = set()
         self._locks_checked = 0.0
+        #: As it was before this turn; what this turn brings is seen in the next one, which then comes at once.
+        self._core_wakes_at = 0.0
         self._pauses = Pauses(time.monotonic(), turn_seconds=_CHECK_LOCKS_EVERY)
 
     # --- setting up -----------------------------------------------------------------------------------------------
@@ -216,9 +218,10 @@ class WriterShell:
         return self._control, self._bulk, self._tensors, self._lanes, self._lane_tensors, self._supervisor
 
     def _timeout(self, now: float) -> int:
+        self._core_wakes_at = self._core.wake_at
         if self._pauses.behind:
             return 0
-        wake = min(self._core.wake_at, self._pool.wake_at, self._locks_checked + _CHECK_LOCKS_EVERY)
+        wake = min(self._core_wakes_at, self._pool.wake_at, self._locks_checked + _CHECK_LOCKS_EVERY)
         if self._outbox:
             wake = min(wake, now + 0.005)
         return max(0, math.ceil((wake - now) * 1000))
@@ -237,7 +240,7 @@ class WriterShell:
         for fd, number in watched.items():
             if fd in ready:
                 self._lane_exited(number, now)
-        if self._core.wake_at <= now and not self._pauses.behind:
+        if self._core_wakes_at <= now and not self._pauses.behind:
             self._core.tick(now)
             self._carry_out()
         if self._locks_checked + _CHECK_LOCKS_EVERY <= now:
@@ -248,11 +251,9 @@ class WriterShell:
 
     def _drain(self, socket: zmq.Socket[bytes], handle: Any, *, copy: bool = True) -> None:
         for _ in range(_BATCH):
-            try:
-                frames = recv_frames(socket, copy=copy)
-            except zmq.Again:
+            if not readable(socket):
                 return
-            handle(frames)
+            handle(recv_frames(socket, copy=copy))
             self._carry_out()
 
     # --- what comes in --------------------------------------------------------------------------------------------
