@@ -40,7 +40,7 @@ def service():
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 9
+    assert len(EXAMPLES) == 11
     assert len(COMMANDS) == 1
 
 
