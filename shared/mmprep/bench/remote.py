@@ -8,7 +8,7 @@ then the chunks, into one buffer.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +84,23 @@ def _one(
         if any((pulled[name] != array).any() for name, array in local.items()):
             raise AssertionError("what was received is not what lies in shared memory")
         nbytes = sum(array.nbytes for array in local.values())
-        leased = iter([requests.address(picture, "copy") for _ in range(repeats + 1)])
-
-        def pull() -> None:
-            backend.open(next(leased)).release()
-
-        def raw() -> None:
+        raw: list[float] = []
+        pulls: list[float] = []
+        for number in range(repeats + 1):  # turn by turn, so that what else the machine does meets both
+            asked = time.perf_counter()
             socket.send(str(nbytes).encode())
             socket.recv(copy=False)
-
-        times = _by_turns([raw, pull], repeats)
+            raw.append(time.perf_counter() - asked)
+            address = requests.address(picture, "copy")
+            opened = time.perf_counter()
+            item = backend.open(address)
+            pulls.append(time.perf_counter() - opened)
+            item.release()
+            if number == 0:  # the first turn finds nothing warm
+                raw.clear()
+                pulls.clear()
     requests.close()
-    raw_ms, pull_ms = (round(1000 * median(taken), 3) for taken in times)
+    raw_ms, pull_ms = round(1000 * median(raw), 3), round(1000 * median(pulls), 3)
     return {
         "tensor": tensor.name,
         "bytes": nbytes,
@@ -106,15 +111,3 @@ def _one(
         "pull_mb_per_second": round(nbytes / pull_ms / 1000, 1),
         "pull_to_raw": round(raw_ms / pull_ms, 3),
     }
-
-
-def _by_turns(ways: Sequence[Callable[[], None]], repeats: int) -> list[list[float]]:
-    """Return the seconds that each way took, each time."""
-    times: list[list[float]] = [[] for _ in ways]
-    for number in range(repeats + 1):
-        for way, taken in zip(ways, times, strict=True):
-            started = time.perf_counter()
-            way()
-            if number:  # the first one finds nothing warm
-                taken.append(time.perf_counter() - started)
-    return times
