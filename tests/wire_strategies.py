@@ -8,7 +8,7 @@ import msgspec
 from hypothesis import strategies as st
 from msgspec import inspect
 
-from mmprep.wire import messages
+from mmprep.wire import messages, remote_messages
 
 #: Every union of messages that a link carries.
 _NAMES = (
@@ -22,6 +22,7 @@ _NAMES = (
     "FromSupervisor",
 )
 LINKS = {name: getattr(messages, name) for name in _NAMES}
+LINKS |= {name: getattr(remote_messages, name) for name in ("ToDoor", "FromDoor")}
 #: Every message, once.
 MESSAGES = sorted(
     {kind for union in LINKS.values() for kind in get_args(union)} | {messages.Put, messages.Task},

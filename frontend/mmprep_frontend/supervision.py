@@ -31,6 +31,8 @@ class SupervisorLink:
         Makes the process's report.
     forget:
         Forgets what the process keeps of a cache.
+    role:
+        What the process is.
     """
 
     def __init__(
@@ -40,17 +42,20 @@ class SupervisorLink:
         index: int,
         report: Callable[[], ProcessReport],
         forget: Callable[[messages.Cache], Awaitable[None]],
+        *,
+        role: Literal["frontend", "remote"] = "frontend",
     ) -> None:
         self._id = str(index)
+        self._role: Literal["frontend", "remote"] = role
         self._report = report
         self._forget = forget
         self._forgetting: set[asyncio.Task[None]] = set()
         self._calls = CallTable()
-        self._state = messages.StateChange(False, "the frontend is starting")
+        self._state = messages.StateChange(False, f"the {role} process is starting")
         self._link = Link(
             context,
             endpoint,
-            f"frontend:{self._id}",
+            f"{role}:{self._id}",
             greeting=self._greeting,
             on_message=self._on_message,
             on_down=self._on_down,
@@ -104,7 +109,7 @@ class SupervisorLink:
         self._link.send([pack(messages.Done(message.call))])
 
     def _greeting(self) -> list[bytes]:
-        return [pack(messages.Hello(PROTOCOL, mmprep.__version__, "frontend", self._id, os.getpid()))]
+        return [pack(messages.Hello(PROTOCOL, mmprep.__version__, self._role, self._id, os.getpid()))]
 
     def _on_down(self) -> None:
         self._calls.fail_all(ServiceUnavailable, "the supervisor went away")

@@ -13,24 +13,29 @@ import asyncio
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
 
-import msgspec
 import zmq
 
 from mmprep.address import Address, parse_address
 from mmprep.errors import InvalidRequest
-from mmprep.item import Item, Runner, item_from_address
+from mmprep.item import Item, Runner
 from mmprep.job import AsyncJob, Job
 from mmprep.loop_thread import LoopThread
 from mmprep.pulling import Pulling
-from mmprep.registration import Lease, Registration
-from mmprep.registration import Mapping as SegmentMapping
+from mmprep.reading import LocalReader, Reader
+from mmprep.remote.curve import RemoteKeys
+from mmprep.remote.endpoint import TcpEndpoint, tcp_to_connect
+from mmprep.remote.reader import RemoteReader
 from mmprep.runtime import RuntimeDir, parse_endpoint
 from mmprep.wire.messages import LeaseKind
 
 _CONNECT_SECONDS = 10.0
 _CREDITS = 4
+_RECEIVE_LIMIT = 4 << 30
+
+Transport = Literal["auto", "tcp"]
 
 
 class AsyncBackend:
@@ -39,18 +44,32 @@ class AsyncBackend:
     Parameters
     ----------
     endpoint:
-        ``ipc://`` and a runtime directory; by default the one that ``mmprep serve`` uses by default.
+        ``ipc://`` and a runtime directory; by default the one that ``mmprep serve`` uses by default. Or the
+        ``--remote-endpoint`` of a service, as ``tcp://host:7790``: from another host tensors are received, in one copy that is
+        this process's own.
     id:
         The name that requests give as ``backend_id``; by default a fresh one.
     queue:
         The queue, or the queues, that it pulls jobs from; by default none.
     credits:
         How many jobs may be with it at a time, those that wait for the program included; at most 128.
+    curve_key_file, curve_server_key_file:
+        For ``tcp://``: the file of this backend's secret key, and that of the service's public key; see ``mmprep keys``.
+    allow_plain:
+        Connect by ``tcp://`` without keys: nothing is encrypted, and anybody on the way can read and change it. Without
+        it this is only done within one host.
+    transport:
+        ``"auto"``: a ``tcp://`` endpoint of a service on this very host leads to its shared memory. ``"tcp"``: tensors are
+        received also there.
+    receive_limit:
+        Bytes of received tensors that may be here at a time; what finds no room waits until items are released.
 
     Raises
     ------
     ServiceUnavailable
         No service answers.
+    AuthenticationError
+        The keys are not those of the service, or it does not let this backend in.
     InvalidRequest
         A living process has the id, or a queue's name or the credits are wrong.
 
@@ -70,15 +89,25 @@ class AsyncBackend:
         id: str | None = None,  # noqa: A002 -- interface
         queue: str | Sequence[str] | None = None,
         credits: int = _CREDITS,  # noqa: A002 -- interface
+        curve_key_file: str | Path | None = None,
+        curve_server_key_file: str | Path | None = None,
+        allow_plain: bool = False,
+        transport: Transport = "auto",
+        receive_limit: int = _RECEIVE_LIMIT,
         _run: Runner | None = None,
     ) -> None:
         self.id = id or f"backend-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._runtime: RuntimeDir = parse_endpoint(endpoint)
+        self._keys = RemoteKeys.read(curve_key_file, curve_server_key_file, allow_plain=allow_plain)
+        self._place: RuntimeDir | TcpEndpoint = _place(endpoint, self._keys, transport)
+        if receive_limit < 1:
+            raise InvalidRequest("'receive_limit' is a number of bytes, 1 or more", param="receive_limit")
+        self._receives = transport == "tcp"
+        self._receive_limit = receive_limit
         self._queues = (queue,) if isinstance(queue, str) else queue
         self._credits = credits
         self._run = _run
         self._context: zmq.Context[Any] | None = None
-        self._registration: Registration | None = None
+        self._reader: Reader | None = None
         self._pulling: Pulling | None = None
 
     async def __aenter__(self) -> Self:
@@ -90,28 +119,62 @@ class AsyncBackend:
 
     async def connect(self) -> None:
         """Register; as a context manager it does so by itself."""
-        if self._queues is not None:
-            self._pulling = Pulling(self._queues, self._credits, self._run)
         self._context = zmq.Context()
         try:
-            self._registration = Registration(self._context, self._runtime, self.id, self._pulling)
-            await self._registration.ready(_CONNECT_SECONDS)
+            self._reader = await self._register(self._context)
             if self._pulling is not None:
-                await self._pulling.begin(self._registration)
+                await self._pulling.begin()
         except BaseException:
             await self.close()
             raise
+
+    async def _register(self, context: zmq.Context[Any]) -> Reader:
+        place = self._place
+        if isinstance(place, TcpEndpoint):
+            remote = self._remote(context, place, self._new_pulling())
+            await self._opened(remote)
+            if remote.near is None:
+                return remote
+            await remote.close()
+            place = remote.near
+        return await self._opened(LocalReader(context, place, self.id, self._new_pulling(), self._run))
+
+    def _new_pulling(self) -> Pulling | None:
+        if self._queues is not None:
+            self._pulling = Pulling(self._queues, self._credits, self._run)
+        return self._pulling
+
+    def _remote(self, context: zmq.Context[Any], endpoint: TcpEndpoint, pulls: Pulling | None) -> RemoteReader:
+        return RemoteReader(
+            context,
+            endpoint,
+            self._keys,
+            self.id,
+            pulls=pulls,
+            queues=self._queues or (),
+            credits=self._credits if self._queues else 0,
+            receive_limit=self._receive_limit,
+            receives=self._receives,
+            run=self._run,
+        )
+
+    async def _opened(self, reader: Reader) -> Reader:
+        self._reader = reader
+        if self._pulling is not None:
+            self._pulling.use(reader)
+        await reader.ready(_CONNECT_SECONDS)
+        return reader
 
     async def close(self) -> None:
         """Give jobs back, release every lease and leave; again is no error.
 
         A job that the program has and has not ended counts as failed.
         """
-        registration, self._registration = self._registration, None
-        if registration is not None:
+        reader, self._reader = self._reader, None
+        if reader is not None:
             if self._pulling is not None:
                 await self._pulling.close()
-            await registration.close()
+            await reader.close()
         context, self._context = self._context, None
         if context is not None:
             context.destroy(linger=0)
@@ -158,8 +221,7 @@ class AsyncBackend:
         May be called from any thread.
         """
         parsed = parse_address(address)
-        held = None if parsed.lease is None else self._registered().hold_now(parsed, None)
-        return None if held is None else self._item(parsed, *held)
+        return None if parsed.lease is None else self._registered().open_now(parsed)
 
     async def open(self, address: Address | Mapping[str, Any]) -> Item:
         """Return the item at an address that is leased to this backend, and keep its lease renewed.
@@ -180,7 +242,7 @@ class AsyncBackend:
         parsed = parse_address(address)
         if parsed.lease is None:
             return await self.acquire(parsed)
-        return self._item(parsed, *await self._registered().hold(parsed, None))
+        return await self._registered().open(parsed)
 
     async def acquire(self, address: Address | Mapping[str, Any], *, kind: LeaseKind = "copy") -> Item:
         """Lease the content of an address to this backend and return the item.
@@ -195,9 +257,7 @@ class AsyncBackend:
         StaleAddress
             The content is gone.
         """
-        parsed = parse_address(address)
-        held = await self._registered().acquire(parsed, kind)
-        return self._item(msgspec.structs.replace(parsed, lease_kind=kind), *held)
+        return await self._registered().acquire(parse_address(address), kind)
 
     async def renew(self, *addresses: Address | Mapping[str, Any]) -> list[bool]:
         """Prolong leases now, beside the renewal in the background; returns for each whether it still holds.
@@ -223,18 +283,10 @@ class AsyncBackend:
             if lease is not None:
                 self._registered().drop(bytes.fromhex(lease))
 
-    def _registered(self) -> Registration:
-        if self._registration is None:
+    def _registered(self) -> Reader:
+        if self._reader is None:
             raise InvalidRequest("this client is closed")
-        return self._registration
-
-    def _item(self, address: Address, mapping: SegmentMapping, lease: Lease) -> Item:
-        address = msgspec.structs.replace(address, lease=lease.id.hex())
-        try:
-            return item_from_address(self._registered(), mapping, address, lease, run=self._run)
-        except BaseException:
-            lease.release()
-            raise
+        return self._reader
 
 
 class Backend:
@@ -262,10 +314,26 @@ class Backend:
         id: str | None = None,  # noqa: A002 -- interface
         queue: str | Sequence[str] | None = None,
         credits: int = _CREDITS,  # noqa: A002 -- interface
+        curve_key_file: str | Path | None = None,
+        curve_server_key_file: str | Path | None = None,
+        allow_plain: bool = False,
+        transport: Transport = "auto",
+        receive_limit: int = _RECEIVE_LIMIT,
     ) -> None:
         self._thread = LoopThread("mmprep-backend")
         try:
-            self._backend = AsyncBackend(endpoint, id=id, queue=queue, credits=credits, _run=self._thread.run)
+            self._backend = AsyncBackend(
+                endpoint,
+                id=id,
+                queue=queue,
+                credits=credits,
+                curve_key_file=curve_key_file,
+                curve_server_key_file=curve_server_key_file,
+                allow_plain=allow_plain,
+                transport=transport,
+                receive_limit=receive_limit,
+                _run=self._thread.run,
+            )
             self._thread.run(self._backend.connect())
         except BaseException:
             self._thread.stop()
@@ -325,3 +393,16 @@ class Backend:
     def release(self, *addresses: Address | Mapping[str, Any]) -> None:
         """End leases; those that are over already are passed over."""
         self._backend.release(*addresses)
+
+
+def _place(endpoint: str | None, keys: RemoteKeys, transport: Transport) -> RuntimeDir | TcpEndpoint:
+    """Return where the service is; raises InvalidRequest where what was given does not go together."""
+    if transport not in get_args(Transport):
+        raise InvalidRequest('\'transport\' is "auto" or "tcp"', param="transport")
+    if endpoint is not None and endpoint.startswith("tcp:"):
+        place = tcp_to_connect(endpoint)
+        keys.check(place)
+        return place
+    if keys.given or transport != "auto":
+        raise InvalidRequest("keys and transport are for endpoints of the form tcp://host:port", param="endpoint")
+    return parse_endpoint(endpoint)

@@ -8,12 +8,13 @@ from collections.abc import Callable, Coroutine, Sequence
 from collections.abc import Mapping as AnyMapping
 from typing import Any, Protocol
 
+import zmq
 from numpy.typing import NDArray
 
 from mmprep import tensors
 from mmprep.address import Address
 from mmprep.errors import InvalidRequest, LeaseLost, ServiceUnavailable
-from mmprep.items import FieldSpec, ItemMeta, align, unpack_meta
+from mmprep.items import FieldSpec, ItemMeta, align
 from mmprep.registration import Lease, Mapping, Registration
 
 
@@ -92,6 +93,19 @@ class Shared:
 
     def copy(self) -> memoryview:
         return self._checked().copy(self._address)[self._start() :]
+
+    def part(self, start: int, stop: int) -> zmq.Frame:
+        """Return a private copy of a part of the tensor region, in bytes from its start, as a frame to be sent.
+
+        Raises
+        ------
+        StaleAddress
+            The content was evicted or replaced.
+        LeaseLost
+            The lease is over.
+        """
+        first = self._start()
+        return self._checked().part(self._address, first + start, first + stop)
 
     def hold_now(self) -> memoryview | None:
         mapping = self._checked()
@@ -246,35 +260,6 @@ class Item:
         """Give up the tensors; the arrays of :meth:`materialize` stay good."""
         if self._source is not None:
             self._source.release()
-
-
-def item_from_address(
-    registration: Registration,
-    mapping: Mapping,
-    address: Address,
-    lease: Lease,
-    *,
-    run: Runner | None,
-    hash: str = "",  # noqa: A002
-) -> Item:
-    """Return the item at ``address``; its metadata is read from the extent. Raises StaleAddress or InvalidRequest."""
-    mapping.check(address)
-    blob = bytes(mapping.extent(address)[: address.metadata_length])
-    mapping.check(address)
-    try:
-        meta = unpack_meta(blob)
-    except ValueError:
-        raise InvalidRequest("the address's metadata_length is not that of the item", param="address") from None
-    return Item(
-        meta,
-        Shared(registration, mapping, address, lease),
-        hash=hash,
-        offset=0,
-        length=meta.plan.length,
-        cached=True,
-        address=address,
-        run=run,
-    )
 
 
 def features_of(items: AnyMapping[str, Sequence[Item]]) -> dict[str, Any] | None:

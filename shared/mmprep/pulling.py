@@ -20,12 +20,13 @@ import msgspec
 
 from mmprep import failpoints
 from mmprep.address import Address, address_fields
-from mmprep.errors import InvalidRequest, MmprepError, ServiceUnavailable, StaleDelivery
-from mmprep.item import Item, Runner, Shared
-from mmprep.items import unpack_meta
+from mmprep.errors import InvalidRequest, MmprepError, ProtocolError, ServiceUnavailable, StaleDelivery
+from mmprep.item import Item, Runner, Source
+from mmprep.items import ItemMeta, unpack_meta
 from mmprep.job import AsyncJob, Job
 from mmprep.job_content import JobContent, read_content
-from mmprep.registration import Lease, Mapping, Registration, WriterLostError
+from mmprep.reading import Reader
+from mmprep.registration import WriterLostError
 from mmprep.result import HeadItem
 from mmprep.segment import sibling_name
 from mmprep.wire import messages
@@ -76,9 +77,17 @@ class Pulling:
         How many jobs may be here at a time.
     run:
         How other threads run coroutines on the loop, ``None`` where the program is on it.
+    make_job:
+        What a delivery becomes for the program; by default a job that it can use.
     """
 
-    def __init__(self, queues: Sequence[str], credits: int, run: Runner | None) -> None:  # noqa: A002 -- the word for it
+    def __init__(
+        self,
+        queues: Sequence[str],
+        credits: int,  # noqa: A002 -- the word for it
+        run: Runner | None,
+        make_job: Callable[[Pulling, Held, JobContent], Any] | None = None,
+    ) -> None:
         if not 0 < len(queues) <= messages.MAX_PULLED:
             raise InvalidRequest(f"a backend pulls from 1 to {messages.MAX_PULLED} queues", param="queue")
         try:
@@ -92,7 +101,8 @@ class Pulling:
         self._queues = tuple(queues)
         self._credits = credits
         self._run = run
-        self._registration: Registration | None = None
+        self._make_job = make_job or self._job
+        self._reader: Reader | None = None
         self._held: dict[bytes, Held] = {}
         #: What waits for the program; also read by other threads.
         self._ready: deque[Held] = deque()
@@ -102,6 +112,10 @@ class Pulling:
         self._draining = False
 
     # --- the registration's ---------------------------------------------------------------------------------------
+
+    def use(self, reader: Reader) -> None:
+        """Take items by this reader, and tell the service by it what becomes of jobs; before the first job comes."""
+        self._reader = reader
 
     def greets(self) -> list[tuple[Callable[[int], msgspec.Struct], Callable[[asyncio.Future[Any]], None]]]:
         """Return what a new writer is told first: the jobs that are here, and which queues they shall come from.
@@ -162,33 +176,35 @@ class Pulling:
             with contextlib.suppress(MmprepError):
                 await self.give_back(held, f"its content could not be had: {error}")
             return
-        if self._run is None:
-            held.job = AsyncJob(self, held, content, held.items)
-        else:
-            held.job = Job(self, held, content, held.items, self._run)
+        held.job = self._make_job(self, held, content)
         self._ready.append(held)
         self._more.set()
 
+    def _job(self, pulling: Pulling, held: Held, content: JobContent) -> AsyncJob | Job:
+        if self._run is None:
+            return AsyncJob(pulling, held, content, held.items)
+        return Job(pulling, held, content, held.items, self._run)
+
     async def _take_charge(self, held: Held, content: JobContent, leases: Sequence[bytes]) -> None:
         granted = iter(leases)
-        for item in content.items:
-            if item.place is None or held.error is not None:
-                held.items.append(self._item(item, None, None))
-                continue
-            address = _address(content, item, next(granted, b""))
-            registration = self._registration
-            assert registration is not None
-            found = registration.hold_now(address, None) or await registration.hold(address, None)
-            held.items.append(self._item(item, address, found))
+        metas = [_meta(item) for item in content.items]
+        placed = [item.place is not None and held.error is None for item in content.items]
+        assert self._reader is not None
+        found = iter(
+            await self._reader.sources(
+                [
+                    (_address(content, item, meta, next(granted, b"")), meta)
+                    for item, meta, there in zip(content.items, metas, placed, strict=True)
+                    if there
+                ]
+            )
+        )
+        for item, meta, there in zip(content.items, metas, placed, strict=True):
+            held.items.append(self._item(item, meta, *(next(found) if there else (None, None))))
 
-    def _item(self, item: HeadItem, address: Address | None, found: tuple[Mapping, Lease] | None) -> Item:
-        source = None
-        if address is not None and found is not None:
-            assert self._registration is not None
-            address = msgspec.structs.replace(address, lease=found[1].id.hex())
-            source = Shared(self._registration, found[0], address, found[1])
+    def _item(self, item: HeadItem, meta: ItemMeta, address: Address | None, source: Source | None) -> Item:
         return Item(
-            unpack_meta(item.meta),
+            meta,
             source,
             hash=item.hash.hex(),
             offset=item.offset,
@@ -200,9 +216,8 @@ class Pulling:
 
     # --- the program's --------------------------------------------------------------------------------------------
 
-    async def begin(self, registration: Registration) -> None:
+    async def begin(self) -> None:
         """Wait until jobs can come; raises what speaks against it, ServiceUnavailable where nobody answers."""
-        self._registration = registration
         try:
             async with asyncio.timeout(_BEGIN_SECONDS):
                 await asyncio.shield(self._begun)
@@ -246,10 +261,10 @@ class Pulling:
             raise StaleDelivery(_OVER)
         if held.end is not None:
             raise InvalidRequest(f"the job was {held.end} already; each job ends once")
-        assert self._registration is not None
+        assert self._reader is not None
         held.end = end
         try:
-            await self._registration.call(make)
+            await self._reader.call(make)
         except StaleDelivery:
             held.end = "over"
             self._drop(held)
@@ -264,9 +279,9 @@ class Pulling:
         if self._draining:
             return
         self._draining = True
-        assert self._registration is not None
+        assert self._reader is not None
         try:
-            await self._registration.call(partial(messages.Pull, queues=(), credits=0))
+            await self._reader.call(partial(messages.Pull, queues=(), credits=0))
             await self._give_all_back(lambda held: not held.taken, None)
         finally:
             self._more.set()
@@ -304,7 +319,15 @@ class Pulling:
                 self._drop(held)
 
 
-def _address(content: JobContent, item: HeadItem, lease: bytes) -> Address:
+def _meta(item: HeadItem) -> ItemMeta:
+    """Return the metadata of an item of a job; raises ProtocolError."""
+    try:
+        return unpack_meta(item.meta)
+    except ValueError as error:
+        raise ProtocolError(f"a job has an item without right metadata: {error}") from None
+
+
+def _address(content: JobContent, item: HeadItem, meta: ItemMeta, lease: bytes) -> Address:
     place = item.place
     assert place is not None
     return Address(
@@ -315,7 +338,7 @@ def _address(content: JobContent, item: HeadItem, lease: bytes) -> Address:
         length=place.length,
         generation=place.generation,
         metadata_length=len(item.meta),
-        fields=address_fields(unpack_meta(item.meta), len(item.meta)),
+        fields=address_fields(meta, len(item.meta)),
         lease=lease.hex(),
         lease_kind="view",
     )

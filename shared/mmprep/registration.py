@@ -100,6 +100,13 @@ class Mapping:
         self.check(address)
         return copied
 
+    def part(self, address: Address, start: int, stop: int) -> zmq.Frame:
+        """Return a private copy of a part of the extent, checked before and after; raises StaleAddress."""
+        self.check(address)
+        copied = zmq.Frame(self.extent(address)[start:stop], copy=True)
+        self.check(address)
+        return copied
+
 
 class Lease:
     """One lease, held for as long as this object lives or until :meth:`release`."""
@@ -242,6 +249,11 @@ class Registration:
         self._lock.remove()
 
     # --- leases ---------------------------------------------------------------------------------------------------
+
+    @property
+    def lease_seconds(self) -> float:
+        """How long a lease holds without renewal, as the writer that welcomed this registration last said."""
+        return self._holdings.seconds
 
     def hold_now(self, address: Address, sent_at: float | None) -> tuple[Mapping, Lease] | None:
         """Take charge of a leased address; ``None`` where it takes :meth:`hold`. May be called from any thread.

@@ -93,6 +93,16 @@ class FrontendSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logs: LogSettings
 
 
+class RemoteSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The part of the door for backends on other hosts. Keys stay in their files."""
+
+    runtime_dir: str
+    endpoint: str
+    curve_key_file: str | None
+    curve_clients_dir: str | None
+    logs: LogSettings
+
+
 class CacheOrders(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What an operator asks of the disk cache, and the settings by which it is judged. Sizes in bytes, times in seconds."""
 

@@ -22,6 +22,7 @@ def test_the_quick_mode_measures_every_part_and_names_the_machine(run):
     result, _ = run
     assert result["quick"] is True
     parts = {"kernel", "throughput", "handover", "answers", "memory", "startup", "fetch", "requests", "queues"}
+    parts.add("remote")
     assert set(result["parts"]) == parts
     machine = result["machine"]
     assert machine["cores"] >= 1
@@ -135,3 +136,11 @@ def test_an_unknown_part_is_refused(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "--parts: known are" in result.stderr
+
+
+def test_tensors_over_tcp_are_measured_against_raw_zeromq_with_and_without_keys(run):
+    part = run[0]["parts"]["remote"]
+    assert [(row["tensor"], row["curve"]) for row in part] == [("1 MB", True), ("1 MB", False)]
+    for row in part:
+        assert min(row["raw_ms"], row["pull_ms"]) > 0
+        assert row["pull_to_raw"] == pytest.approx(row["raw_ms"] / row["pull_ms"], rel=0.01, abs=0.001)

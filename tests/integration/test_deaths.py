@@ -14,6 +14,7 @@ from itertools import count
 import pytest
 from tests.integration.faulty import asked, drawn, faulty, is_right
 from tests.integration.service import PATIENCE, environment, eventually
+from tests.integration.test_remote import DOOR
 from tests.integration.test_writer_restart import ANEW
 
 from mmprep import Backend, Client
@@ -289,6 +290,6 @@ def pull(broken, posted, *, attempt):
 
 
 def test_every_point_has_a_test_that_kills_there():
-    tables = (REQUEST, SPILL, INLINE, RELEASE, TAKEOVER, ANEW, POST)
+    tables = (REQUEST, SPILL, INLINE, RELEASE, TAKEOVER, ANEW, POST, DOOR)
     reached = {point.partition("[")[0] for table in tables for point in table.values()} | {*BACKEND, *PULL}
     assert set(POINTS) <= reached

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from service import ROOT, Service, environment
 
+from mmprep.remote.curve import make_pair
+
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 COMMANDS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 ANSWERS = re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
@@ -23,16 +25,22 @@ DEFAULT_URL = "http://127.0.0.1:8790"
 def service():
     """Give a service in the default runtime directory of those who are told this ``XDG_RUNTIME_DIR``."""
     with tempfile.TemporaryDirectory(prefix="mmprep-", dir="/tmp") as directory:
-        running = Service(Path(directory) / "mmprep", "--cache-size", "64MiB", "--enable-injection")
+        keys = Path(directory) / "keys"
+        make_pair(keys, "service")
+        make_pair(keys, "engine-2")
+        remote = ("--remote-endpoint", "tcp://127.0.0.1:0", "--curve-key-file", keys / "service.key")
+        remote += ("--curve-clients-dir", keys)
+        running = Service(Path(directory) / "mmprep", "--cache-size", "64MiB", "--enable-injection", *remote)
         try:
             yield running.ready()
         finally:
             status = running.stop()
+        shutil.rmtree(keys)
         assert (status, list(Path(directory).iterdir())) == (0, [])
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 10
+    assert len(EXAMPLES) == 11
     assert len(COMMANDS) == 1
 
 
@@ -68,6 +76,10 @@ def test_the_first_request_of_the_readme_gets_the_answer_that_stands_below_it(se
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_a_python_example_of_the_readme_runs(service, number, tmp_path):
     code = EXAMPLES[number].replace(DEFAULT_URL, service.url)
+    code = code.replace("http://10.0.0.5:8790", service.url).replace(
+        "/etc/mmprep", f"{service.runtime_dir.parent}/keys"
+    )
+    code = code.replace("tcp://10.0.0.5:7790", service.status()["remote"]["endpoint"])
     of_dynamo = "from dynamo" in code
     if of_dynamo and importlib.util.find_spec("dynamo") is None:
         pytest.skip("Dynamo's runtime is not installed: pip install mmprep[dynamo]")

@@ -179,7 +179,7 @@ def places(kind):
 def test_no_message_has_a_place_for_maps_numbers_with_a_point_or_just_anything(kind):
     """So no key comes twice, and no number is none."""
     found = list(places(inspect.type_info(kind)))
-    assert len(found) > 1
+    assert len(found) > len(kind.__struct_fields__)
     for place in found:
         assert not isinstance(place, inspect.DictType | inspect.FloatType | inspect.AnyType | inspect.RawType)
         if isinstance(place, inspect.StructType):

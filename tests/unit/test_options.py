@@ -55,6 +55,20 @@ WRONG = {
     "media-cache-max-size": ["1023KiB", "65TiB", "much", ""],
     "media-cache-ttl": ["-1s", "3651d", "soon", ""],
     "chat-template": ["/nonexistent/template"],
+    "remote-endpoint": [
+        "tcp://",
+        "127.0.0.1:7790",
+        "ipc:///run/mmprep",
+        "tcp://127.0.0.1",
+        "tcp://127.0.0.1:65536",
+        "tcp://engines.example:7790",
+        "tcp://[::g]:7790",
+        "tcp://0.0.0.0:7790",
+        "tcp://10.0.0.5:7790",
+    ],
+    "curve-key-file": ["/nonexistent/service.key"],
+    "curve-clients-dir": ["/nonexistent/clients"],
+    "allow-plain-remote": ["true", "maybe", ""],
     "log-format": ["xml", ""],
     "log-level": ["trace", "WARNING"],
 }
@@ -132,6 +146,7 @@ def test_a_wrong_value_is_an_error_that_names_the_option_wherever_it_stands(opti
         "trust-request-chat-template",
         "enable-injection",
         "share-cache-across-keys",
+        "allow-plain-remote",
     }:
         places.append({"arguments": [f"--{option}={value}"]})
     for place in places:

@@ -103,6 +103,14 @@ METRICS: Final[Mapping[str, MetricSpec]] = {
     "mmprep_refused_total": MetricSpec(
         "counter", "Messages between processes that were refused, by the link that they came on.", ("link", "error")
     ),
+    "mmprep_remote_backends": MetricSpec("gauge", "Backends on other hosts that are connected."),
+    "mmprep_remote_sessions_total": MetricSpec(
+        "counter", "Connections of backends on other hosts that have ended, by why.", ("end",)
+    ),
+    "mmprep_remote_pulls_total": MetricSpec(
+        "counter", "Items that backends on other hosts received: complete, unfinished, stalled.", ("outcome",)
+    ),
+    "mmprep_remote_bytes_total": MetricSpec("counter", "Bytes of tensors that were sent to other hosts."),
     "mmprep_injections_total": MetricSpec("counter", "Items that were injected.", ("modality",)),
     "mmprep_resets_total": MetricSpec(
         "counter", "Resets of a cache: mm, of processed items, or media, the disk cache.", ("cache",)

@@ -13,13 +13,13 @@ from typing import Any, get_args
 import msgspec
 
 from mmprep import __version__
-from mmprep.bench import answers, fetching, first, handover, pictures, queues, report, requests, throughput
+from mmprep.bench import answers, fetching, first, handover, pictures, queues, remote, report, requests, throughput
 from mmprep.bench.processes import cpu_seconds, machine_facts, memory
 from mmprep.bench.running import Mode, Service, full_size_model, service
 from mmprep.bench.throughput import Run
 from mmprep.errors import MmprepError
 
-PARTS = ("throughput", "handover", "answers", "memory", "startup", "fetch", "requests", "queues")
+PARTS = ("throughput", "handover", "answers", "memory", "startup", "fetch", "requests", "queues", "remote")
 _LANES = 2
 
 
@@ -102,6 +102,9 @@ def _measure(plan: Plan, wanted: set[str], directory: Path, other_model: Path | 
     if "queues" in wanted:
         _tell("queues")
         parts["queues"] = queues.measure(model, directory, plan.queues)
+    if "remote" in wanted:
+        _tell("tensors to another host")
+        parts["remote"] = remote.measure(model, directory, plan.tensors, plan.repeats)
     if {"throughput", "handover", "memory"} & wanted:
         parts |= _loaded(plan, wanted, model, directory, other_model)
     return parts

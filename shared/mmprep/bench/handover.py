@@ -26,7 +26,7 @@ from mmprep.bench.running import Child, Service
 from mmprep.client import Client
 from mmprep.wire.messages import LeaseKind
 
-_READER = "bench-reader"
+READER = "bench-reader"
 _FIELD = "pixel_values"
 
 Kind = Literal["view", "copy", "inline"]
@@ -47,7 +47,7 @@ TENSORS = (
 )
 
 
-class _Requests:
+class Requests:
     """Asks the service over HTTP for addresses that are leased to the reader."""
 
     def __init__(self, running: Service) -> None:
@@ -59,7 +59,7 @@ class _Requests:
             "messages": _messages("data:image/jpeg;base64," + base64.b64encode(picture).decode()),
             "mm_payload": "shm",
             "mm_dtype": "float32",
-            "backend_id": _READER,
+            "backend_id": READER,
             "lease_kind": kind,
         }
         headers = {"Content-Type": "application/json"}
@@ -81,8 +81,8 @@ def measure(running: Service, directory: Path, tensors: Sequence[Tensor], repeat
     """Return for each tensor the medians of the ways to hand it over, in milliseconds, and their ratios."""
     endpoint = f"ipc://{directory}/reader.sock"
     context: zmq.Context[Any] = zmq.Context()
-    requests = _Requests(running)
-    orders = {"runtime_dir": running.runtime_dir, "endpoint": endpoint, "id": _READER}
+    requests = Requests(running)
+    orders = {"runtime_dir": running.runtime_dir, "endpoint": endpoint, "id": READER}
     try:
         with Child("mmprep.bench.reader", orders) as reader, context.socket(zmq.DEALER) as socket:
             reader.wait_ready()
@@ -96,7 +96,7 @@ def measure(running: Service, directory: Path, tensors: Sequence[Tensor], repeat
 
 
 def _one(
-    running: Service, requests: _Requests, socket: zmq.Socket[bytes], tensor: Tensor, repeats: int
+    running: Service, requests: Requests, socket: zmq.Socket[bytes], tensor: Tensor, repeats: int
 ) -> dict[str, Any]:
     picture = pictures.jpeg(tensor.picture)
     times: dict[Kind, list[dict[str, float]]] = {"view": [], "copy": [], "inline": []}

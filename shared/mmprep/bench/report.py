@@ -126,6 +126,13 @@ def _queues(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield _target(f"{what}: from one to the next, median ms", 0.5, part["next_job_ms"]["p50"], at_most=True)
 
 
+def _remote(part: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for row in part:
+        if row["tensor"] == "10 MB" and row["curve"]:
+            what = "10 MB to another host: bandwidth by raw ZeroMQ's over tcp, both with CURVE"
+            yield _target(what, 0.6, row["pull_to_raw"], at_most=False)
+
+
 _JUDGES: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = {
     "kernel": _kernel,
     "throughput": _throughput,
@@ -135,6 +142,7 @@ _JUDGES: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = {
     "fetch": _fetch,
     "requests": _requests,
     "queues": _queues,
+    "remote": _remote,
 }
 
 
@@ -343,6 +351,21 @@ def _queues_table(part: dict[str, Any]) -> str:
     return _table("cached one-picture jobs through a queue; ms", head, [row])
 
 
+def _remote_table(part: list[dict[str, Any]]) -> str:
+    columns = (
+        "tensor",
+        "bytes",
+        "curve",
+        "raw_ms",
+        "pull_ms",
+        "raw_mb_per_second",
+        "pull_mb_per_second",
+        "pull_to_raw",
+    )
+    rows = [[row[column] for column in columns] for row in part]
+    return _table("tensors over tcp on the loopback: raw ZeroMQ, and a remote backend's pull", columns, rows)
+
+
 _TABLES: dict[str, Callable[[Any], str]] = {
     "kernel": _kernel_table,
     "throughput": _throughput_table,
@@ -353,4 +376,5 @@ _TABLES: dict[str, Callable[[Any], str]] = {
     "fetch": _fetch_table,
     "requests": _requests_table,
     "queues": _queues_table,
+    "remote": _remote_table,
 }

@@ -14,6 +14,7 @@ _COMMANDS = {
     "status": "show what a running service does",
     "cache": "show or empty the ring and the disk cache of media",
     "bench": "load a running server and say how long its answers took",
+    "keys": "make a pair of keys for the service or a backend on another host",
     "doctor": "check whether this machine can run the service",
 }
 

@@ -20,6 +20,8 @@ from mmprep.cli.extra import require_otel
 from mmprep.cli.models import find_model
 from mmprep.cli.traces import read_endpoint, traces_endpoint
 from mmprep.errors import StartupError
+from mmprep.remote.curve import check_service_keys
+from mmprep.remote.endpoint import TcpEndpoint, tcp_to_bind
 from mmprep.sizes import parse_duration, parse_size
 from mmprep.supervisor.options import ServeOptions
 
@@ -183,6 +185,10 @@ def _keys(text: str, option: str) -> tuple[ApiKey, ...]:
     return read_keys(Path(text), option) if text else ()
 
 
+def _listens(text: str, option: str) -> TcpEndpoint | None:
+    return tcp_to_bind(text, option) if text else None
+
+
 OPTIONS = (
     Option("host", _host, "127.0.0.1", "address to listen on"),
     Option("port", _whole(0, 65535), "8790", "port to listen on; 0: a free one"),
@@ -278,6 +284,26 @@ OPTIONS = (
         read_endpoint,
         "",
         "URL that traces are sent to, by OTLP over HTTP; default: what OTEL_EXPORTER_OTLP_ENDPOINT and its like say",
+    ),
+    Option(
+        "remote-endpoint",
+        _listens,
+        "",
+        "address for backends on other hosts, as tcp://10.0.0.5:7790; default: none are served",
+    ),
+    Option(
+        "curve-key-file",
+        _optional_path,
+        "",
+        "file with the secret key that backends on other hosts know the service by",
+    ),
+    Option("curve-clients-dir", _optional_path, "", "directory with the public keys of those who may connect, *.pub"),
+    Option(
+        "allow-plain-remote",
+        _switch,
+        "false",
+        "let backends on other hosts connect without keys and encryption: everybody who reaches the address",
+        flag=True,
     ),
     Option("log-format", _choice("text", "json"), "text", "one line of text or one JSON object an event"),
     Option("log-level", _choice(*_LEVELS), "warning", "debug, info, warning or error"),
@@ -398,6 +424,12 @@ def _decide(values: dict[str, Any], model: str | None) -> ServeOptions:
     values["served_model_name"] = values["served_model_name"] or name
     values["runtime_dir"] = Path(values["runtime_dir"]) if values["runtime_dir"] else None
     values["chat_template"] = _read_template(values["chat_template"])
+    check_service_keys(
+        values["remote_endpoint"],
+        values["curve_key_file"],
+        values["curve_clients_dir"],
+        allow_plain=values["allow_plain_remote"],
+    )
     return ServeOptions(**values)
 
 

@@ -52,6 +52,8 @@ def table(status: dict[str, Any]) -> str:
         *(f"lane        pid {lane['pid']}  {lane['state']}" for lane in status.get("lanes", [])),
         *(f"backend     {b['id']}  pid {b['pid']}  {b['leases']} leases" for b in status.get("backends", [])),
     ]
+    if "remote" in status:
+        lines.append(f"door        pid {status['remote']['pid']}  {_door(status['remote'])}")
     if ring:
         parts = ", ".join(f"{state} {format_size(ring[state])}" for state in ("free", "ready", "leased", "filling"))
         lines.append(f"ring        {format_size(ring['capacity'])}: {parts}; {ring['entries']} entries")
@@ -62,6 +64,13 @@ def table(status: dict[str, Any]) -> str:
     for name, queue in status.get("queues", {}).items():
         lines.append(f"queue       {name}: {queue['depth']} waiting, {format_size(queue['bytes'])}{_pulled(queue)}")
     return "\n".join(lines)
+
+
+def _door(remote: dict[str, Any]) -> str:
+    """Return what there is to tell of the door for backends on other hosts."""
+    keys = "with keys" if remote["encrypted"] else "without keys"
+    backends = "".join(f"; {b['id']}: {b['leases']} leases, {b['jobs']} jobs" for b in remote["backends"])
+    return f"{remote['endpoint']} {keys}{backends}"
 
 
 def _pulled(queue: dict[str, Any]) -> str:

@@ -159,7 +159,7 @@ class Desk:
     def _hello(self, identity: bytes, hello: messages.Hello) -> None:
         if hello.protocol != PROTOCOL:
             raise ProtocolError("another version of the protocol")
-        if hello.role in {"frontend", "writer"}:
+        if hello.role in {"frontend", "writer", "remote"}:
             state = messages.StateChange(False, "starting")
             self.gone(hello.role, hello.id)  # a hello of the one before may have been read after its end
             self._reporters[identity] = Reporter(identity, hello.role, hello.id, state, _EMPTY)

@@ -9,7 +9,8 @@ import msgspec
 
 from mmprep.api_keys import ApiKey
 from mmprep.logs import LogSettings
-from mmprep.settings import FrontendSettings, WriterSettings
+from mmprep.remote.endpoint import TcpEndpoint
+from mmprep.settings import FrontendSettings, RemoteSettings, WriterSettings
 
 
 class ServeOptions(msgspec.Struct, frozen=True):
@@ -65,6 +66,10 @@ class ServeOptions(msgspec.Struct, frozen=True):
     trust_request_chat_template: bool
     otlp_traces_endpoint: str | None
     enable_injection: bool
+    remote_endpoint: TcpEndpoint | None
+    curve_key_file: Path | None
+    curve_clients_dir: Path | None
+    allow_plain_remote: bool
     log_level: str
     log_format: str
 
@@ -107,6 +112,16 @@ class ServeOptions(msgspec.Struct, frozen=True):
             upload_seconds=5.0,
             task_seconds=self.task_timeout,
             lane_memory=self.lane_memory,
+            logs=self.logs,
+        )
+
+    def remote(self, runtime_dir: Path) -> RemoteSettings:
+        """Return the part of the door for backends on other hosts."""
+        return RemoteSettings(
+            runtime_dir=str(runtime_dir),
+            endpoint=str(self.remote_endpoint),
+            curve_key_file=None if self.curve_key_file is None else str(self.curve_key_file),
+            curve_clients_dir=None if self.curve_clients_dir is None else str(self.curve_clients_dir),
             logs=self.logs,
         )
 

@@ -34,6 +34,9 @@ _log = logging.getLogger("mmprep.supervisor")
 MOST_STARTS = 5
 
 _ORPHANS_SECONDS = 5.0
+#: The name of the door for backends on other hosts.
+_REMOTE = "remote-0"
+_WORDS = {"remote": "door for other hosts"}
 _LONGEST_DELAY = 2.0
 #: Seconds that a process gets to end, however short the drain timeout is.
 _LEAST_TO_END = 0.5
@@ -99,9 +102,8 @@ class Supervisor:
 
     async def _serve(self) -> None:
         try:
-            self._start("writer")
-            for index in range(self._options.frontends):
-                self._start(f"frontend-{index}")
+            for name in self._names():
+                self._start(name)
             watching = asyncio.create_task(self._watch())
             await self._stopping.wait()
             watching.cancel()
@@ -113,7 +115,8 @@ class Supervisor:
         more = self._options.cache_size // _BYTES_A_ROUND
         while True:
             await asyncio.sleep(_ROUND_SECONDS)
-            for role, number in await self._desk.silent({"writer": _SILENT_ROUNDS + more, "frontend": _SILENT_ROUNDS}):
+            rounds = {"writer": _SILENT_ROUNDS + more, "frontend": _SILENT_ROUNDS, "remote": _SILENT_ROUNDS}
+            for role, number in await self._desk.silent(rounds):
                 child = self._children.get("writer" if role == "writer" else f"{role}-{number}")
                 if child is not None:
                     _log.error("%s (pid %d) gives no sign of life and is killed", child.name, child.pid)
@@ -121,12 +124,19 @@ class Supervisor:
 
     # --- children -------------------------------------------------------------------------------------------------
 
+    def _names(self) -> list[str]:
+        """Return the names of all processes, each ``role-number``, but the writer's."""
+        frontends = [f"frontend-{index}" for index in range(self._options.frontends)]
+        return ["writer", *frontends, *([] if self._options.remote_endpoint is None else [_REMOTE])]
+
     def _start(self, name: str) -> None:
         if self._stopping.is_set():
             return
         path = self._runtime.path
         if name == "writer":
             self._children[name] = Child(name, "mmprep_worker", self._options.writer(path), self._exited)
+        elif name == _REMOTE:
+            self._children[name] = Child(name, "mmprep_frontend.remote", self._options.remote(path), self._exited)
         else:
             settings = self._options.frontend(int(name.partition("-")[2]), path, self._port)
             self._children[name] = Child(name, "mmprep_frontend", settings, self._exited)
@@ -138,14 +148,14 @@ class Supervisor:
             return
         # What once could start is tried again: whatever it lacks now, as room in /dev/shm, may come back.
         if child.status == CANNOT_START and not self._announced:
-            self._fail(f"the {role} could not start; its message stands above")
+            self._fail(f"the {_WORDS.get(role, role)} could not start; its message stands above")
             return
         _log.warning("%s (pid %d) ended with status %s and is replaced", child.name, child.pid, child.status)
         failures = self._failures.get(child.name, 0)
         self._failures[child.name] = failures + 1
         if not self._announced and failures + 1 >= MOST_STARTS:
             self._fail(
-                f"the {role} ended {failures + 1} times before it was ready, the last time with status {child.status}; "
+                f"the {_WORDS.get(role, role)} ended {failures + 1} times before it was ready, the last time with status {child.status}; "
                 "what it said stands above"
             )
             return
@@ -153,9 +163,8 @@ class Supervisor:
         asyncio.get_running_loop().call_later(delay, self._start, child.name)
 
     def _state_changed(self) -> None:
-        names = ["writer", *(f"frontend-{index}" for index in range(self._options.frontends))]
         ready = True
-        for name in names:
+        for name in self._names():
             role, _, number = name.partition("-")
             state = self._desk.state(role, number or "0")
             if state is not None and state.fatal:
@@ -179,7 +188,7 @@ class Supervisor:
     async def _end_orphans(self) -> None:
         """Wait for, then kill, processes that a killed supervisor of this directory left: they still own its files."""
         deadline = time.monotonic() + _ORPHANS_SECONDS
-        while orphans := [h for h in self._runtime.holders() if h.role in {"writer", "lane", "frontend"}]:
+        while orphans := [h for h in self._runtime.holders() if h.role in {"writer", "lane", "frontend", "remote"}]:
             if time.monotonic() > deadline + _ORPHANS_SECONDS:
                 raise StartupError("processes of an earlier service do not end; stop them, then start again")
             if time.monotonic() > deadline:
@@ -199,19 +208,22 @@ class Supervisor:
     async def _stop_all(self) -> None:
         """Drain the frontends, give leases their time, then stop everything; the writer last, whose lanes end with it.
 
+        Backends on other hosts are served until nothing is under way, as those of this host are by themselves.
+
         What does not end within the drain timeout is killed.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._options.drain_timeout
-        frontends = [child for name, child in self._children.items() if name != "writer"]
-        for child in frontends:
-            child.signal(signal.SIGTERM)
-        if frontends:
+        others = [child for name, child in self._children.items() if name != "writer"]
+        for child in others:
+            if child.name != _REMOTE:
+                child.signal(signal.SIGTERM)
+        if others:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._options.grace):
                     await self._until_quiet()
         left = max(_LEAST_TO_END, (deadline - loop.time()) / 2)
-        await asyncio.gather(*(child.stop(left) for child in frontends))
+        await asyncio.gather(*(child.stop(left) for child in others))
         writer = self._children.get("writer")
         if writer is not None:
             await writer.stop(max(_LEAST_TO_END, deadline - loop.time()))

@@ -81,7 +81,7 @@ class Hello(Wire, frozen=True):
 
     protocol: int
     version: ShortText
-    role: Literal["frontend", "backend", "lane", "writer", "client", "control"]
+    role: Literal["frontend", "backend", "lane", "writer", "client", "control", "remote"]
     id: Name
     pid: Natural
     instance: Annotated[bytes, msgspec.Meta(max_length=16)] = b""

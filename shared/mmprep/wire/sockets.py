@@ -33,6 +33,13 @@ _RECONNECT_MS = 20
 #: Seconds until a peer that has refused a connection is asked for another one.
 _REOPEN_SECONDS = 0.5
 _HIGH_WATER = 1000
+#: A peer is there, and the two do not agree on how to speak: on CURVE, on a key, or on ZeroMQ at all.
+HANDSHAKE_FAILURES = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH,
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
+)
+_ANY_HANDSHAKE_FAILURE = HANDSHAKE_FAILURES[0] | HANDSHAKE_FAILURES[1] | HANDSHAKE_FAILURES[2]
 #: Messages that may wait for one peer.
 _MOST_WAITING = 65_536
 #: Seconds until a peer that took nothing is tried again.
@@ -193,6 +200,13 @@ class Link:
         Called on the loop.
     frame_limit:
         The largest frame received, in bytes.
+    tune:
+        Sets more options of each new socket, as those of ``tcp://``.
+    on_refusal:
+        Called with the event, one of :data:`HANDSHAKE_FAILURES`, where the other side is there and does not agree with how
+        this one wants to be spoken to.
+    pause:
+        Seconds between a loss and the next try.
     """
 
     def __init__(
@@ -206,6 +220,9 @@ class Link:
         on_down: Callable[[], None],
         frame_limit: int = CONTROL_LIMIT,
         copy: bool = True,
+        tune: Callable[[zmq.Socket[bytes]], None] | None = None,
+        on_refusal: Callable[[int], None] | None = None,
+        pause: float = 0.0,
     ) -> None:
         self._context = context
         self._endpoint = endpoint
@@ -215,6 +232,9 @@ class Link:
         self._on_down = on_down
         self._frame_limit = frame_limit
         self._copy = copy
+        self._tune = tune
+        self._on_refusal = on_refusal
+        self._pause = pause
         self._pump: Pump | None = None
         self._monitor: Pump | None = None
         self._socket: zmq.Socket[bytes] | None = None
@@ -250,7 +270,10 @@ class Link:
         socket.routing_id = f"{self._name}:{os.urandom(8).hex()}".encode()
         # ZeroMQ would connect again before this loop hears of the loss, and send what waits to whoever is there then.
         socket.setsockopt(zmq.RECONNECT_IVL, -1)
-        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
+        if self._tune is not None:
+            self._tune(socket)
+        events = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+        monitor = socket.get_monitor_socket(events if self._on_refusal is None else events | _ANY_HANDSHAKE_FAILURE)
         socket.connect(self._endpoint)
         self._socket = socket
         self._pump = Pump(socket, self._on_message, copy=self._copy)
@@ -258,11 +281,16 @@ class Link:
         self._pump.send(self._greeting())
 
     def _monitored(self, frames: list[Any]) -> None:
-        if parse_monitor_message(frames)["event"] == zmq.EVENT_DISCONNECTED:
+        event = parse_monitor_message(frames)["event"]
+        if event in HANDSHAKE_FAILURES:
+            if self._on_refusal is not None:
+                self._on_refusal(event)
+        elif event == zmq.EVENT_DISCONNECTED:
             self._restart()
         elif self._socket is not None:  # nobody is there yet
             loop = asyncio.get_running_loop()
-            self._retry = loop.call_later(_RECONNECT_MS / 1000, self._connect_again, self._socket)
+            seconds = max(self._pause, _RECONNECT_MS / 1000)
+            self._retry = loop.call_later(seconds, self._connect_again, self._socket)
 
     def _connect_again(self, socket: zmq.Socket[bytes]) -> None:
         with contextlib.suppress(zmq.ZMQError):  # it has forgotten the endpoint already
@@ -272,7 +300,10 @@ class Link:
     def _restart(self) -> None:
         self.close()
         self._on_down()
-        self._open()
+        if self._pause:
+            self._retry = asyncio.get_running_loop().call_later(self._pause, self._open)
+        else:
+            self._open()
 
 
 def router(context: zmq.Context[Any], endpoint: str, *, frame_limit: int = CONTROL_LIMIT) -> zmq.Socket[bytes]:

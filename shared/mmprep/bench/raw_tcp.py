@@ -1,0 +1,37 @@
+"""Raw ZeroMQ over tcp, for scale: a ROUTER in a process of its own that answers each message with so many bytes.
+
+A message is the number of bytes, in decimal digits; the answer is one frame of them. With keys it speaks CURVE.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import zmq
+
+from mmprep.bench.running import read_orders
+
+
+def _answer_all(orders: dict[str, Any]) -> None:
+    context: zmq.Context[Any] = zmq.Context()
+    socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
+    if orders["secret"]:
+        socket.curve_secretkey = orders["secret"].encode()
+        socket.curve_server = True
+    socket.bind(orders["endpoint"])
+    data = os.urandom(orders["most"])
+    poller = zmq.Poller()
+    poller.register(socket, zmq.POLLIN)
+    poller.register(sys.stdin.fileno(), zmq.POLLIN)
+    print("ready", flush=True)  # noqa: T201 -- the protocol with the parent
+    while sys.stdin.fileno() not in (ready := dict(poller.poll())):
+        if socket in ready:
+            identity, nbytes = socket.recv_multipart()
+            socket.send_multipart([identity, memoryview(data)[: int(nbytes)]], copy=False)
+    context.destroy(linger=0)
+
+
+if __name__ == "__main__":
+    _answer_all(read_orders())
