@@ -55,6 +55,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         _take_own_shared_memory()
+    else:
+        _make_own_caches(config)
     if config.getoption("--slow"):
         settings.load_profile("long")
     # Output is not captured yet; the watchdog must be heard while it is.
@@ -62,6 +64,13 @@ def pytest_configure(config: pytest.Config) -> None:
     # Grandchildren whose parent dies become children of this process, where nothing_left sees them.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     sys.addaudithook(_refuse_network)
+
+
+def _make_own_caches(config: pytest.Config) -> None:
+    """Keep what a run caches, as tokenizers are, from what others have cached before; its processes share it."""
+    directory = tempfile.mkdtemp(prefix="mmprep-caches-", dir="/tmp")
+    os.environ["XDG_CACHE_HOME"] = directory
+    config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
