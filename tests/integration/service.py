@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import msgpack
 import numpy as np
 
+from mmprep.cli.desk import DeskClient
 from mmprep.runtime import RuntimeDir
 from mmprep.segment import segments_of
 
@@ -188,10 +189,9 @@ class Service:
     # --- what it says ---------------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        """Return what ``mmprep status --json`` prints."""
-        done = mmprep("status", "--json", "--runtime-dir", self.runtime_dir)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        """Return what ``mmprep status --json`` prints, without a process for each question."""
+        with DeskClient(str(self.runtime_dir)) as desk:
+            return desk.status()
 
     def status_when(self, condition: Callable[[dict[str, Any]], Any], what: str) -> dict[str, Any]:
         """Return the first status that meets ``condition``."""
