@@ -67,10 +67,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _make_own_caches(config: pytest.Config) -> None:
-    """Keep what a run caches, as tokenizers are, from what others have cached before; its processes share it."""
-    directory = tempfile.mkdtemp(prefix="mmprep-caches-", dir="/tmp")
-    os.environ["XDG_CACHE_HOME"] = directory
-    config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
+    """Keep what services cache for this user apart from what others have cached; all processes of a run share it."""
+    os.environ["XDG_CACHE_HOME"] = str(config.cache.mkdir("mmprep"))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -59,11 +59,15 @@ def mmprep(
 
 
 def eventually(condition: Callable[[], Any], what: str) -> Any:
-    """Return the first true value of ``condition``, for things that send no event."""
-    deadline = time.monotonic() + PATIENCE
+    """Return the first true value of ``condition``, for things that send no event.
+
+    It is asked less and less often: who waits for a service to be whole again must not take the CPU from it.
+    """
+    deadline, pause = time.monotonic() + PATIENCE, 0.01
     while not (value := condition()):
         assert time.monotonic() < deadline, f"never came: {what}"
-        time.sleep(0.01)
+        time.sleep(pause)
+        pause = min(1.25 * pause, 0.1)
     return value
 
 

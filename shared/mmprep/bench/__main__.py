@@ -170,14 +170,15 @@ def _memory(running: Service, model: str, frontends: int, plan: Plan, paths: dic
 
 
 def _startup(model: Path, directory: Path, repeats: int) -> dict[str, list[dict[str, float]]]:
-    """Return what starts took with an empty cache of compiled code, and with the one that this has filled.
+    """Return what starts took with empty caches of compiled code and tokenizers, and with those that this has filled.
 
     Each tells the seconds to ready, the CPU time of all processes until then, and the first cold request's time beside that of later ones.
     """
     picture = pictures.jpeg(pictures.VGA)
     starts: dict[str, list[dict[str, float]]] = {"empty": [], "filled": []}
     for repeat in range(repeats):
-        environment = {"NUMBA_CACHE_DIR": str(directory / f"compiled-{repeat}")}
+        kept = str(directory / f"kept-{repeat}")
+        environment = {"NUMBA_CACHE_DIR": kept, "XDG_CACHE_HOME": kept}
         for measured in starts.values():
             with service(model, frontends=2, lanes=_LANES, environment=environment) as running:
                 spent = sum(cpu_seconds(pid) for pids in running.pids().values() for pid in pids)
