@@ -41,7 +41,7 @@ from mmprep_frontend.media.policy import UrlPolicy
 from mmprep_frontend.model import ServedModel, load_model
 from mmprep_frontend.native import NativeDoor
 from mmprep_frontend.render.loaded_tokenizer import LoadedTokenizer, load_tokenizer
-from mmprep_frontend.render.tokenizer_cache import TokenizerCache, default_directory
+from mmprep_frontend.render.tokenizer_cache import TokenizerCache
 from mmprep_frontend.resets import Resets
 from mmprep_frontend.room import Room
 from mmprep_frontend.service import Service
@@ -348,8 +348,7 @@ def _open_exporter(endpoint: str | None) -> OtlpExporter | None:
 
 def _load_tokenizer(directory: Path) -> LoadedTokenizer:
     """Load the tokenizer on the thread that will use it, beside the rest of the start: it may take a second."""
-    kept = default_directory()
-    return load_tokenizer(directory, None if kept is None else TokenizerCache(kept))
+    return load_tokenizer(directory, TokenizerCache())
 
 
 def _check_dtype(name: str, card: ModelCard) -> None:

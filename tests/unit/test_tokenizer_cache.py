@@ -12,7 +12,7 @@ from mmprep import embedded
 from mmprep.errors import StartupError
 from mmprep_frontend.render import tokenizer_cache
 from mmprep_frontend.render.loaded_tokenizer import load_tokenizer
-from mmprep_frontend.render.tokenizer_cache import Kept, TokenizerCache, default_directory, key_of
+from mmprep_frontend.render.tokenizer_cache import Kept, TokenizerCache, key_of
 
 TEXTS = [
     "What is in this image?",
@@ -132,29 +132,6 @@ def test_a_damaged_file_is_as_if_it_were_not_there_and_is_replaced(damage, cache
     assert path.read_bytes() == whole
 
 
-def test_what_others_may_write_is_as_if_it_were_not_there(cache, tmp_path):
-    cache.put(bytes(32), KEPT)
-    (path,) = files(tmp_path)
-    assert cache.get(bytes(32)) == KEPT
-    for suspect in (path, path.parent):
-        mode = suspect.stat().st_mode
-        suspect.chmod(mode | 0o020)
-        assert cache.get(bytes(32)) is None
-        suspect.chmod(mode)
-    other = path.rename(tmp_path / "elsewhere")
-    path.symlink_to(other)
-    assert cache.get(bytes(32)) is None
-    path.unlink()
-    os.mkfifo(path)
-    assert cache.get(bytes(32)) is None
-
-
-def test_the_files_are_this_users_alone(cache, tmp_path):
-    cache.put(bytes(32), KEPT)
-    (path,) = files(tmp_path)
-    assert [found.stat().st_mode & 0o077 for found in (path, path.parent)] == [0, 0]
-
-
 def test_without_a_place_to_write_a_tokenizer_is_made_each_time(directory, tmp_path):
     (tmp_path / "file").touch()
     cache = TokenizerCache(tmp_path / "file" / "tokenizers")
@@ -166,19 +143,3 @@ def test_a_directory_that_is_not_there_stops_the_start_and_leaves_nothing(cache,
     with pytest.raises(StartupError):
         load_tokenizer(tmp_path / "none", cache)
     assert not (tmp_path / "cache").exists()
-
-
-def test_few_are_kept_and_those_stay_that_were_used_last(cache, tmp_path):
-    keys = [bytes([number]) * 32 for number in range(20)]
-    for number, key in enumerate(keys):
-        cache.put(key, KEPT)
-        os.utime(tmp_path / "cache" / "tokenizers" / key.hex(), ns=(number, number))
-        assert cache.get(keys[0])
-    assert [key for key in keys if cache.get(key)] == [keys[0], *keys[5:]]
-
-
-def test_the_place_is_that_of_the_users_caches(monkeypatch, tmp_path):
-    assert default_directory({"XDG_CACHE_HOME": "/var/c"}) == tokenizer_cache.Path("/var/c/mmprep/tokenizers")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for environment in ({}, {"XDG_CACHE_HOME": "relative"}):
-        assert default_directory(environment) == tmp_path / ".cache" / "mmprep" / "tokenizers"
