@@ -21,6 +21,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from mmprep.errors import MmprepError
 from mmprep.wire.codec import CONTROL_LIMIT, MAX_FRAMES
+from mmprep.wire.configured import RECONNECT_MS, configure
 from mmprep.wire.frames import Frames, ready, recv_frames, send_frames
 from mmprep.wire.outbox import Outbox
 
@@ -29,26 +30,12 @@ Handler: TypeAlias = Callable[[list[Any]], None]
 _log = logging.getLogger("mmprep.wire")
 
 _BATCH = 64
-_RECONNECT_MS = 20
 #: Seconds until a peer that has refused a connection is asked for another one.
 _REOPEN_SECONDS = 0.5
-_HIGH_WATER = 1000
 #: Messages that may wait for one peer.
 _MOST_WAITING = 65_536
 #: Seconds until a peer that took nothing is tried again.
 _RETRY_SECONDS = 0.005
-
-
-def configure(socket: zmq.Socket[bytes], *, frame_limit: int = CONTROL_LIMIT) -> None:
-    """Set what all our sockets share: no lingering, bounded queues, a cap on frames, no sending into the void."""
-    socket.linger = 0
-    socket.sndhwm = _HIGH_WATER
-    socket.rcvhwm = _HIGH_WATER
-    socket.maxmsgsize = frame_limit
-    socket.immediate = 1
-    socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
-    if socket.type == zmq.ROUTER:
-        socket.router_mandatory = True
 
 
 class Pump:
@@ -57,7 +44,7 @@ class Pump:
     Parameters
     ----------
     socket:
-        Configured by :func:`configure`; owned by the pump from now on. Of a ROUTER, the first frame names the peer, and
+        Configured by :func:`~mmprep.wire.configured.configure`; owned by the pump from now on. Of a ROUTER, the first frame names the peer, and
         one peer that does not read holds up no other.
     handler:
         Called with the frames of each message, on the loop.
@@ -262,7 +249,7 @@ class Link:
             self._restart()
         elif self._socket is not None:  # nobody is there yet
             loop = asyncio.get_running_loop()
-            self._retry = loop.call_later(_RECONNECT_MS / 1000, self._connect_again, self._socket)
+            self._retry = loop.call_later(RECONNECT_MS / 1000, self._connect_again, self._socket)
 
     def _connect_again(self, socket: zmq.Socket[bytes]) -> None:
         with contextlib.suppress(zmq.ZMQError):  # it has forgotten the endpoint already
@@ -273,17 +260,3 @@ class Link:
         self.close()
         self._on_down()
         self._open()
-
-
-def router(context: zmq.Context[Any], endpoint: str, *, frame_limit: int = CONTROL_LIMIT) -> zmq.Socket[bytes]:
-    """Return a ROUTER bound to ``endpoint``. The caller holds the lock that makes this path its own.
-
-    Raises
-    ------
-    zmq.ZMQError
-        The endpoint cannot be bound.
-    """
-    socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
-    configure(socket, frame_limit=frame_limit)
-    socket.bind(endpoint)
-    return socket

@@ -42,8 +42,8 @@ from mmprep.segment import Segment
 from mmprep.settings import read_settings
 from mmprep.wire import messages
 from mmprep.wire.codec import pack, unpack
+from mmprep.wire.configured import configure
 from mmprep.wire.frames import send_frames
-from mmprep.wire.sockets import configure
 from mmprep_worker.lanes.config import LaneConfig
 from mmprep_worker.lanes.garbage import garbage
 from mmprep_worker.lanes.warmup import ColdError, warm_up
