@@ -67,8 +67,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _make_own_caches(config: pytest.Config) -> None:
-    """Keep what services cache for this user apart from what others have cached; all processes of a run share it."""
-    os.environ["XDG_CACHE_HOME"] = str(config.cache.mkdir("mmprep"))
+    """Keep what services cache for this user where pytest keeps its own, if it does; all processes of a run share it."""
+    if config.pluginmanager.has_plugin("cacheprovider"):
+        os.environ["XDG_CACHE_HOME"] = str(config.cache.mkdir("mmprep"))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
