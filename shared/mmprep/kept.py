@@ -64,7 +64,7 @@ class KeptFiles:
                 found = os.fstat(file.fileno())
                 if not _is_private(found) or found.st_size > _MOST_BYTES:
                     return None
-                whole = file.read(_MOST_BYTES)
+                whole = file.read(found.st_size)  # as much memory is taken before anything is read
             os.utime(path)
         except OSError:
             return None
