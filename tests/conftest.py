@@ -59,6 +59,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         _take_own_shared_memory()
+    else:
+        _make_own_caches(config)
     leave_torch_out()
     if config.getoption("--slow"):
         settings.load_profile("long")
@@ -67,6 +69,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # Grandchildren whose parent dies become children of this process, where nothing_left sees them.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     sys.addaudithook(_refuse_network)
+
+
+def _make_own_caches(config: pytest.Config) -> None:
+    """Keep what services cache for this user where pytest keeps its own, if it does; all processes of a run share it."""
+    if config.pluginmanager.has_plugin("cacheprovider"):
+        os.environ["XDG_CACHE_HOME"] = str(config.cache.mkdir("mmprep"))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -29,7 +29,8 @@ from mmprep.runtime import RuntimeDir
 from mmprep.wire import messages
 from mmprep.wire.calls import CallTable
 from mmprep.wire.codec import PROTOCOL, pack, unpack
-from mmprep.wire.sockets import Link, Pump, configure
+from mmprep.wire.configured import configure
+from mmprep.wire.sockets import Link, Pump
 from mmprep_frontend.offers import MOST_RESENDS, Action, Offers, Put, Say, Settle, Terms
 from mmprep_frontend.posts import Action as PostAction
 from mmprep_frontend.posts import Posts

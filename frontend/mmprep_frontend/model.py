@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from mmprep.card import ModelCard
 from mmprep.errors import InvalidRequest, NotFound, StartupError
@@ -21,6 +20,7 @@ from mmprep.wire.messages import MAX_ITEMS
 from mmprep_frontend.media.intake import Intake, Medium, Source
 from mmprep_frontend.render.bounds import TextBounds
 from mmprep_frontend.render.conversation import Conversation, walk
+from mmprep_frontend.render.loaded_tokenizer import LoadedTokenizer
 from mmprep_frontend.render.prompt_cache import PromptCache
 from mmprep_frontend.render.requests import ChatRequest, CompletionRequest, TokenizeRequest, wants_offsets
 from mmprep_frontend.render.sampling import NO_DEFAULTS, Defaults, read_defaults
@@ -163,14 +163,20 @@ def _adds_special_tokens(request: ChatRequest | TokenizeRequest) -> bool:
 
 
 def load_model(
-    directory: Path, card: ModelCard, loaded: Any, *, name: str, max_model_len: int | None, template: str | None
+    directory: Path,
+    card: ModelCard,
+    loaded: LoadedTokenizer,
+    *,
+    name: str,
+    max_model_len: int | None,
+    template: str | None,
 ) -> ServedModel:
     """Put the parts of a model together.
 
     Parameters
     ----------
     loaded:
-        The tokenizer, from :func:`~mmprep_frontend.render.tokens.load_tokenizer`.
+        The tokenizer, from :func:`~mmprep_frontend.render.loaded_tokenizer.load_tokenizer`.
     max_model_len:
         ``None``: what the model's configuration says.
     template:

@@ -25,8 +25,9 @@ from mmprep.logs import event
 from mmprep.result import Head, HeadItem, Place, ids_to_bytes
 from mmprep.wire import messages
 from mmprep.wire.codec import MAX_FRAMES, PROTOCOL, pack, unpack
+from mmprep.wire.configured import router
 from mmprep.wire.messages import LeaseKind
-from mmprep.wire.sockets import Pump, router
+from mmprep.wire.sockets import Pump
 from mmprep_frontend.caller import ANONYMOUS
 from mmprep_frontend.injection.service import Injecting
 from mmprep_frontend.posting import once, post, request_of

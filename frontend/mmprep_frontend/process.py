@@ -41,6 +41,8 @@ from mmprep_frontend.media.memory import MediaMemory
 from mmprep_frontend.media.policy import UrlPolicy
 from mmprep_frontend.model import ServedModel, load_model
 from mmprep_frontend.native import NativeDoor
+from mmprep_frontend.render.loaded_tokenizer import LoadedTokenizer, load_tokenizer
+from mmprep_frontend.render.tokenizer_cache import TokenizerCache
 from mmprep_frontend.resets import Resets
 from mmprep_frontend.room import Room
 from mmprep_frontend.service import Service
@@ -345,11 +347,9 @@ def _open_exporter(endpoint: str | None) -> OtlpExporter | None:
     return OtlpExporter(endpoint)
 
 
-def _load_tokenizer(directory: Path) -> Any:
-    """Import transformers on the thread that will use it, beside the rest of the start: it takes a second."""
-    from mmprep_frontend.render.tokens import load_tokenizer  # noqa: PLC0415
-
-    return load_tokenizer(directory)
+def _load_tokenizer(directory: Path) -> LoadedTokenizer:
+    """Load the tokenizer on the thread that will use it, beside the rest of the start: it may take a second."""
+    return load_tokenizer(directory, TokenizerCache())
 
 
 def _check_dtype(name: str, card: ModelCard) -> None:

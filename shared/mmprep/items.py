@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgpack
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    # Only who has tensors needs it: half of what a writer or a command takes to start would be numpy.
+    import numpy as np
+    from numpy.typing import NDArray
 
 #: Extents, and fields within an extent, start at multiples of this many bytes (a cache line).
 ALIGNMENT = 64
@@ -57,6 +60,8 @@ def storage_dtype(name: str) -> np.dtype[Any]:
     """
     if name not in DTYPE_SIZES:
         raise ValueError(f"unknown dtype {name!r}; known: {', '.join(DTYPE_SIZES)}")
+    import numpy as np  # noqa: PLC0415, as above
+
     return np.dtype("uint16" if name == "bfloat16" else name).newbyteorder("<")
 
 
@@ -201,5 +206,7 @@ _remembered = lru_cache(maxsize=512)(_unpack)
 
 def field_array(region: memoryview, spec: FieldSpec) -> NDArray[Any]:
     """Return ``spec``'s tensor as an array over ``region``, the tensor region of an extent; nothing is copied."""
+    import numpy as np  # noqa: PLC0415, as above
+
     dtype = storage_dtype(spec.dtype)
     return np.frombuffer(region[spec.offset : spec.offset + spec.nbytes], dtype=dtype).reshape(spec.shape)

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import msgpack
 import numpy as np
 
+from mmprep.cli.desk import DeskClient
 from mmprep.runtime import RuntimeDir
 from mmprep.segment import segments_of
 
@@ -58,11 +59,15 @@ def mmprep(
 
 
 def eventually(condition: Callable[[], Any], what: str) -> Any:
-    """Return the first true value of ``condition``, for things that send no event."""
-    deadline = time.monotonic() + PATIENCE
+    """Return the first true value of ``condition``, for things that send no event.
+
+    It is asked less and less often: who waits for a service to be whole again must not take the CPU from it.
+    """
+    deadline, pause = time.monotonic() + PATIENCE, 0.01
     while not (value := condition()):
         assert time.monotonic() < deadline, f"never came: {what}"
-        time.sleep(0.01)
+        time.sleep(pause)
+        pause = min(1.25 * pause, 0.1)
     return value
 
 
@@ -188,10 +193,9 @@ class Service:
     # --- what it says ---------------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        """Return what ``mmprep status --json`` prints."""
-        done = mmprep("status", "--json", "--runtime-dir", self.runtime_dir)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        """Return what ``mmprep status --json`` prints, without a process for each question."""
+        with DeskClient(str(self.runtime_dir)) as desk:
+            return desk.status()
 
     def status_when(self, condition: Callable[[dict[str, Any]], Any], what: str) -> dict[str, Any]:
         """Return the first status that meets ``condition``."""

@@ -47,7 +47,9 @@ def test_render_tells_of_a_file_that_is_not_there_before_it_starts_anything(tmp_
 def test_status_in_json_has_the_keys_of_the_interface(service):
     with Backend(service.endpoint, id="engine-0") as backend:
         answer = service.render(user(photo("cat.png")), mm_payload="shm", backend_id=backend.id)
-        status = service.status()
+        done = mmprep("status", "--json", "--runtime-dir", service.runtime_dir)
+        status = json.loads(done.stdout)
+        assert set(status) == set(service.status())
         (address,) = answer["features"]["mm_addresses"]["image"]
         item = backend.open(address)
         item.release()

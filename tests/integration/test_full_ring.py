@@ -377,8 +377,8 @@ def test_two_requests_that_each_need_half_of_the_ring_are_both_answered_again_an
         service.quiet()
 
 
-def test_ten_thousand_tiny_pictures_are_more_than_the_directory_holds_and_all_are_answered(is_right):
-    many, at_once, slots = 10_000, 100, 1024
+def test_three_thousand_tiny_pictures_are_more_than_the_directory_holds_and_all_are_answered(is_right):
+    many, at_once, slots = 3_000, 100, 1024
 
     def tiny(number):
         into = io.BytesIO()

@@ -20,7 +20,7 @@ from mmprep.errors import MediaError, TooLarge
 from mmprep.runtime import RuntimeDir
 from mmprep.wire import messages
 from mmprep.wire.codec import PROTOCOL, pack, unpack
-from mmprep.wire.sockets import configure
+from mmprep.wire.configured import configure
 
 TASK_SECONDS = 3
 

@@ -143,18 +143,15 @@ def _ignoring(service):
         service.chat(user(image(drawn(77), "png")))
 
 
-@pytest.mark.parametrize(("level", "lanes"), [("info", 2), ("warning", 0)])
-def test_every_process_logs_from_the_level_that_was_asked_for(level, lanes):
-    with serving(*SMALLEST, "--log-level", level) as service:
-        pass
-    warm = [line for line in service.lines if re.search(r"^[-0-9]+ [:,0-9]+ INFO mmprep\.lane: lane \d is warm$", line)]
-    assert len(warm) == lanes
-
-
-def test_a_directory_that_the_service_made_is_gone_with_it(runtime_dir):
-    service = Service(runtime_dir / "made", *SMALLEST).ready()
+def test_a_directory_that_the_service_made_is_gone_with_it_and_every_process_logs_as_it_was_asked_to(
+    runtime_dir, lasting
+):
+    service = Service(runtime_dir / "made", *SMALLEST, "--log-level", "info").ready()
     assert service.stop() == 0
     assert contents(runtime_dir) == []
+    warm = re.compile(r"^[-0-9]+ [:,0-9]+ INFO mmprep\.lane: lane \d is warm$")
+    assert len([line for line in service.lines if warm.match(line)]) == 2
+    assert not [line for line in lasting.lines if warm.match(line)], "of the level warning, which is the default"
 
 
 # --- sudden deaths ----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from mmprep.runtime import RuntimeDir
 from mmprep.segment import Segment, segment_name
 from mmprep.wire import messages
 from mmprep.wire.codec import PROTOCOL, pack
-from mmprep.wire.sockets import router
+from mmprep.wire.configured import router
 
 BACKEND = """
 import sys

@@ -17,7 +17,8 @@ from mmprep.errors import Busy, TooLarge
 from mmprep.metrics import Metrics
 from mmprep.wire import messages
 from mmprep.wire.codec import PROTOCOL, pack, unpack
-from mmprep.wire.sockets import Pump, configure
+from mmprep.wire.configured import configure
+from mmprep.wire.sockets import Pump
 from mmprep_frontend.native import NativeDoor
 from mmprep_frontend.room import Room
 

@@ -12,7 +12,8 @@ import zmq
 
 from mmprep.errors import Busy, InvalidRequest
 from mmprep.wire.codec import CONTROL_LIMIT, MAX_FRAMES
-from mmprep.wire.sockets import Link, Pump, configure, router
+from mmprep.wire.configured import configure, router
+from mmprep.wire.sockets import Link, Pump
 
 
 class Inbox:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from itertools import count
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from tests.integration.faulty import asked, drawn, faulty, is_right
 from tests.integration.service import PATIENCE, SHM, environment, eventually, image, serving, user
 
 from mmprep import Backend, Client
+
+seeds = count(1000)
 
 OPTIONS = ("--cache-size", "16MiB", "--lease-seconds", "30")
 
@@ -47,7 +50,7 @@ def picture(seed):
     """Return a PNG of its own content, of the same size for all seeds."""
     pixels = np.random.default_rng(seed).integers(0, 256, (224, 224, 3), np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()
 
 
@@ -59,11 +62,12 @@ def pixels(item):
     return item.materialize()["pixel_values"]
 
 
-def flood(client, first=1000):
-    """Put twice as much into the ring as it holds."""
-    for seed in range(first, first + 120):
-        client.chat(user(part(picture(seed))), payload="none")
-        client.chat(user(part(picture(seed))), payload="shm").release()
+def flood(client):
+    """Put twice as much into the ring as it holds, of which it has nothing."""
+    for _ in range(120):
+        new = picture(next(seeds))
+        client.chat(user(part(new)), payload="none")
+        client.chat(user(part(new)), payload="shm").release()
 
 
 def kill_writer(service):
@@ -81,8 +85,9 @@ def kill_writer(service):
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def service():
+    """One service whose writer dies in every test; each leaves it with nothing under way or held."""
     with serving(*OPTIONS) as running:
         yield running
 

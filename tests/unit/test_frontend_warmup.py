@@ -12,7 +12,7 @@ from mmprep_frontend import warmup
 from mmprep_frontend.media.allowance import MediaLimits
 from mmprep_frontend.media.intake import Intake
 from mmprep_frontend.model import load_model
-from mmprep_frontend.render.tokens import load_tokenizer
+from mmprep_frontend.render.loaded_tokenizer import load_tokenizer
 
 LIMITS = MediaLimits(1 << 20, 1 << 20, 1 << 20, 1 << 20)
 HASHER = Hasher("blake3")

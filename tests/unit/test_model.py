@@ -7,8 +7,8 @@ from tiny_tokenizer import build, card
 
 from mmprep.errors import InvalidRequest
 from mmprep_frontend.model import load_model
+from mmprep_frontend.render.loaded_tokenizer import load_tokenizer
 from mmprep_frontend.render.requests import parse
-from mmprep_frontend.render.tokens import load_tokenizer
 
 PICTURE = {"type": "image_url", "image_url": "data:image/png;base64,AA=="}
 

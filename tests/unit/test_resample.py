@@ -1,6 +1,8 @@
 """Resampling equals the installed Pillow to the bit, whichever implementation runs."""
 
 import logging
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmprep_worker.images import resample
+from mmprep_worker.images import machine_code, resample
 from mmprep_worker.images.resample import (
     NumbaResampler,
     PillowResampler,
@@ -152,16 +154,86 @@ def test_pillow_is_taken_where_the_order_of_passes_differs(monkeypatch, caplog):
     assert "differs from Pillow" in caplog.text
 
 
-def test_pillow_is_taken_where_numba_is_missing(monkeypatch, caplog):
+@pytest.fixture
+def unloaded(monkeypatch, tmp_path):
+    """Give the kernel as a process finds it that has loaded nothing, with an empty cache; where that lies is returned."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    machine_code._files.cache_clear()
+    for name in ("compiled", "loops"):
+        monkeypatch.delitem(sys.modules, f"mmprep_worker.images.{name}", raising=False)
+        monkeypatch.delattr(f"mmprep_worker.images.{name}", raising=False)
+    yield tmp_path / "mmprep" / "loops"
+    machine_code._files.cache_clear()
+
+
+def test_pillow_is_taken_where_nothing_is_compiled_and_numba_is_missing(unloaded, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "mmprep_worker.images.compiled", raising=False)
-    monkeypatch.delattr("mmprep_worker.images.compiled", raising=False)
     with caplog.at_level(logging.WARNING):
         assert make_resampler.__wrapped__().name == "pillow"
     assert "does not load" in caplog.text
+    assert not unloaded.exists() or not list(unloaded.iterdir())
 
 
-def test_both_paths_count_in_the_same_fraction_bits():
-    """numba does not see a constant of another module change, so each path has its own."""
+def test_a_loop_is_compiled_once_and_then_loaded_without_numba(tmp_path):
+    """What is loaded gives Pillow's pixels, the elements of patches included; a damaged file is made anew."""
+    code = (
+        "import sys\n"
+        "from mmprep_worker.images import compiled\n"
+        "from mmprep_worker.images.resample import make_resampler\n"
+        "compiled.patch_writer('uint16', 14)\n"
+        "print(make_resampler().name, 'numba' in sys.modules)"
+    )
+
+    def start():
+        command = [sys.executable, "-c", code]
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+        return subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+
+    assert start() == b"numba True\n"
+    files = {path: path.read_bytes() for path in (tmp_path / "mmprep" / "loops").iterdir()}
+    assert len(files) == 3
+    assert start() == b"numba False\n"
+    for path, whole in files.items():
+        path.write_bytes(whole[:-1])
+    assert start() == b"numba True\n"
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_where_machine_code_cannot_be_kept_it_is_compiled_at_every_start(unloaded, monkeypatch, caplog):
+    def refuse(*_):
+        raise RuntimeError("another LLVM")
+
+    monkeypatch.setattr(machine_code, "_load", refuse)
+    with caplog.at_level(logging.WARNING):
+        kernel = make_resampler.__wrapped__()
+    assert kernel.name == "numba"
+    assert "compiled at every start: another LLVM" in caplog.text
+    assert not list(unloaded.iterdir())
+    pixels = noise(64, 48)
+    assert np.array_equal(resized(kernel, pixels, 28, 28), by_pillow(pixels, 28, 28))
+
+
+def test_the_loops_count_in_the_same_fraction_bits_and_pieces():
+    """numba does not see a constant of another module change, so both paths have their own."""
+    loops = pytest.importorskip("mmprep_worker.images.loops")
+    assert (loops.PRECISION, loops.CHUNK) == (resample.PRECISION, resample.CHUNK)
+
+
+@pytest.mark.parametrize(
+    ("array", "element", "written"),
+    [
+        (np.zeros((4, 8), np.int8), np.uint8, False),
+        (np.zeros((4, 8), np.uint8)[:, ::2], np.uint8, False),
+        (np.zeros((4, 8), np.uint8).T, np.uint8, False),
+        (np.frombuffer(bytes(8), np.uint8), np.uint8, True),
+    ],
+    ids=["another type", "with gaps", "turned", "read-only"],
+)
+def test_an_array_that_a_loop_would_misread_is_refused(array, element, written):
     compiled = pytest.importorskip("mmprep_worker.images.compiled")
-    assert compiled.PRECISION == resample.PRECISION
+    with pytest.raises(TypeError, match="a loop takes"):
+        compiled.place(array, element, written=written)
+    writer = compiled.patch_writer("uint8", 14)
+    for out, tables in (((2, 3, 1, 14, 16), (3, 256)), ((2, 4, 1, 14, 14), (3, 256)), ((2, 3, 1, 14, 14), (3, 255))):
+        with pytest.raises(TypeError, match="patches of 14"):
+            writer(np.zeros(out, np.uint8), np.zeros(tables, np.uint8))

@@ -11,7 +11,7 @@ from mmprep.digest import Hasher
 from mmprep.errors import InvalidRequest
 from mmprep.metrics import Metrics
 from mmprep_frontend.model import load_model
-from mmprep_frontend.render.tokens import load_tokenizer
+from mmprep_frontend.render.loaded_tokenizer import load_tokenizer
 from mmprep_frontend.service import Service
 from mmprep_frontend.texts import Texts
 

@@ -7,10 +7,11 @@ from transformers import AutoTokenizer
 from mmprep.card import ModelCard, Placeholder
 from mmprep.errors import InvalidRequest, StartupError
 from mmprep_frontend.render.conversation import walk
+from mmprep_frontend.render.loaded_tokenizer import load_tokenizer
 from mmprep_frontend.render.requests import parse
 from mmprep_frontend.render.sentinels import Sentinels
 from mmprep_frontend.render.template import ChatTemplate, load_sources
-from mmprep_frontend.render.tokens import Tokenizer, load_tokenizer
+from mmprep_frontend.render.tokens import Tokenizer
 
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {"é": "<b>"}}}]

@@ -36,7 +36,8 @@ from mmprep.settings import RemoteSettings
 from mmprep.wire import messages
 from mmprep.wire import remote_messages as remote
 from mmprep.wire.codec import PROTOCOL, pack, unpack
-from mmprep.wire.sockets import HANDSHAKE_FAILURES, Pump, configure
+from mmprep.wire.configured import configure
+from mmprep.wire.sockets import HANDSHAKE_FAILURES, Pump
 from mmprep_frontend.remote.gatekeeper import DOMAIN, Gatekeeper
 from mmprep_frontend.remote.session import CHUNK, CREDITS, Session
 

@@ -17,12 +17,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from pathlib import Path
-from typing import Any
 
 from mmprep.card import ModelCard
 from mmprep.errors import InvalidRequest, StartupError
-from mmprep_frontend.render.requests import Side
+from mmprep_frontend.render.loaded_tokenizer import LoadedTokenizer
 from mmprep_frontend.render.sentinels import Sentinels
 
 #: Ids that are looked at in one call.
@@ -61,7 +59,7 @@ class Tokenizer:
 
     Parameters
     ----------
-    loaded: from :func:`load_tokenizer`.
+    loaded: the model's; it is this object's own from here on.
     card: of the model; names the placeholders.
     sentinels: of the card.
 
@@ -71,15 +69,15 @@ class Tokenizer:
         The card's ids are not the tokenizer's.
     """
 
-    def __init__(self, loaded: Any, card: ModelCard, sentinels: Sentinels) -> None:
-        self._backend = loaded.backend_tokenizer
+    def __init__(self, loaded: LoadedTokenizer, card: ModelCard, sentinels: Sentinels) -> None:
+        self._backend = loaded.backend
         self._backend.no_truncation()
         self._backend.no_padding()
         for placeholder in card.placeholders:
             if self._backend.token_to_id(placeholder.token) != placeholder.token_id:
                 raise StartupError(f"The tokenizer has no token '{placeholder.token}' of id {placeholder.token_id}.")
         #: Special tokens by name, as the chat template's variables.
-        self.special_tokens = {name: str(token) for name, token in loaded.special_tokens_map.items()}
+        self.special_tokens = dict(loaded.special_tokens)
         #: One more than the largest id, added tokens included.
         self.vocab_size = 1 + max(
             self._backend.get_vocab_size(with_added_tokens=False) - 1,
@@ -88,7 +86,7 @@ class Tokenizer:
         #: Characters of the longest token: of a byte-level one, its bytes, of which a character has one or more.
         self.longest_token = max(map(len, self._backend.get_vocab(with_added_tokens=True)))
         #: From which side the tokenizer's configuration cuts too long texts.
-        self.truncation_side: Side = "left" if loaded.truncation_side == "left" else "right"
+        self.truncation_side = loaded.truncation_side
         self._sentinels = sentinels
         self._modalities = {placeholder.token_id: placeholder.modality for placeholder in card.placeholders}
         self._typed = re.compile("|".join(f"(?={re.escape(p.token)})" for p in card.placeholders) or "(?!)")
@@ -223,25 +221,6 @@ class Tokenizer:
             if whole[start : start + len(plain)] == plain:
                 return whole[:start], whole[start + len(plain) :]
         raise StartupError("The tokenizer changes a text when special tokens are added; such a one is not supported.")
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """Return the tokenizer of a model directory in Hugging Face layout; takes a second.
-
-    Raises
-    ------
-    StartupError
-        The directory has none, or none with a fast backend.
-    """
-    from transformers import AutoTokenizer  # noqa: PLC0415, it takes a second, beside which the process opens its doors
-
-    try:
-        loaded = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StartupError("The model directory has no tokenizer that can be loaded.") from error
-    if getattr(loaded, "backend_tokenizer", None) is None:
-        raise StartupError("The model's tokenizer has no fast backend; a tokenizer.json is needed.")
-    return loaded
 
 
 def _return_freed_memory() -> None:

@@ -15,7 +15,7 @@ import msgspec
 from mmprep import __version__
 from mmprep.bench import answers, fetching, first, handover, pictures, queues, remote, report, requests, throughput
 from mmprep.bench.processes import cpu_seconds, machine_facts, memory
-from mmprep.bench.running import Mode, Service, full_size_model, service
+from mmprep.bench.running import RING, SMALL_RING, Mode, Service, full_size_model, service
 from mmprep.bench.throughput import Run
 from mmprep.errors import MmprepError
 
@@ -39,6 +39,7 @@ class Plan(msgspec.Struct, frozen=True):
     repeats: int
     starts: int
     memory_seconds: float
+    ring: str = RING
 
 
 def _runs(size: pictures.Size, seconds: float) -> tuple[Run, ...]:
@@ -77,6 +78,7 @@ QUICK = Plan(
     repeats=3,
     starts=1,
     memory_seconds=0.5,
+    ring=SMALL_RING,
 )
 
 
@@ -90,7 +92,7 @@ def _measure(plan: Plan, wanted: set[str], directory: Path, other_model: Path | 
     model = full_size_model(directory / "mmprep-demo")
     if "startup" in wanted:
         _tell("start-up")
-        parts["startup"] = _startup(model, directory, plan.starts)
+        parts["startup"] = _startup(model, directory, plan)
     if "answers" in wanted:
         _tell("answers over HTTP")
         parts["answers"] = answers.measure(model, plan.answers)
@@ -117,7 +119,7 @@ def _loaded(plan: Plan, wanted: set[str], model: Path, directory: Path, other_mo
     paths = throughput.write_pictures(directory, list(dict.fromkeys(r.size for r in plan.runs + plan.large)))
     costs = throughput.moving_bytes(paths, f"ipc://{directory}/echo.sock")
     for frontends in plan.frontends:
-        with service(model, frontends=frontends, lanes=_LANES) as running:
+        with service(model, frontends=frontends, lanes=_LANES, cache_size=plan.ring) as running:
             if "throughput" in wanted:
                 runs += _throughput(running, frontends, plan, paths)
             if "memory" in wanted and frontends == plan.frontends[-1]:
@@ -127,7 +129,7 @@ def _loaded(plan: Plan, wanted: set[str], model: Path, directory: Path, other_mo
                 parts["handover"] = handover.measure(running, directory, plan.tensors, plan.repeats)
     if "memory" in wanted and other_model is not None:
         copied = full_size_model(directory / "other" / other_model.name, other_model)
-        with service(copied, frontends=plan.frontends[-1], lanes=_LANES) as running:
+        with service(copied, frontends=plan.frontends[-1], lanes=_LANES, cache_size=plan.ring) as running:
             memories.append(_memory(running, other_model.name, plan.frontends[-1], plan, paths))
     if "throughput" in wanted:
         by_size = report.cached_by_size(runs, costs)
@@ -149,7 +151,7 @@ def _requests(model: Path, directory: Path, plan: Plan) -> list[dict[str, Any]]:
     """Return what requests over HTTP cost a service as it is by default, with one frontend."""
     paths = throughput.write_pictures(directory, list(dict.fromkeys(r.size for r in plan.requests if r.size)))
     measured = []
-    with service(model, frontends=1, lanes=_LANES) as running:
+    with service(model, frontends=1, lanes=_LANES, cache_size=plan.ring) as running:
         for run in plan.requests:
             _tell(f"requests: {run.name}")
             of_size = [] if run.size is None else paths[run.size.name]
@@ -172,17 +174,18 @@ def _memory(running: Service, model: str, frontends: int, plan: Plan, paths: dic
     return {"model": model, "frontends": frontends, "ring_bytes": running.ring()["capacity"], "processes": processes}
 
 
-def _startup(model: Path, directory: Path, repeats: int) -> dict[str, list[dict[str, float]]]:
-    """Return what starts took with an empty cache of compiled code, and with the one that this has filled.
+def _startup(model: Path, directory: Path, plan: Plan) -> dict[str, list[dict[str, float]]]:
+    """Return what starts took with empty caches of compiled code and tokenizers, and with those that this has filled.
 
     Each tells the seconds to ready, the CPU time of all processes until then, and the first cold request's time beside that of later ones.
     """
     picture = pictures.jpeg(pictures.VGA)
     starts: dict[str, list[dict[str, float]]] = {"empty": [], "filled": []}
-    for repeat in range(repeats):
-        environment = {"NUMBA_CACHE_DIR": str(directory / f"compiled-{repeat}")}
+    for repeat in range(plan.starts):
+        kept = str(directory / f"kept-{repeat}")
+        environment = {"NUMBA_CACHE_DIR": kept, "XDG_CACHE_HOME": kept}
         for measured in starts.values():
-            with service(model, frontends=2, lanes=_LANES, environment=environment) as running:
+            with service(model, frontends=2, lanes=_LANES, cache_size=plan.ring, environment=environment) as running:
                 spent = sum(cpu_seconds(pid) for pids in running.pids().values() for pid in pids)
                 start = {"seconds": round(running.ready_seconds, 2), "cpu_seconds": round(spent, 2)}
                 measured.append(start | first.measure(running, picture))

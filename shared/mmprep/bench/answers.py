@@ -18,7 +18,7 @@ from mmprep.bench import pictures
 from mmprep.bench.figures import median, percentiles
 from mmprep.bench.pictures import Size
 from mmprep.bench.processes import cpu_seconds
-from mmprep.bench.running import Service, service
+from mmprep.bench.running import RING, SMALL_RING, Service, service
 
 _LANES: Final = 2
 _PATH: Final = "/v1/chat/completions/render"
@@ -27,15 +27,16 @@ _READ: Final = 1 << 20
 
 
 class Amount(NamedTuple):
-    """How much is measured: sizes of the pictures, turns of each encoding, and requests a turn."""
+    """How much is measured: sizes of the pictures, turns of each encoding, requests a turn, and the ring."""
 
     sizes: tuple[Size, ...]
     turns: int
     requests: int
+    ring: str = RING
 
 
 FULL = Amount((pictures.VGA, pictures.FULL_HD), 15, 20)
-QUICK = Amount((pictures.VGA,), 2, 3)
+QUICK = Amount((pictures.VGA,), 2, 3, SMALL_RING)
 
 
 def measure(model: Path, amount: Amount) -> list[dict[str, Any]]:
@@ -47,7 +48,7 @@ def measure(model: Path, amount: Amount) -> list[dict[str, Any]]:
         Its tensors come as uint8, the default.
     """
     rows = []
-    with service(model, frontends=1, lanes=_LANES) as running:
+    with service(model, frontends=1, lanes=_LANES, cache_size=amount.ring) as running:
         for size in amount.sizes:
             rows += _one_size(running, size, amount)
     return rows

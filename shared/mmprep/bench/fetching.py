@@ -18,7 +18,7 @@ from mmprep.bench import pictures
 from mmprep.bench.figures import percentiles
 from mmprep.bench.pictures import Size
 from mmprep.bench.processes import cpu_seconds, forget_peak, machine_cpu_seconds, memory, peak, pin
-from mmprep.bench.running import Child, Service, service
+from mmprep.bench.running import RING, SMALL_RING, Child, Service, service
 
 _FRONTENDS = (1, 2)
 _LANES = 2
@@ -31,15 +31,16 @@ _HIT = pictures.FULL_HD
 
 
 class Amount(NamedTuple):
-    """How much is measured: sizes of the pictures, distinct URLs, and hits."""
+    """How much is measured: sizes of the pictures, distinct URLs, hits, and the ring."""
 
     sizes: tuple[Size, ...]
     urls: int
     hits: int
+    ring: str = RING
 
 
 FULL = Amount((pictures.VGA, pictures.FULL_HD), 1000, 1000)
-QUICK = Amount((pictures.VGA,), 40, 20)
+QUICK = Amount((pictures.VGA,), 40, 20, SMALL_RING)
 
 
 def measure(model: Path, directory: Path, amount: Amount) -> dict[str, Any]:
@@ -51,9 +52,9 @@ def measure(model: Path, directory: Path, amount: Amount) -> dict[str, Any]:
         For pictures and disk caches.
     """
     return {
-        "distinct": [_distinct(model, _picture(directory, size), size, amount.urls) for size in amount.sizes],
-        "same": [_same(model, _picture(directory, pictures.VGA), frontends) for frontends in _FRONTENDS],
-        "hits": _hits(model, directory, amount.hits),
+        "distinct": [_distinct(model, _picture(directory, size), size, amount) for size in amount.sizes],
+        "same": [_same(model, _picture(directory, pictures.VGA), frontends, amount.ring) for frontends in _FRONTENDS],
+        "hits": _hits(model, directory, amount),
     }
 
 
@@ -67,11 +68,15 @@ def _picture(directory: Path, size: Size) -> Path:
 # --- the three ----------------------------------------------------------------------------------------------------------
 
 
-def _distinct(model: Path, picture: Path, size: Size, urls: int) -> dict[str, Any]:
+def _distinct(model: Path, picture: Path, size: Size, amount: Amount) -> dict[str, Any]:
     """Fetch many URLs through one frontend that has one core."""
+    urls = amount.urls
     cores = sorted(os.sched_getaffinity(0))
     alone, others = (cores[:1], cores[1:]) if len(cores) > 1 else (cores, cores)
-    with _media_host(picture, others) as host, service(model, frontends=1, lanes=_LANES, options=_PRIVATE) as running:
+    with (
+        _media_host(picture, others) as host,
+        service(model, frontends=1, lanes=_LANES, cache_size=amount.ring, options=_PRIVATE) as running,
+    ):
         pids = running.pids()
         for role, of_role in pids.items():
             for pid in of_role:
@@ -96,16 +101,20 @@ def _distinct(model: Path, picture: Path, size: Size, urls: int) -> dict[str, An
         }
 
 
-def _same(model: Path, picture: Path, frontends: int) -> dict[str, Any]:
+def _same(model: Path, picture: Path, frontends: int, ring: str) -> dict[str, Any]:
     """Ask for one URL many times at once."""
-    with _media_host(picture) as host, service(model, frontends=frontends, lanes=_LANES, options=_PRIVATE) as running:
+    with (
+        _media_host(picture) as host,
+        service(model, frontends=frontends, lanes=_LANES, cache_size=ring, options=_PRIVATE) as running,
+    ):
         loaded = _load(running, host, "same", urls=1, requests=_AT_ONCE, in_flight=_AT_ONCE)
         downloads = host.stop()["same"]["asked"]
     return {"frontends": frontends, "requests": _AT_ONCE, "downloads": downloads, **loaded["figures"]}
 
 
-def _hits(model: Path, directory: Path, hits: int) -> dict[str, Any]:
+def _hits(model: Path, directory: Path, amount: Amount) -> dict[str, Any]:
     """Time hits of the disk cache, in a loop of their own and as whole requests."""
+    hits = amount.hits
     cached = directory / "media-cache"
     with _media_host(_picture(directory, _HIT)) as host:
         orders = {"directory": str(cached / "loop"), "url": f"{host.url}/loop/0", "requests": hits}
@@ -114,7 +123,7 @@ def _hits(model: Path, directory: Path, hits: int) -> dict[str, Any]:
             child.go()
             in_loop = child.answer()
         options = (*_PRIVATE, "--media-cache-dir", str(cached / "service"))
-        with service(model, frontends=1, lanes=_LANES, options=options) as running:
+        with service(model, frontends=1, lanes=_LANES, cache_size=amount.ring, options=options) as running:
             # Kept is only what was decoded.
             _load(running, host, "service", urls=1, requests=1, in_flight=1, payload="shm")
             loaded = _load(running, host, "service", urls=1, requests=hits, in_flight=1)

@@ -14,29 +14,37 @@ from typing import Any, NamedTuple
 from mmprep.bench import pictures, throughput
 from mmprep.bench.figures import percentiles
 from mmprep.bench.processes import cpu_seconds
-from mmprep.bench.running import Child, Service, service
+from mmprep.bench.running import RING, SMALL_RING, Child, Service, service
 
 _QUEUE = "bench"
 _LANES = 2
 
 
 class Amount(NamedTuple):
-    """How many jobs are posted while others are pulled, and how many wait for the measurement of the hand-over."""
+    """How many jobs are posted while others are pulled, how many wait for the measurement of the hand-over, and the ring."""
 
     streamed: int
     handed_over: int
+    ring: str = RING
 
 
 FULL = Amount(6000, 2000)
-QUICK = Amount(60, 30)
+QUICK = Amount(60, 30, SMALL_RING)
 
 
 def measure(model: Path, directory: Path, amount: Amount) -> dict[str, Any]:
     """Return what jobs cost each process, and the hand-over in milliseconds."""
     with tempfile.TemporaryDirectory(dir=directory) as drawn:
         paths = throughput.write_pictures(Path(drawn), [pictures.VGA])[pictures.VGA.name]
-        options = ["--queues", _QUEUE, "--queue-jobs", str(2 * sum(amount)), "--job-expiry", "1h"]
-        with service(model, frontends=1, lanes=_LANES, options=options) as running:
+        options = [
+            "--queues",
+            _QUEUE,
+            "--queue-jobs",
+            str(2 * (amount.streamed + amount.handed_over)),
+            "--job-expiry",
+            "1h",
+        ]
+        with service(model, frontends=1, lanes=_LANES, cache_size=amount.ring, options=options) as running:
             streamed = _stream(running, paths, amount.streamed)
             _produce(running, paths, amount.handed_over)
             with _consumer(running, amount.handed_over, credits_=1) as consumer:

@@ -29,6 +29,8 @@ Mode = Literal["cold", "cached", "by uuid"]
 #: The largest picture in pixels that Qwen2-VL's published configuration does not shrink.
 MAX_PIXELS = 12845056
 
+#: The ring of a service that is measured, and of one that only shows that measuring works.
+RING, SMALL_RING = "1GiB", "256MiB"
 _SECONDS_TO_STOP = 30.0
 
 
@@ -111,7 +113,7 @@ def service(
     *,
     frontends: int,
     lanes: int,
-    cache_size: str = "1GiB",
+    cache_size: str = RING,
     options: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Service]:

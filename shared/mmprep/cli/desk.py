@@ -14,7 +14,7 @@ from mmprep.errors import ServiceUnavailable
 from mmprep.runtime import RuntimeDir, default_path
 from mmprep.wire import messages
 from mmprep.wire.codec import PROTOCOL, pack, unpack
-from mmprep.wire.sockets import configure
+from mmprep.wire.configured import configure
 
 _FRAME_LIMIT = 64 << 20
 _SECONDS = 5.0

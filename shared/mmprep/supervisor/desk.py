@@ -15,7 +15,8 @@ from mmprep.metrics import ProcessReport, Snapshot, merge, without_gauges
 from mmprep.wire import messages
 from mmprep.wire.calls import CallTable
 from mmprep.wire.codec import PROTOCOL, pack, unpack
-from mmprep.wire.sockets import Pump, router
+from mmprep.wire.configured import router
+from mmprep.wire.sockets import Pump
 
 _COLLECT_SECONDS = 2.0
 #: Seconds that frontends get to forget something: below what the one that asked for it waits.

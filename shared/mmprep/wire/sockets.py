@@ -21,6 +21,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from mmprep.errors import MmprepError
 from mmprep.wire.codec import CONTROL_LIMIT, MAX_FRAMES
+from mmprep.wire.configured import RECONNECT_MS, configure
 from mmprep.wire.frames import Frames, ready, recv_frames, send_frames
 from mmprep.wire.outbox import Outbox
 
@@ -29,10 +30,8 @@ Handler: TypeAlias = Callable[[list[Any]], None]
 _log = logging.getLogger("mmprep.wire")
 
 _BATCH = 64
-_RECONNECT_MS = 20
 #: Seconds until a peer that has refused a connection is asked for another one.
 _REOPEN_SECONDS = 0.5
-_HIGH_WATER = 1000
 #: A peer is there, and the two do not agree on how to speak: on CURVE, on a key, or on ZeroMQ at all.
 HANDSHAKE_FAILURES = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH,
@@ -46,25 +45,13 @@ _MOST_WAITING = 65_536
 _RETRY_SECONDS = 0.005
 
 
-def configure(socket: zmq.Socket[bytes], *, frame_limit: int = CONTROL_LIMIT) -> None:
-    """Set what all our sockets share: no lingering, bounded queues, a cap on frames, no sending into the void."""
-    socket.linger = 0
-    socket.sndhwm = _HIGH_WATER
-    socket.rcvhwm = _HIGH_WATER
-    socket.maxmsgsize = frame_limit
-    socket.immediate = 1
-    socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
-    if socket.type == zmq.ROUTER:
-        socket.router_mandatory = True
-
-
 class Pump:
     """Moves messages between one socket and one handler on the running loop.
 
     Parameters
     ----------
     socket:
-        Configured by :func:`configure`; owned by the pump from now on. Of a ROUTER, the first frame names the peer, and
+        Configured by :func:`~mmprep.wire.configured.configure`; owned by the pump from now on. Of a ROUTER, the first frame names the peer, and
         one peer that does not read holds up no other.
     handler:
         Called with the frames of each message, on the loop.
@@ -289,7 +276,7 @@ class Link:
             self._restart()
         elif self._socket is not None:  # nobody is there yet
             loop = asyncio.get_running_loop()
-            seconds = max(self._pause, _RECONNECT_MS / 1000)
+            seconds = max(self._pause, RECONNECT_MS / 1000)
             self._retry = loop.call_later(seconds, self._connect_again, self._socket)
 
     def _connect_again(self, socket: zmq.Socket[bytes]) -> None:
@@ -304,17 +291,3 @@ class Link:
             self._retry = asyncio.get_running_loop().call_later(self._pause, self._open)
         else:
             self._open()
-
-
-def router(context: zmq.Context[Any], endpoint: str, *, frame_limit: int = CONTROL_LIMIT) -> zmq.Socket[bytes]:
-    """Return a ROUTER bound to ``endpoint``. The caller holds the lock that makes this path its own.
-
-    Raises
-    ------
-    zmq.ZMQError
-        The endpoint cannot be bound.
-    """
-    socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
-    configure(socket, frame_limit=frame_limit)
-    socket.bind(endpoint)
-    return socket

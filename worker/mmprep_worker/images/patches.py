@@ -12,9 +12,9 @@ from mmprep_worker.images.resample import NumbaResampler, Pixels, Resampler
 
 
 def _write(  # noqa: PLR0917, called as the compiled loop is
-    planes: Pixels, out: NDArray[Any], tables: NDArray[Any], band: int, merge: int, across: int, first: int, end: int
+    out: NDArray[Any], tables: NDArray[Any], planes: Pixels, band: int, merge: int, across: int, first: int, end: int
 ) -> None:
-    """Do in numpy what :func:`mmprep_worker.images.compiled.patch_writer`'s loop does."""
+    """Do in numpy what :func:`mmprep_worker.images.compiled.patch_writer`'s loop does, once it has ``out`` and ``tables``."""
     patch = out.shape[-1]
     rows = planes.shape[0] // patch
     grid = planes[:, :, : across * patch].reshape(rows, patch, 3, across, patch).transpose(0, 3, 2, 1, 4)
@@ -54,14 +54,13 @@ def write_patches(
     down, across = grid
     patch = out.shape[-1]
     times = range(out.shape[2]) if times is None else times
-    write: Any = _write
+    write: Any = functools.partial(_write, out, tables)
     if isinstance(resampler, NumbaResampler):
         # The loop moves bits, it does not calculate: one for each element size.
         bits = np.dtype(f"uint{8 * out.dtype.itemsize}")
-        out, tables = out.view(bits), tables.view(bits)
-        write = _compiled_writer(bits.name, patch)
+        write = _compiled_writer(bits.name, patch)(out.view(bits), tables.view(bits))
     for top, planes in resampler.planes(pixels, across * patch, down * patch, patch):
-        write(planes, out, tables, top // patch, merge, across, times.start, times.stop)
+        write(planes, top // patch, merge, across, times.start, times.stop)
 
 
 @functools.cache

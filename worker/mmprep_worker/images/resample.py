@@ -33,6 +33,8 @@ KERNEL_VERSION = 1
 _BICUBIC = Image.Resampling.BICUBIC
 #: Fraction bits of a coefficient: 32 less 8 for the pixel and 2 for sums beyond its range (Pillow's Resample.c).
 PRECISION = 22
+#: Bytes of a row that are added up at a time, so that their sums stay in the first-level cache.
+CHUNK = 2048
 #: Picture rows that are turned on their side together: 64 bytes, one cache line.
 _BLOCK = 64
 
@@ -136,28 +138,38 @@ class _HorizontalPass:
     pixels are then weighted sums of contiguous bytes; turning back channel by channel makes planes.
     """
 
-    def __init__(self, width: int, new_width: int, rows: int) -> None:
-        self._coefficients = coefficients(width, new_width)
+    def __init__(self, compiled: Any, width: int, new_width: int, rows: int) -> None:
+        self._compiled = compiled
+        self._weights = compiled.weights(coefficients(width, new_width))
         self._width = width
         self._new_width = new_width
         # Eight bytes off a multiple of the cache line: the rows of a block must not compete for one set of the cache.
         self.rows: Pixels = np.zeros((rows, -(-3 * width // 64) * 64 + 8), np.uint8)
-        self.stride = -(-new_width // 8) * 8
-        self._columns: Pixels = np.empty((self.rows.shape[1], rows), np.uint8)
-        self._resized: Pixels = np.zeros((3 * self.stride, rows), np.uint8)
-        self._planes: Pixels = np.empty((rows, 3 * self.stride), np.uint8)
+        self.stride = stride = -(-new_width // 8) * 8
+        columns: Pixels = np.empty((self.rows.shape[1], rows), np.uint8)
+        resized: Pixels = np.zeros((3 * stride, rows), np.uint8)
+        self._planes: Pixels = np.empty((rows, 3 * stride), np.uint8)
+        self._arrays = (columns, resized)  # which the loops know by their places alone
 
-    def run(self, compiled: Any) -> Pixels:
+        def words(array: Pixels) -> Any:
+            return compiled.place(array.view(np.uint64), np.uint64, written=True)
+
+        self._rows_in_words, self._columns_in_words, self._resized_in_words, self._planes_in_words = map(
+            words, (self.rows, columns, resized, self._planes)
+        )
+        self._source = compiled.place(columns[: 3 * width].reshape(width, 3 * rows), np.uint8)
+        self._target = compiled.place(resized.reshape(stride, 3 * rows), np.uint8, written=True)
+        #: The block, for a loop that fills it.
+        self.place = compiled.place(self.rows, np.uint8, written=True)
+
+    def run(self) -> Pixels:
         """Return the block resampled, uint8 (rows, 3, stride)."""
-        rows = self.rows.shape[0]
-        word = np.uint64
-        compiled.turn(self.rows.view(word), 0, 1, rows // 8, self._columns.view(word), 0)
-        source = self._columns[: 3 * self._width].reshape(self._width, 3 * rows)
-        target = self._resized.reshape(self.stride, 3 * rows)
-        compiled.combine(source, 0, target, 0, self._new_width, 3 * rows, *self._coefficients)
+        turn, rows = self._compiled.turn, self.rows.shape[0]
+        turn(self._rows_in_words, 0, 1, rows // 8, self._columns_in_words, 0)
+        self._compiled.combine(self._source, 0, self._target, 0, self._new_width, 3 * rows, self._weights)
         for channel in range(3):
             blocks = self.stride // 8
-            compiled.turn(self._resized.view(word), channel, 3, blocks, self._planes.view(word), channel * blocks)
+            turn(self._resized_in_words, channel, 3, blocks, self._planes_in_words, channel * blocks)
         return self._planes.reshape(rows, 3, self.stride)
 
 
@@ -167,7 +179,7 @@ class NumbaResampler:
     Raises
     ------
     ImportError, RuntimeError
-        numba is missing, or finds no place for its cache.
+        numba or LLVM is missing, or not one that is known.
     """
 
     name = "numba"
@@ -185,29 +197,31 @@ class NumbaResampler:
 
     def _vertical_first(self, pixels: Pixels, width: int, height: int, rows: int) -> Iterator[tuple[int, Pixels]]:
         h, w, _ = pixels.shape
-        packed = pixels.reshape(h, 3 * w)
-        vertical = coefficients(h, height)
-        horizontal = _HorizontalPass(w, width, rows)
+        packed = self._compiled.place(pixels.reshape(h, 3 * w), np.uint8)
+        vertical = self._compiled.weights(coefficients(h, height))
+        horizontal = _HorizontalPass(self._compiled, w, width, rows)
         for top in range(0, height, rows):
             n = min(rows, height - top)
-            self._compiled.combine(packed, 0, horizontal.rows, top, n, 3 * w, *vertical)
-            yield top, horizontal.run(self._compiled)[:n]
+            self._compiled.combine(packed, 0, horizontal.place, top, n, 3 * w, vertical)
+            yield top, horizontal.run()[:n]
 
     def _horizontal_first(self, pixels: Pixels, width: int, height: int, rows: int) -> Iterator[tuple[int, Pixels]]:
         h, w, _ = pixels.shape
         packed = pixels.reshape(h, 3 * w)
-        vertical = coefficients(h, height)
-        horizontal = _HorizontalPass(w, width, _BLOCK)
+        vertical = self._compiled.weights(coefficients(h, height))
+        horizontal = _HorizontalPass(self._compiled, w, width, _BLOCK)
         narrow = np.empty((h, 3, horizontal.stride), np.uint8)
         for top in range(0, h, _BLOCK):
             n = min(_BLOCK, h - top)
             horizontal.rows[:n, : 3 * w] = packed[top : top + n]
-            narrow[top : top + n] = horizontal.run(self._compiled)[:n]
+            narrow[top : top + n] = horizontal.run()[:n]
         length = 3 * horizontal.stride
         block = np.empty((rows, length), np.uint8)
+        source = self._compiled.place(narrow.reshape(h, length), np.uint8)
+        into = self._compiled.place(block, np.uint8, written=True)
         for top in range(0, height, rows):
             n = min(rows, height - top)
-            self._compiled.combine(narrow.reshape(h, length), 0, block, top, n, length, *vertical)
+            self._compiled.combine(source, 0, into, top, n, length, vertical)
             yield top, block[:n].reshape(n, 3, horizontal.stride)
 
 

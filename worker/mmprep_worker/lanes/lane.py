@@ -8,6 +8,7 @@ nowhere else. Where the ring has no room, it is told to make a segment for the i
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import resource
@@ -41,8 +42,8 @@ from mmprep.segment import Segment
 from mmprep.settings import read_settings
 from mmprep.wire import messages
 from mmprep.wire.codec import pack, unpack
+from mmprep.wire.configured import configure
 from mmprep.wire.frames import send_frames
-from mmprep.wire.sockets import configure
 from mmprep.without_torch import leave_torch_out
 from mmprep_worker.lanes.config import LaneConfig
 from mmprep_worker.lanes.garbage import garbage
@@ -100,6 +101,8 @@ class Lane:
             _log.error("lane %d does not get warm", self._config.lane, exc_info=error.__cause__)
             self._broken(token, ServiceUnavailable(str(error)), lasting=False)
             return
+        gc.freeze()
+        gc.enable()
         _log.info("lane %d is warm", self._config.lane)
         card = msgspec.msgpack.encode(family.card)
         self._send(messages.LaneReady(self._config.lane, token, card))

@@ -10,13 +10,15 @@ size before anything is decoded where the family allows it:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
-from numpy.typing import NDArray
 
 from mmprep.card import ItemOptions, ModelCard
 from mmprep.items import ItemMeta, Plan
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray  # the writer knows families by their limits alone, and has no numpy
 
 
 class MediaLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

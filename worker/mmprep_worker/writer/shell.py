@@ -30,9 +30,9 @@ from mmprep.segment import sibling_name, unlink
 from mmprep.settings import WriterSettings
 from mmprep.wire import messages
 from mmprep.wire.codec import CONTROL_LIMIT, MAX_FRAMES, PROTOCOL, pack, unpack
+from mmprep.wire.configured import configure, router
 from mmprep.wire.frames import readable, recv_frames, send_frames
 from mmprep.wire.outbox import Outbox
-from mmprep.wire.sockets import configure, router
 from mmprep_worker.lanes.config import LaneConfig
 from mmprep_worker.lanes.pool import LanePool
 from mmprep_worker.models.family import MediaLimits
