@@ -5,6 +5,7 @@ The worker opens the items of a request and answers with JSON of what it found, 
 
 import asyncio
 import hashlib
+import itertools
 import json
 import re
 import signal
@@ -57,10 +58,16 @@ class Worker:
     def said(self, words):
         return self.tokenizer.encode(words, add_special_tokens=False).ids
 
-    async def handle(self, request, context):
+    def handle(self, request, context):
+        """Return the outputs; Dynamo calls this in a thread, and tells its frontend then that a worker has the request."""
         prompt = self.tokenizer.decode(request["token_ids"], skip_special_tokens=False)
         wanted = re.search(r"do:(\w+)", prompt)
         wanted = wanted and wanted[1]
+        if wanted == "late":
+            Path.home().joinpath("gate").read_bytes()  # a pipe: until the test has opened and closed it
+        return self.outputs(request, context, wanted)
+
+    async def outputs(self, request, context, wanted):
         if wanted == "fail":
             raise RuntimeError("the engine broke")
         if wanted == "refuse":
@@ -73,11 +80,10 @@ class Worker:
                 address["generation"] -= 1
         async with open_items(request, self.backend) as items:
             found = {modality: [described(arrays) for arrays in ones] for modality, ones in items.items()}
-            if wanted == "stop":  # its lease shows that it goes on until it is told
-                for token in self.said("alpha STOP omega"):
-                    yield {"token_ids": [token]}
-            if wanted in {"hang", "stop"}:
-                await context.async_killed_or_stopped()
+            if wanted in {"hang", "late", "stop"}:  # its lease shows that it goes on until it is told
+                async for output in self.going_on(context, "alpha STOP omega " if wanted == "stop" else ""):
+                    yield output
+                sys.stderr.write(f"{wanted} was told\n")
                 return
         if wanted == "drip":
             yield {"token_ids": self.said("drip")}
@@ -99,6 +105,14 @@ class Worker:
         ids = self.said(json.dumps(told))
         yield {"token_ids": ids[:7]}
         yield {"token_ids": ids[7:], "finish_reason": "stop"}
+
+    async def going_on(self, context, words):
+        for token in itertools.cycle(self.said(words)):
+            yield {"token_ids": [token]}
+            # Dynamo asks for one output more when nobody wants any, and then drops all this where it stands.
+            if context.is_stopped():
+                return
+        await context.async_killed_or_stopped()
 
 
 async def main():

@@ -1,6 +1,7 @@
 """The bridge to Dynamo with its real runtime: an HTTP chat at its frontend reaches a worker process, on loopback alone."""
 
 import contextlib
+import errno
 import hashlib
 import http.client
 import importlib.util
@@ -43,6 +44,7 @@ class Dynamo:
 
     def __init__(self, service, discovery, directory):
         self.service = service
+        self.gate = Path(directory) / "gate"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -218,6 +220,15 @@ def test_a_caller_can_have_a_trace_and_a_name_for_the_request(dynamo):
     assert answer.status == 200, answer.body
 
 
+def test_a_stop_string_ends_a_stream_after_its_last_words(service, dynamo):
+    with dynamo.streaming(text("do:stop"), photo("cat.png"), stop=["STOP"]) as response:
+        lines = [line[6:] for line in response.read().decode().splitlines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    (choice,) = json.loads(lines[-2])["choices"]
+    assert choice["finish_reason"] == "stop"
+    service.quiet()
+
+
 def test_a_stop_string_ends_the_answer_and_the_worker(service, dynamo):
     answer = dynamo.chat(text("do:stop"), photo("cat.png"), stop=["STOP"])
     (choice,) = answer.json["choices"]
@@ -237,6 +248,26 @@ def test_a_caller_who_hangs_up_before_an_answer_ends_all_leases(service, dynamo)
         eventually(lambda: leases(service) == 2, "a lease of the frontend and one of the worker")
     service.quiet()
     assert leases(service) == 0
+
+
+def test_a_caller_who_hangs_up_while_a_worker_takes_the_request_ends_all_leases(service, dynamo):
+    os.mkfifo(dynamo.gate)
+    with dynamo.streaming(text("do:late"), photo("cat.png")):
+        gate = eventually(lambda: writer_of(dynamo.gate), "a worker that has the request")
+    eventually(lambda: leases(service) == 0, "no lease of the frontend")
+    os.close(gate)
+    eventually(lambda: "late was told" in dynamo.log.read_text(), "the end of the worker's part")
+    service.quiet()
+
+
+def writer_of(pipe):
+    """Return a descriptor that writes into a pipe, ``None`` where nobody reads it."""
+    try:
+        return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return None
 
 
 def test_leases_end_with_the_first_tokens_and_a_caller_can_hang_up_then(service, dynamo):

@@ -5,7 +5,8 @@ Rules:
 - The items of a chat are leased to the frontend from its rendering to the engine's first tokens: until then a worker takes
   leases of its own. However a chat ends before, those leases end with it.
 - A caller that hangs up stops whatever is under way, also the work of the service for it.
-- Nothing is awaited on the way out: Dynamo drops an answer that nobody reads where it stands.
+- Nothing is awaited on the way out, and nothing that others wait for is held at a ``yield``: Dynamo drops an answer that nobody
+  reads where it stands, and Python ends it only with Dynamo's next call, in a thread without a loop.
 """
 
 from __future__ import annotations
@@ -86,9 +87,10 @@ class ChatEngine:
                 stream = await _unless(stopped, self._routed.generate(prepared, context=context))
                 while not answer.ended and (output := await _unless(stopped, _next(stream))) is not None:
                     given = _read(output)
-                    if given.get("token_ids"):
-                        result.release()
-                    if (chunk := answer.chunk(given)) is not None:
+                    chunk = answer.chunk(given)
+                    if chunk is not None or given.get("token_ids"):
+                        result.release()  # before the yield, where Dynamo may drop this
+                    if chunk is not None:
                         yield chunk
                 if answer.cut:
                     context.stop_generating()

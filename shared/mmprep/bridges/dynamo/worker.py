@@ -31,7 +31,9 @@ async def open_items(request: Mapping[str, Any], backend: AsyncBackend) -> Async
     Returns
     -------
     Arrays by field name, for each medium in the order of its modality; empty where the request has none. They must not be
-    used after the block, which ends the worker's leases however it is left.
+    used after the block, which ends the worker's leases however it is left. A handler that yields inside it has to return when
+    ``context.is_stopped()`` after a ``yield``: once its caller is gone, Dynamo asks it for one output more and then drops it
+    where it stands, and the leases of a dropped one stay until the worker is given its next request.
 
     Raises
     ------
