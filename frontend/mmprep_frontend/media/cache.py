@@ -15,6 +15,7 @@ import asyncio
 import logging
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -59,7 +60,7 @@ class Keepable:
     Attributes
     ----------
     key: of the cache.
-    reply: what its host said, without the bytes.
+    reply: what its host said; while there is this, others are given it, too.
     fetched: the wall clock before it was asked for.
     claim: to be kept until it was written, or turned out not to be a medium.
     reset: how often the cache had been reset before it was asked for.
@@ -149,6 +150,8 @@ class MediaCache:
         self._lookups = 0
         self._elsewhere: dict[bytes, asyncio.Future[None]] = {}
         self._keeping: dict[bytes, int] = {}
+        #: Keys of what was written last.
+        self._written: deque[bytes] = deque(maxlen=_BACKLOG)
         self._touched: dict[str, None] = {}
         self._touching = False
         self._closed = False
@@ -198,8 +201,7 @@ class MediaCache:
             self._renew(found.kept, reply)
             return self._hit(found, asked=True)
         self._metrics.count("mmprep_media_cache_misses_total", 1)
-        told = Reply(None, reply.hops, reply.validators, reply.keeping)
-        keepable = self._allowed(Keepable(key, told, fetched, claim, reset), found)
+        keepable = self._allowed(Keepable(key, reply, fetched, claim, reset), found)
         return Fetched(reply.data, None, None, True, keepable, reply)
 
     def keep(self, keepable: Keepable, data: bytes | memoryview, digest: bytes, hash_name: HashName) -> None:
@@ -235,6 +237,7 @@ class MediaCache:
 
         def done(written: tuple[Change, float] | None) -> None:
             del self._keeping[key]
+            self._written.append(key)
             if written is not None:
                 change, seconds = written
                 self._timed("cache_write", seconds)
@@ -283,11 +286,15 @@ class MediaCache:
         """
         end = self._loop.time() + min(_TURN, timeout / 2)
         looked: asyncio.Future[None] | None = None
+        again = False
         pause, longest = _LOOKS
         try:
             while True:
                 found, claim, elsewhere = await self._look(key, min(_PATIENCE, timeout))
                 left = end - self._loop.time()
+                if left > 0 and not again and key in self._written and not (found is not None and found.fresh):
+                    again = True  # it may have been written since
+                    continue
                 if not elsewhere or left <= 0:
                     return found, claim
                 del found  # it counts as long as it is referred to
@@ -332,12 +339,11 @@ class MediaCache:
             return _Seen(found)
         if (claim := self._claims.held(key)) is not None:
             return _Seen(found, claim)
-        known = self._disk.look_up(key)
         try:
             claim = self._claims.claim(key)
         except OSError:
             return _Seen(found)  # no locks here: everybody asks
-        if claim is not None and self._disk.look_up(key) != known:
+        if claim is not None and self._disk.look_up(key) not in {None, found and found.kept}:
             found = self._find(key, self._memory.share())
         return _Seen(found, claim, claim is None)
 
