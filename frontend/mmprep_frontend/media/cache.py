@@ -292,7 +292,8 @@ class MediaCache:
             while True:
                 found, claim, elsewhere = await self._look(key, min(_PATIENCE, timeout))
                 left = end - self._loop.time()
-                if left > 0 and not again and key in self._written and not (found is not None and found.fresh):
+                stale = claim is not None and not (found is not None and found.fresh)
+                if stale and not again and left > 0 and key in self._written:
                     again = True  # it may have been written since
                     continue
                 if not elsewhere or left <= 0:

@@ -212,10 +212,10 @@ class Exchange:
             async for chunk in response.content.iter_any():
                 for piece in undo.pieces(chunk) if undo else (chunk,):
                     size = pieces.nbytes + len(piece)
+                    if size > announced:
+                        grew(size)  # first: who has less room left than any medium may have is told so
                     if size > self._max_bytes:
                         raise self._too_large()
-                    if size > announced:
-                        grew(size)
                     pieces.add(piece)
                     if undo:
                         await asyncio.sleep(0)
