@@ -18,7 +18,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -146,7 +145,7 @@ class MediaCache:
         self._loop = asyncio.get_running_loop()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="cache-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="cache-write")
-        self._claims = Claims(disk.home, self._soon)
+        self._claims = Claims(disk.home)
         self._lookups = 0
         self._elsewhere: dict[bytes, asyncio.Future[None]] = {}
         self._keeping: dict[bytes, int] = {}
@@ -406,11 +405,6 @@ class MediaCache:
         if self._closed:
             return
         self._loop.run_in_executor(self._writer, work).add_done_callback(done)
-
-    def _soon(self, work: Callable[[], None]) -> None:
-        """Do ``work`` on a thread; on none any more where the cache is closed."""
-        with suppress(RuntimeError):
-            self._readers.submit(work)
 
     def _swept(self, number: int | None) -> None:
         if number:

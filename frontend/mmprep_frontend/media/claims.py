@@ -11,9 +11,9 @@ import fcntl
 import os
 import struct
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Final
 from weakref import WeakValueDictionary, finalize
 
@@ -36,14 +36,15 @@ class Claims:
     ----------
     home:
         The cache's directory; there has to be one when the first claim is made.
-    later:
-        Runs a function soon, on some thread: a claim may end anywhere, and a file system may be slow.
     """
 
-    def __init__(self, home: Path, later: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(self, home: Path) -> None:
         self._path = home / CLAIMS
-        self._later = later
         self._lock = threading.Lock()
+        #: Places of claims that have ended, which a thread works off. A claim may end anywhere, within the collection of garbage
+        #: too, where whoever is interrupted may hold any lock: nothing else is done there than to put its place here.
+        self._ended: SimpleQueue[int | None] = SimpleQueue()
+        self._worker: threading.Thread | None = None
         self._file: int | None = None
         self._held: WeakValueDictionary[int, Claim] = WeakValueDictionary()
 
@@ -63,16 +64,24 @@ class Claims:
                 fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0))
             except BlockingIOError:
                 return None
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._work, name="claims", daemon=True)
+                self._worker.start()
             claim = self._held[place] = Claim()
-            finalize(claim, self._later, lambda: self._free(place)).atexit = False
+            finalize(claim, self._ended.put, place).atexit = False
             return claim
 
     def close(self) -> None:
         """Let all claims go."""
+        self._ended.put(None)
         with self._lock:
             if self._file is not None:
                 os.close(self._file)
                 self._file = None
+
+    def _work(self) -> None:
+        while (place := self._ended.get()) is not None:
+            self._free(place)
 
     def _free(self, place: int) -> None:
         with self._lock, suppress(OSError):
