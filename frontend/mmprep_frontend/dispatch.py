@@ -24,10 +24,10 @@ from mmprep.card import ModelCard
 from mmprep.errors import Busy, DeadlineExceeded, MmprepError, NotFound, ServiceUnavailable, StaleAddress
 from mmprep.holdings import Life
 from mmprep.process_lock import ProcessLock, holder
-from mmprep.registration import Mapping, WriterLostError
+from mmprep.registration import Mapping
 from mmprep.runtime import RuntimeDir
 from mmprep.wire import messages
-from mmprep.wire.calls import CallTable
+from mmprep.wire.calls import CallTable, WriterLostError, succeeded
 from mmprep.wire.codec import PROTOCOL, pack, unpack
 from mmprep.wire.configured import configure
 from mmprep.wire.sockets import Link, Pump
@@ -379,7 +379,7 @@ class WriterLink:
             failpoints.reach("frontend.offer.sent")
             return await future
         except BaseException:
-            if future.done() and not future.cancelled() and future.exception() is None:  # in the very same moment
+            if succeeded(future):
                 future.result().give_back()
             self._carry_out(self._offers.cancel(token))
             raise
@@ -463,22 +463,17 @@ class WriterLink:
 
     async def _call(self, make: Callable[[int], msgspec.Struct]) -> Any:
         """Ask the writer, and its successor where it goes away before it answers: every call may be made twice."""
-        try:
-            async with asyncio.timeout(_CALL_SECONDS):
-                while True:
-                    while not self._offers.up:
-                        self._back.clear()
-                        await self._back.wait()
-                    number, future = self._calls.open()
-                    try:
-                        self._link.send([pack(make(number))])
-                        return await future
-                    except WriterLostError:
-                        continue
-                    finally:
-                        self._calls.forget(number)
-        except TimeoutError:
-            raise ServiceUnavailable("the writer did not answer", retry_after=1.0) from None
+        return await self._calls.ask(
+            lambda number: self._link.send([pack(make(number))]),
+            self._connected,
+            seconds=_CALL_SECONDS,
+            silence="the writer did not answer",
+        )
+
+    async def _connected(self) -> None:
+        while not self._offers.up:
+            self._back.clear()
+            await self._back.wait()
 
     # --- messages -------------------------------------------------------------------------------------------------
 

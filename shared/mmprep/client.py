@@ -41,7 +41,7 @@ from mmprep.result import Head, HeadItem, ids_from_bytes, unpack_head
 from mmprep.runtime import RuntimeDir, parse_endpoint
 from mmprep.segment import sibling_name
 from mmprep.wire import messages
-from mmprep.wire.calls import CallTable
+from mmprep.wire.calls import CallTable, succeeded
 from mmprep.wire.codec import MAX_FRAMES, PROTOCOL, pack, unpack
 from mmprep.wire.sockets import Link
 
@@ -547,7 +547,7 @@ class AsyncClient:
             frontend.link.send([pack(messages.Request(number, operation, *beside)), encoded, *attachments])
             answer: _Frames = await future
         except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and future.exception() is None:  # in the very same moment
+            if succeeded(future):
                 frontend.unwanted(future.result())
             frontend.link.send([pack(messages.Cancel(number))])
             raise

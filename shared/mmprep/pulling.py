@@ -26,10 +26,10 @@ from mmprep.items import ItemMeta, unpack_meta
 from mmprep.job import AsyncJob, Job
 from mmprep.job_content import JobContent, read_content
 from mmprep.reading import Reader
-from mmprep.registration import WriterLostError
 from mmprep.result import HeadItem
 from mmprep.segment import sibling_name
 from mmprep.wire import messages
+from mmprep.wire.calls import WriterLostError
 
 _log = logging.getLogger("mmprep.pulling")
 

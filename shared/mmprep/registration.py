@@ -34,7 +34,7 @@ from mmprep.process_lock import ProcessLock
 from mmprep.runtime import RuntimeDir
 from mmprep.segment import Segment, sibling_name
 from mmprep.wire import messages
-from mmprep.wire.calls import CallTable
+from mmprep.wire.calls import CallTable, WriterLostError
 from mmprep.wire.codec import PROTOCOL, pack, unpack
 from mmprep.wire.sockets import Link
 
@@ -135,10 +135,6 @@ class Pulls(Protocol):
 
     def delivered(self, delivery: messages.Delivery, content: list[bytes]) -> None:
         """Take a job."""
-
-
-class WriterLostError(ServiceUnavailable):
-    """The writer went away while a call was under way; the call is to be made again."""
 
 
 class Registration:
@@ -397,21 +393,16 @@ class Registration:
 
     async def call(self, make: Callable[[int], msgspec.Struct]) -> Any:
         """Ask the writer, and its successor where it goes away before it answers: every call may be made twice."""
-        try:
-            async with asyncio.timeout(_CALL_SECONDS):
-                while True:
-                    if not self._closed:
-                        await self._until(lambda: self._up)
-                    number, future = self._calls.open()
-                    try:
-                        self._link.send([pack(make(number))])
-                        return await future
-                    except WriterLostError:
-                        continue
-                    finally:
-                        self._calls.forget(number)
-        except TimeoutError:
-            raise ServiceUnavailable("the writer did not answer", retry_after=1.0) from None
+        return await self._calls.ask(
+            lambda number: self._link.send([pack(make(number))]),
+            self._connected,
+            seconds=_CALL_SECONDS,
+            silence="the writer did not answer",
+        )
+
+    async def _connected(self) -> None:
+        if not self._closed:
+            await self._until(lambda: self._up)
 
     async def _keep_up(self) -> None:
         while True:

@@ -8,7 +8,7 @@ import pytest
 
 from mmprep.errors import Busy, ServiceUnavailable, StaleAddress
 from mmprep.wire import calls as module
-from mmprep.wire.calls import CallTable
+from mmprep.wire.calls import CallTable, WriterLostError
 
 
 def run(check):
@@ -95,5 +95,37 @@ def test_the_number_of_calls_is_bounded(monkeypatch):
             calls.open()
         calls.forget(first)
         calls.open()
+
+    run(check)
+
+
+def test_a_call_whose_connection_is_lost_is_made_anew_and_its_answer_is_that_to_the_last_try():
+    async def check(calls):
+        said = []
+
+        def say(number):
+            said.append(number)
+            lost = len(said) < 3
+            calls.resolve(number, WriterLostError("lost") if lost else "answer")
+
+        async def connected():
+            return None
+
+        assert await calls.ask(say, connected, seconds=60, silence="silence") == "answer"
+        assert len(set(said)) == len(said) == 3
+        assert len(calls) == 0
+
+    run(check)
+
+
+def test_a_call_that_is_not_answered_in_its_time_is_told_so_and_forgotten():
+    async def check(calls):
+        async def connected():
+            return None
+
+        with pytest.raises(ServiceUnavailable, match="nobody answers") as caught:
+            await calls.ask(lambda _: None, connected, seconds=0.001, silence="nobody answers")
+        assert caught.value.retry_after == 1.0
+        assert len(calls) == 0
 
     run(check)

@@ -16,14 +16,13 @@ import zmq
 
 import mmprep
 from mmprep.errors import AuthenticationError, InvalidRequest, MmprepError, ServiceUnavailable
-from mmprep.registration import WriterLostError
 from mmprep.remote.curve import RemoteKeys
 from mmprep.remote.endpoint import TcpEndpoint, host_id
 from mmprep.runtime import RuntimeDir
 from mmprep.segment import segments_of
 from mmprep.wire import messages
 from mmprep.wire import remote_messages as remote
-from mmprep.wire.calls import CallTable
+from mmprep.wire.calls import CallTable, WriterLostError
 from mmprep.wire.codec import PROTOCOL, pack, unpack
 from mmprep.wire.sockets import Link
 
@@ -125,21 +124,16 @@ class DoorConnection:
 
     async def call(self, make: Callable[[int], msgspec.Struct]) -> Any:
         """Ask the door, and the next one where the connection is lost before it answers: every call may be made twice."""
-        try:
-            async with asyncio.timeout(_CALL_SECONDS):
-                while True:
-                    if not self._closed:
-                        await self._until(lambda: self.up)
-                    number, future = self._calls.open()
-                    try:
-                        self.tell(make(number))
-                        return await future
-                    except WriterLostError:
-                        continue
-                    finally:
-                        self._calls.forget(number)
-        except TimeoutError:
-            raise ServiceUnavailable("the service did not answer", retry_after=1.0) from None
+        return await self._calls.ask(
+            lambda number: self.tell(make(number)),
+            self._connected,
+            seconds=_CALL_SECONDS,
+            silence="the service did not answer",
+        )
+
+    async def _connected(self) -> None:
+        if not self._closed:
+            await self._until(lambda: self.up)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         """Wait for ``condition``; raises a refusal that comes meanwhile, and InvalidRequest where this is closed."""

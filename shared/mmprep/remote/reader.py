@@ -24,7 +24,7 @@ from mmprep.errors import MmprepError, ProtocolError, ServiceUnavailable
 from mmprep.item import Item, Runner, Source
 from mmprep.items import ItemMeta, align, region_size, unpack_meta
 from mmprep.reading import item_of
-from mmprep.registration import Pulls, WriterLostError
+from mmprep.registration import Pulls
 from mmprep.remote.connection import DoorConnection, Handlers
 from mmprep.remote.curve import RemoteKeys
 from mmprep.remote.endpoint import TcpEndpoint
@@ -33,6 +33,7 @@ from mmprep.remote.reception import Asking, Reception
 from mmprep.runtime import RuntimeDir
 from mmprep.wire import messages
 from mmprep.wire import remote_messages as remote
+from mmprep.wire.calls import WriterLostError
 from mmprep.wire.codec import CONTROL_LIMIT
 
 #: Seconds to wait for memory where there is none for what is opened.

@@ -13,7 +13,7 @@ import zmq
 from mmprep.errors import MmprepError, ProtocolError, ServiceUnavailable
 from mmprep.metrics import ProcessReport, Snapshot, merge, without_gauges
 from mmprep.wire import messages
-from mmprep.wire.calls import CallTable
+from mmprep.wire.calls import CallTable, succeeded
 from mmprep.wire.codec import PROTOCOL, pack, unpack
 from mmprep.wire.configured import router
 from mmprep.wire.sockets import Pump
@@ -127,7 +127,7 @@ class Desk:
         reports = []
         for reporter, number, future in asked:
             self._calls.forget(number)
-            if future.done() and not future.cancelled() and future.exception() is None:
+            if succeeded(future):
                 report: ProcessReport = future.result()
                 reporter.last = report.metrics
                 reports.append((reporter, report))

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
-from mmprep.errors import Busy, MmprepError
+from mmprep.errors import Busy, MmprepError, ServiceUnavailable
 
 _MOST_CALLS = 65_536
+
+
+class WriterLostError(ServiceUnavailable):
+    """The connection to the writer, or to the door to it, was lost while the call was under way."""
+
+
+def succeeded(future: asyncio.Future[Any]) -> bool:
+    """Whether a future has a result, as one may that is awaited by a task that is cancelled in the very same moment."""
+    return future.done() and not future.cancelled() and future.exception() is None
 
 
 class CallTable:
@@ -42,6 +51,44 @@ class CallTable:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         return number, future
+
+    async def ask(
+        self, say: Callable[[int], None], connected: Callable[[], Awaitable[None]], *, seconds: float, silence: str
+    ) -> Any:
+        """Make a call, and make it anew where the connection is lost before it is answered: it may be made twice.
+
+        Parameters
+        ----------
+        say:
+            Sends it, under the number that it is given.
+        connected:
+            Waits until there is a connection.
+        seconds:
+            For all of it.
+        silence:
+            What to say where no answer comes.
+
+        Raises
+        ------
+        ServiceUnavailable
+            None came.
+        MmprepError
+            What the call was answered with, or what ``connected`` raises.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                while True:
+                    await connected()
+                    number, future = self.open()
+                    try:
+                        say(number)
+                        return await future
+                    except WriterLostError:
+                        continue
+                    finally:
+                        self.forget(number)
+        except TimeoutError:
+            raise ServiceUnavailable(silence, retry_after=1.0) from None
 
     def resolve(self, number: int, outcome: Any) -> bool:
         """Give a call its outcome; an error is raised where it is awaited. Later outcomes are passed over.
