@@ -265,8 +265,6 @@ class WriterLink:
         self._posts = Posts(queue_size, first=_FIRST_POST)
         #: Who waits for a post's outcome, by its token, and the token of the offer that pins what it needs.
         self._posting: dict[int, tuple[int | None, asyncio.Future[str]]] = {}
-        #: That offer by the job's id.
-        self._pinned_for: dict[str, int | None] = {}
         self._post_again: asyncio.TimerHandle | None = None
         self._waiting: dict[int, tuple[Sequence[Wanted], asyncio.Future[Offered]]] = {}
         self._calls = CallTable(first=_FIRST_CALL)
@@ -430,13 +428,12 @@ class WriterLink:
         token, actions = self._posts.post(post, content, expires, loop.time())
         future: asyncio.Future[str] = loop.create_future()
         self._posting[token] = offer, future
-        self._pinned_for[post.job] = offer
         try:
             self._carry_out_posts(actions)
             failpoints.reach("frontend.post.sent")
             return await future
         finally:
-            del self._posting[token], self._pinned_for[post.job]
+            del self._posting[token]
             self._posts.give_up(token)
 
     def unpin(self, token: int) -> None:
@@ -590,7 +587,7 @@ class WriterLink:
     def _settle_post(self, settle: SettledPost) -> None:
         offer, future = self._posting.get(settle.token, (None, None))
         if offer is not None and not isinstance(settle.outcome, MmprepError):
-            self._offers.released(offer)
+            self._offers.cancel_silently(offer)  # the writer has let go, with the job, of what it pinned
         if future is None or future.done():
             return
         if isinstance(settle.outcome, MmprepError):
@@ -599,7 +596,7 @@ class WriterLink:
             future.set_result(settle.outcome)
 
     def _say_post(self, say: SayPost) -> None:
-        message, offer = say.message, self._pinned_for.get(say.message.job)
+        message, (offer, _) = say.message, self._posting.get(say.token, (None, None))
         if offer is not None:
             message = msgspec.structs.replace(message, releases=self._offers.number(offer))
         try:

@@ -184,10 +184,6 @@ class Offers:
         waiting = [offer for offer in self._offers.values() if offer.pinned is None]
         return [action for offer in waiting for action in self._fail(offer, error)]
 
-    def released(self, token: int) -> None:
-        """The writer has let go, with a job, of what the offer's answer pinned."""
-        self.cancel_silently(token)
-
     # --- steps ----------------------------------------------------------------------------------------------------
 
     def cancel_silently(self, token: int) -> None:

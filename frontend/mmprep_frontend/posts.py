@@ -26,10 +26,11 @@ AGAIN_SECONDS = 0.5
 
 
 class Say(NamedTuple):
-    """Send on the control link."""
+    """Send on the control link; ``token`` of who waits for the outcome, 0: nobody does."""
 
     message: messages.Post
     content: Sequence[bytes]
+    token: int
 
 
 class Settle(NamedTuple):
@@ -204,7 +205,7 @@ class Posts:
         self._by_number[kept.number] = kept
         left = max(0, int((kept.expires - now) * 1000))
         post = msgspec.structs.replace(kept.post, call=kept.number, expires_ms=left, again=kept.accepted)
-        return [Say(post, kept.content)]
+        return [Say(post, kept.content, kept.token)]
 
     def _forget(self, kept: _Kept) -> None:
         del self._jobs[kept.post.job]
