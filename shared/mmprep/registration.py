@@ -37,6 +37,7 @@ from mmprep.wire import messages
 from mmprep.wire.calls import CallTable, WriterLostError
 from mmprep.wire.codec import PROTOCOL, pack, unpack
 from mmprep.wire.sockets import Link
+from mmprep.wire.standing import Standing
 
 _UPKEEP_SECONDS = 0.05
 #: Leases in one message.
@@ -167,7 +168,6 @@ class Registration:
         self.id = backend_id
         self._pulls = pulls
         self.mapping: Mapping | None = None
-        self._closed = False
         self._instance = os.urandom(8)
         self._connections = 0
         self._holdings = Holdings(self._instance)
@@ -181,8 +181,7 @@ class Registration:
         self._ended: deque[str] = deque(maxlen=_MOST_ENDED)
         self._calls = CallTable()
         self._up = False
-        self._refusal: MmprepError | None = None
-        self._changed = asyncio.Event()
+        self._standing = Standing()
         self._lock = ProcessLock(runtime.lock_path("backend", backend_id))
         try:
             alone = self._lock.acquire()
@@ -215,7 +214,7 @@ class Registration:
         """
         try:
             async with asyncio.timeout(seconds):
-                await self._until(lambda: self._up)
+                await self._standing.until(lambda: self._up)
         except TimeoutError:
             raise ServiceUnavailable(_NO_SERVICE) from None
         assert self.mapping is not None
@@ -223,9 +222,9 @@ class Registration:
 
     async def close(self) -> None:
         """Release every lease and leave; again is no error."""
-        if self._closed:
+        if self._standing.closed:
             return
-        self._closed = True
+        self._standing.closed = True
         self._upkeep.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._upkeep
@@ -238,7 +237,7 @@ class Registration:
                     await self.call(lambda call: messages.Release(call, ()))
         self._link.close()
         self._calls.fail_all(InvalidRequest, "this client is closed")
-        self._note_change()
+        self._standing.note()
         mapping, self.mapping = self.mapping, None
         if mapping is not None:
             mapping.segment.close()
@@ -304,7 +303,7 @@ class Registration:
             raise StaleAddress(_EARLIER_LIFE)
         try:
             async with asyncio.timeout(_CALL_SECONDS):  # a frontend may know a new segment before this process does
-                await self._until(lambda: self._up and self._knows(address))
+                await self._standing.until(lambda: self._up and self._knows(address))
         except TimeoutError:
             raise StaleAddress(_EARLIER_LIFE) from None
         return self._adopt(address, sent_at) or await self.acquire(address, address.lease_kind or "copy")
@@ -322,7 +321,7 @@ class Registration:
 
         While no writer is there no lease ends: the next one is told of it before it allocates anything.
         """
-        if self._closed:
+        if self._standing.closed:
             raise InvalidRequest("this client is closed")
         if self._holdings.lost(lease_id, time.monotonic() if self._up else -math.inf):
             raise LeaseLost("the lease has run out; ask for the item again")
@@ -377,20 +376,6 @@ class Registration:
 
     # --- behind the scenes ----------------------------------------------------------------------------------------
 
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        """Wait for ``condition``; raises a refusal that comes meanwhile, and InvalidRequest where this is closed."""
-        former = self._refusal
-        while not condition():
-            if self._closed:
-                raise InvalidRequest("this client is closed")
-            if self._refusal is not former and self._refusal is not None:
-                raise self._refusal
-            self._changed.clear()
-            await self._changed.wait()
-
-    def _note_change(self) -> None:
-        self._changed.set()
-
     async def call(self, make: Callable[[int], msgspec.Struct]) -> Any:
         """Ask the writer, and its successor where it goes away before it answers: every call may be made twice."""
         return await self._calls.ask(
@@ -401,8 +386,8 @@ class Registration:
         )
 
     async def _connected(self) -> None:
-        if not self._closed:
-            await self._until(lambda: self._up)
+        if not self._standing.closed:
+            await self._standing.until(lambda: self._up)
 
     async def _keep_up(self) -> None:
         while True:
@@ -466,7 +451,7 @@ class Registration:
     def _on_down(self) -> None:
         self._up = False
         self._calls.fail_all(WriterLostError, "the writer went away; try again")
-        self._note_change()
+        self._standing.note()
 
     def _on_message(self, frames: list[Any]) -> None:
         message = unpack(frames[0], messages.FromWriter)
@@ -489,7 +474,7 @@ class Registration:
 
     def _refuse(self, error: MmprepError) -> None:
         """The writer does not take this connection: say so to those who wait, and try another one."""
-        self._refusal = error
+        self._standing.refusal = error
         self._calls.fail_all(ServiceUnavailable, error.message)
         self._link.reopen()
 
@@ -513,8 +498,8 @@ class Registration:
             for make, answered in self._pulls.greets():
                 self._say(make, answered)
         self._reassert(held)
-        self._refusal, self._up = None, True
-        self._note_change()
+        self._standing.refusal, self._up = None, True
+        self._standing.note()
 
     def _reassert(self, held: tuple[messages.Held, ...]) -> None:
         """Tell a new writer of everything, in order and before any other message; its answers come by themselves."""
@@ -527,9 +512,7 @@ class Registration:
 
     def _say(self, make: Callable[[int], msgspec.Struct], answered: Callable[[asyncio.Future[Any]], None]) -> None:
         """Ask without waiting for the answer; where the connection is lost the next welcome begins anew."""
-        number, future = self._calls.open()
-        future.add_done_callback(answered)
-        self._link.send([pack(make(number))])
+        self._calls.begin(lambda number: self._link.send([pack(make(number))]), answered)
 
     def _reasserted(self, ids: tuple[bytes, ...], sent_at: float, done: asyncio.Future[Any]) -> None:
         if done.cancelled() or done.exception() is not None:

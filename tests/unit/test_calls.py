@@ -129,3 +129,13 @@ def test_a_call_that_is_not_answered_in_its_time_is_told_so_and_forgotten():
         assert len(calls) == 0
 
     run(check)
+
+
+def test_of_a_call_for_which_nobody_waits_the_outcome_is_told():
+    async def check(calls):
+        told = []
+        calls.begin(lambda number: calls.resolve(number, "answer"), lambda done: told.append(done.result()))
+        await asyncio.sleep(0)
+        assert told == ["answer"]
+
+    run(check)

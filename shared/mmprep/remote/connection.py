@@ -25,6 +25,7 @@ from mmprep.wire import remote_messages as remote
 from mmprep.wire.calls import CallTable, WriterLostError
 from mmprep.wire.codec import PROTOCOL, pack, unpack
 from mmprep.wire.sockets import Link
+from mmprep.wire.standing import Standing
 
 #: Seconds for one word with the door, its replacement included.
 _CALL_SECONDS = 10.0
@@ -84,9 +85,8 @@ class DoorConnection:
         self._handlers = handlers
         self._instance = os.urandom(16)
         self._calls = CallTable()
-        self._closed = self._known = False
-        self._refusal: MmprepError | None = None
-        self._changed = asyncio.Event()
+        self._known = False
+        self._standing = Standing()
         self._ipv6 = endpoint.is_ipv6
         self._link = Link(
             context,
@@ -116,7 +116,7 @@ class DoorConnection:
         """
         try:
             async with asyncio.timeout(seconds):
-                await self._until(lambda: self.up or self.near is not None)
+                await self._standing.until(lambda: self.up or self.near is not None)
         except TimeoutError:
             raise ServiceUnavailable(
                 "no service answers at this endpoint; is it started with --remote-endpoint?"
@@ -132,19 +132,8 @@ class DoorConnection:
         )
 
     async def _connected(self) -> None:
-        if not self._closed:
-            await self._until(lambda: self.up)
-
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        """Wait for ``condition``; raises a refusal that comes meanwhile, and InvalidRequest where this is closed."""
-        former = self._refusal
-        while not condition():
-            if self._closed:
-                raise InvalidRequest("this client is closed")
-            if self._refusal is not former and self._refusal is not None:
-                raise self._refusal
-            self._changed.clear()
-            await self._changed.wait()
+        if not self._standing.closed:
+            await self._standing.until(lambda: self.up)
 
     def tell(self, message: msgspec.Struct) -> None:
         """Say something that is not answered; nobody hears it where there is no session."""
@@ -152,9 +141,7 @@ class DoorConnection:
 
     def ask(self, make: Callable[[int], msgspec.Struct], answered: Callable[[asyncio.Future[Any]], None]) -> None:
         """Ask without waiting for the answer."""
-        number, future = self._calls.open()
-        future.add_done_callback(answered)
-        self.tell(make(number))
+        self._calls.begin(lambda number: self.tell(make(number)), answered)
 
     def give_up(self) -> None:
         """End this session and begin another one: nothing that came in it can be relied on."""
@@ -162,7 +149,7 @@ class DoorConnection:
 
     async def close(self, seconds: float) -> None:
         """Leave; the door gets ``seconds`` to give back what this backend had."""
-        self._closed = True
+        self._standing.closed = True
         if self.up:
             with contextlib.suppress(MmprepError, TimeoutError):
                 async with asyncio.timeout(seconds):
@@ -175,7 +162,7 @@ class DoorConnection:
         self.up = False
         self._handlers.over(kind, why)
         self._calls.fail_all(kind, why)
-        self._changed.set()
+        self._standing.note()
 
     # --- the connection -------------------------------------------------------------------------------------------
 
@@ -213,18 +200,18 @@ class DoorConnection:
         self._link.reopen()
 
     def _refuse(self, error: MmprepError) -> None:
-        self._refusal = error
+        self._standing.refusal = error
         self._calls.fail_all(ServiceUnavailable, error.message)
-        self._changed.set()
+        self._standing.note()
 
     def _on_message(self, frames: list[zmq.Frame]) -> None:
         message = unpack(frames[0].buffer, remote.FromDoor)
         match message:
             case remote.RemoteWelcome():
                 self._host = b""  # where it is now it stays
-                self._refusal, self.up, self._known = None, True, True
+                self._standing.refusal, self.up, self._known = None, True, True
                 self._handlers.welcomed(message)
-                self._changed.set()
+                self._standing.note()
             case remote.Neighbour():
                 self._is_near(message)
             case messages.Refused():
@@ -247,6 +234,6 @@ class DoorConnection:
         with contextlib.suppress(OSError):
             if runtime.runtime_id == runtime_id and segments_of(runtime_id):
                 self.near = runtime
-                self._changed.set()
+                self._standing.note()
                 return
         self._link.send(self._greeting())

@@ -52,6 +52,12 @@ class CallTable:
         self._waiting[number] = future
         return number, future
 
+    def begin(self, say: Callable[[int], None], answered: Callable[[asyncio.Future[Any]], None]) -> None:
+        """Make a call for whose outcome nobody waits: ``answered`` is called with its future. Raises as :meth:`open`."""
+        number, future = self.open()
+        future.add_done_callback(answered)
+        say(number)
+
     async def ask(
         self, say: Callable[[int], None], connected: Callable[[], Awaitable[None]], *, seconds: float, silence: str
     ) -> Any:
