@@ -37,7 +37,7 @@ from mmprep.wire import messages
 from mmprep.wire import remote_messages as remote
 from mmprep.wire.codec import PROTOCOL, pack, unpack
 from mmprep.wire.configured import configure
-from mmprep.wire.sockets import HANDSHAKE_FAILURES, Pump
+from mmprep.wire.sockets import ANY_HANDSHAKE_FAILURE, Pump
 from mmprep_frontend.remote.gatekeeper import DOMAIN, Gatekeeper
 from mmprep_frontend.remote.session import CHUNK, CREDITS, Session
 
@@ -104,7 +104,7 @@ class RemoteDoor:
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
         try:
             self._secure(socket, settings)
-            monitor = socket.get_monitor_socket(sum(map(int, HANDSHAKE_FAILURES)))
+            monitor = socket.get_monitor_socket(ANY_HANDSHAKE_FAILURE)
             socket.bind(str(endpoint))
         except zmq.ZMQError as error:
             socket.close()

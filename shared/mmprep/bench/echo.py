@@ -5,31 +5,28 @@ A message is ``[what to do first, data]``: ``hash`` the data, which have just be
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import zmq
 from blake3 import blake3
 
-from mmprep.bench.running import read_orders
+from mmprep.bench.running import answer_all, read_orders
 
 
-def _answer_all(endpoint: str) -> None:
+def _answer(socket: zmq.Socket[bytes]) -> None:
+    identity, first, data = socket.recv_multipart(copy=False)
+    if first.bytes == b"hash":
+        blake3(data.buffer).digest()
+    socket.send_multipart([identity, b""])
+
+
+def _serve(endpoint: str) -> None:
     context: zmq.Context[Any] = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     socket.bind(endpoint)
-    poller = zmq.Poller()
-    poller.register(socket, zmq.POLLIN)
-    poller.register(sys.stdin.fileno(), zmq.POLLIN)
-    print("ready", flush=True)  # noqa: T201 -- the protocol with the parent
-    while sys.stdin.fileno() not in (ready := dict(poller.poll())):
-        if socket in ready:
-            identity, first, data = socket.recv_multipart(copy=False)
-            if first.bytes == b"hash":
-                blake3(data.buffer).digest()
-            socket.send_multipart([identity, b""])
+    answer_all(socket, lambda: _answer(socket))
     context.destroy(linger=0)
 
 
 if __name__ == "__main__":
-    _answer_all(read_orders()["endpoint"])
+    _serve(read_orders()["endpoint"])

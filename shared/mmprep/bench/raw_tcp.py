@@ -6,15 +6,19 @@ A message is the number of bytes, in decimal digits; the answer is one frame of 
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
 import zmq
 
-from mmprep.bench.running import read_orders
+from mmprep.bench.running import answer_all, read_orders
 
 
-def _answer_all(orders: dict[str, Any]) -> None:
+def _answer(socket: zmq.Socket[bytes], data: bytes) -> None:
+    identity, nbytes = socket.recv_multipart()
+    socket.send_multipart([identity, memoryview(data)[: int(nbytes)]], copy=False)
+
+
+def _serve(orders: dict[str, Any]) -> None:
     context: zmq.Context[Any] = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     if orders["secret"]:
@@ -22,16 +26,9 @@ def _answer_all(orders: dict[str, Any]) -> None:
         socket.curve_server = True
     socket.bind(orders["endpoint"])
     data = os.urandom(orders["most"])
-    poller = zmq.Poller()
-    poller.register(socket, zmq.POLLIN)
-    poller.register(sys.stdin.fileno(), zmq.POLLIN)
-    print("ready", flush=True)  # noqa: T201 -- the protocol with the parent
-    while sys.stdin.fileno() not in (ready := dict(poller.poll())):
-        if socket in ready:
-            identity, nbytes = socket.recv_multipart()
-            socket.send_multipart([identity, memoryview(data)[: int(nbytes)]], copy=False)
+    answer_all(socket, lambda: _answer(socket, data))
     context.destroy(linger=0)
 
 
 if __name__ == "__main__":
-    _answer_all(read_orders())
+    _serve(read_orders())

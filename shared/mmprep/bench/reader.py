@@ -8,7 +8,6 @@ shape. The answer says how long after the sending the array was there, and how l
 from __future__ import annotations
 
 import json
-import sys
 import time
 from typing import Any
 
@@ -17,7 +16,7 @@ import zmq
 from numpy.typing import NDArray
 
 from mmprep.backend import Backend
-from mmprep.bench.running import read_orders
+from mmprep.bench.running import answer_all, read_orders
 
 _FIELD = "pixel_values"
 
@@ -62,13 +61,7 @@ def _serve(orders: dict[str, Any]) -> None:
     context: zmq.Context[Any] = zmq.Context()
     with Backend(f"ipc://{orders['runtime_dir']}", id=orders["id"]) as backend, context.socket(zmq.ROUTER) as socket:
         socket.bind(orders["endpoint"])
-        poller = zmq.Poller()
-        poller.register(socket, zmq.POLLIN)
-        poller.register(sys.stdin.fileno(), zmq.POLLIN)
-        print("ready", flush=True)  # noqa: T201 -- the protocol with the parent
-        while sys.stdin.fileno() not in (ready := dict(poller.poll())):
-            if socket in ready:
-                _answer(backend, socket)
+        answer_all(socket, lambda: _answer(backend, socket))
     context.destroy(linger=0)
 
 

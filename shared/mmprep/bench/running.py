@@ -15,9 +15,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, Self
+
+import zmq
 
 from mmprep import embedded
 from mmprep.cli.desk import DeskClient
@@ -239,3 +241,14 @@ def say_ready() -> None:
 def say_answer(answer: Any) -> None:
     """Send the answer."""
     print(json.dumps(answer), flush=True)  # noqa: T201 -- the protocol with the parent
+
+
+def answer_all(socket: zmq.Socket[bytes], answer: Callable[[], None]) -> None:
+    """Tell the parent that this child is ready, and ``answer`` each message in ``socket`` until the parent says something."""
+    poller = zmq.Poller()
+    poller.register(socket, zmq.POLLIN)
+    poller.register(sys.stdin.fileno(), zmq.POLLIN)
+    print("ready", flush=True)  # noqa: T201 -- the protocol with the parent
+    while sys.stdin.fileno() not in (ready := dict(poller.poll())):
+        if socket in ready:
+            answer()

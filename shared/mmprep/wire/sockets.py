@@ -38,7 +38,8 @@ HANDSHAKE_FAILURES = (
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
 )
-_ANY_HANDSHAKE_FAILURE = HANDSHAKE_FAILURES[0] | HANDSHAKE_FAILURES[1] | HANDSHAKE_FAILURES[2]
+#: All of them, as a socket's monitor is asked for them.
+ANY_HANDSHAKE_FAILURE = HANDSHAKE_FAILURES[0] | HANDSHAKE_FAILURES[1] | HANDSHAKE_FAILURES[2]
 #: Messages that may wait for one peer.
 _MOST_WAITING = 65_536
 #: Seconds until a peer that took nothing is tried again.
@@ -260,7 +261,7 @@ class Link:
         if self._tune is not None:
             self._tune(socket)
         events = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
-        monitor = socket.get_monitor_socket(events if self._on_refusal is None else events | _ANY_HANDSHAKE_FAILURE)
+        monitor = socket.get_monitor_socket(events if self._on_refusal is None else events | ANY_HANDSHAKE_FAILURE)
         socket.connect(self._endpoint)
         self._socket = socket
         self._pump = Pump(socket, self._on_message, copy=self._copy)
