@@ -106,7 +106,7 @@ def _measure(plan: Plan, wanted: set[str], directory: Path, other_model: Path | 
         parts["queues"] = queues.measure(model, directory, plan.queues)
     if "remote" in wanted:
         _tell("tensors to another host")
-        parts["remote"] = remote.measure(model, directory, plan.tensors, plan.repeats)
+        parts["remote"] = remote.measure(model, directory, plan.tensors, plan.repeats, plan.ring)
     if {"throughput", "handover", "memory"} & wanted:
         parts |= _loaded(plan, wanted, model, directory, other_model)
     return parts

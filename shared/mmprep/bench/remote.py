@@ -27,20 +27,20 @@ _MOST = 100_000_000
 _LANES = 2
 
 
-def measure(model: Path, directory: Path, tensors: Sequence[Tensor], repeats: int) -> list[dict[str, Any]]:
+def measure(model: Path, directory: Path, tensors: Sequence[Tensor], repeats: int, ring: str) -> list[dict[str, Any]]:
     """Return for each tensor, with and without CURVE, the medians in milliseconds and the ratio of the bandwidths."""
     keys = directory / "keys"
     for name in ("service", "backend"):
         make_pair(keys / name, name)
     options = ["--curve-key-file", str(keys / "service" / "service.key"), "--curve-clients-dir", str(keys / "backend")]
     return [
-        *_secured(model, tensors, repeats, keys, options),
-        *_secured(model, tensors, repeats, None, []),
+        *_secured(model, tensors, repeats, keys, options=options, ring=ring),
+        *_secured(model, tensors, repeats, None, options=[], ring=ring),
     ]
 
 
 def _secured(
-    model: Path, tensors: Sequence[Tensor], repeats: int, keys: Path | None, options: list[str]
+    model: Path, tensors: Sequence[Tensor], repeats: int, keys: Path | None, *, options: list[str], ring: str
 ) -> list[dict[str, Any]]:
     with claim_port("127.0.0.1", 0) as reserved:
         raw = f"tcp://127.0.0.1:{reserved.getsockname()[1]}"
@@ -50,7 +50,7 @@ def _secured(
     remote = ["--remote-endpoint", "tcp://127.0.0.1:0", *options]
     try:
         with (
-            service(model, frontends=1, lanes=_LANES, options=remote) as running,
+            service(model, frontends=1, lanes=_LANES, cache_size=ring, options=remote) as running,
             Child("mmprep.bench.raw_tcp", orders) as echo,
             context.socket(zmq.DEALER) as socket,
         ):
