@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -237,3 +238,15 @@ def test_an_array_that_a_loop_would_misread_is_refused(array, element, written):
     for out, tables in (((2, 3, 1, 14, 16), (3, 256)), ((2, 4, 1, 14, 14), (3, 256)), ((2, 3, 1, 14, 14), (3, 255))):
         with pytest.raises(TypeError, match="patches of 14"):
             writer(np.zeros(out, np.uint8), np.zeros(tables, np.uint8))
+
+
+def test_the_place_of_an_array_keeps_its_memory():
+    compiled = pytest.importorskip("mmprep_worker.images.compiled")
+    array = np.arange(8, dtype=np.uint8)
+    kept = weakref.ref(array)
+    place = compiled.place(array.reshape(2, 4), np.uint8)
+    del array
+    assert kept() is not None
+    assert place.address == kept().ctypes.data
+    del place
+    assert kept() is None

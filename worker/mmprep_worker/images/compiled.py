@@ -2,7 +2,7 @@
 
 Importing this module loads their machine code, or compiles it (seconds, once a machine). They take arrays as
 :class:`Placed`, which is checked once for what the loops take for granted: element type, dimensions, no gaps. What lies in
-an array is not checked: the callers own the sizes, and keep the array while its place is used.
+an array is not checked: the callers own the sizes.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ _turn = _function(machine_code.address("turn"), "*nnnnn*nnn")
 
 
 class Placed(NamedTuple):
-    """An array as a loop takes it: where it begins, and its lengths."""
+    """An array as a loop takes it: where it begins, and its lengths. It keeps the array, and so the memory."""
 
     address: int
     lengths: tuple[int, ...]
+    array: NDArray[Any]
 
 
 def place(array: NDArray[Any], element: DTypeLike, *, written: bool = False) -> Placed:
@@ -48,25 +49,21 @@ def place(array: NDArray[Any], element: DTypeLike, *, written: bool = False) -> 
     """
     if array.dtype != element or not array.flags.c_contiguous or (written and not array.flags.writeable):
         raise TypeError(f"a loop takes an array of {element} without gaps, not {array.dtype} of {array.shape}")
-    return Placed(array.ctypes.data, array.shape)
+    return Placed(array.ctypes.data, array.shape, array)
 
 
 class Weights(NamedTuple):
     """The arrays of :class:`mmprep_worker.images.resample.Coefficients`, placed, with room for a loop's sums."""
 
-    first: int
-    taps: int
+    first: Placed
+    taps: Placed
     weight: Placed
-    sums: int
-    arrays: tuple[NDArray[Any], ...]
+    sums: Placed
 
 
 def weights(coefficients: Coefficients) -> Weights:
     """Place coefficients."""
-    sums = np.empty(CHUNK, np.int32)
-    arrays = (*coefficients, sums)
-    first, taps, weight, room = (place(array, np.int32) for array in arrays)
-    return Weights(first.address, taps.address, weight, room.address, arrays)
+    return Weights(*(place(array, np.int32) for array in (*coefficients, np.empty(CHUNK, np.int32))))
 
 
 def combine(  # noqa: PLR0917, called as the loop is
@@ -87,11 +84,11 @@ def combine(  # noqa: PLR0917, called as the loop is
         top,
         rows,
         length,
-        by.first,
-        by.taps,
+        by.first.address,
+        by.taps.address,
         by.weight.address,
         *by.weight.lengths,
-        by.sums,
+        by.sums.address,
     )
 
 

@@ -149,7 +149,6 @@ class _HorizontalPass:
         columns: Pixels = np.empty((self.rows.shape[1], rows), np.uint8)
         resized: Pixels = np.zeros((3 * stride, rows), np.uint8)
         self._planes: Pixels = np.empty((rows, 3 * stride), np.uint8)
-        self._arrays = (columns, resized)  # which the loops know by their places alone
 
         def words(array: Pixels) -> Any:
             return compiled.place(array.view(np.uint64), np.uint64, written=True)
