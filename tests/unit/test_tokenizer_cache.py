@@ -143,3 +143,19 @@ def test_a_directory_that_is_not_there_stops_the_start_and_leaves_nothing(cache,
     with pytest.raises(StartupError):
         load_tokenizer(tmp_path / "none", cache)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_tokenizer_whose_files_are_replaced_while_it_is_made_is_not_kept(cache, directory, tmp_path, monkeypatch):
+    make = AutoTokenizer.from_pretrained
+
+    def replaced(*arguments, **options):
+        made = make(*arguments, **options)
+        (directory / "more.json").write_text("{}")
+        return made
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", replaced)
+    load_tokenizer(directory, cache)
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.undo()
+    load_tokenizer(directory, cache)
+    assert len(files(tmp_path)) == 1

@@ -46,16 +46,23 @@ def load_tokenizer(directory: Path, cache: TokenizerCache | None = None) -> Load
     """
     if cache is None:
         return _make(directory)
-    try:
-        key = key_of(directory)
-    except OSError:  # what cannot be read is told by transformers
+    key = _key(directory)
+    if key is None:
         return _make(directory)
     if (kept := cache.get(key)) is not None and (restored := _restored(kept)) is not None:
         return restored
     made = _make(directory)
-    if (whole := _kept(made)) is not None:
+    # Files that were replaced meanwhile may have made another tokenizer than this key's.
+    if (whole := _kept(made)) is not None and _key(directory) == key:
         cache.put(key, whole)
     return made
+
+
+def _key(directory: Path) -> bytes | None:
+    try:
+        return key_of(directory)
+    except OSError:  # what cannot be read is told by transformers
+        return None
 
 
 def _make(directory: Path) -> LoadedTokenizer:
