@@ -26,9 +26,8 @@ from numpy.typing import ArrayLike
 from mmprep.card import ModelCard
 from mmprep.errors import InvalidRequest, ProtocolError
 from mmprep.items import DTYPE_SIZES, ItemMeta, align, region_size, storage_dtype, unpack_meta
+from mmprep.kwargs_data import RAW
 
-#: Of MessagePack: raw bytes of a tensor.
-RAW = 3
 _LENGTH = 8
 
 

@@ -16,8 +16,8 @@ import msgspec
 from msgspec import Meta
 
 from mmprep.errors import InvalidRequest
-from mmprep.injected import RAW
 from mmprep.items import FieldKind
+from mmprep.kwargs_data import RAW
 
 _MEMBERS = frozenset({"key", "modality", "fields", "expansion", "model", "cache_salt", "priority", "deadline_ms"})
 _MOST_FIELDS = 64

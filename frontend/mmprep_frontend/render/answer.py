@@ -18,14 +18,12 @@ import msgspec
 
 from mmprep.errors import InvalidRequest
 from mmprep.items import FieldSpec, ItemMeta
-from mmprep.kwargs_data import kind_arguments
+from mmprep.kwargs_data import RAW, kind_arguments
 from mmprep_frontend.render.expansion import Range
 from mmprep_frontend.render.packing import Piece, array_head, ext_head, map_head
 from mmprep_frontend.render.requests import ChatRequest, CompletionRequest, template_kwargs
 from mmprep_frontend.render.sampling import NO_DEFAULTS, Defaults, sampling_params
 
-#: MessagePack extension code of raw tensor bytes.
-_RAW = 3
 #: Bytes of a tensor up to which it is copied to what stands around it.
 _SMALL = 4096
 _packed = msgspec.msgpack.encode
@@ -195,9 +193,7 @@ def _pack(fields: Sequence[FieldSpec], raw: Callable[[FieldSpec], Piece], batch_
     small = bytearray(map_head(len(fields)))
     for spec in fields:
         data = raw(spec)
-        small += (
-            _packed(spec.name) + _FIELD_HEAD + _packed(spec.dtype) + _packed(spec.shape) + ext_head(_RAW, len(data))
-        )
+        small += _packed(spec.name) + _FIELD_HEAD + _packed(spec.dtype) + _packed(spec.shape) + ext_head(RAW, len(data))
         if len(data) > _SMALL:
             pieces += (bytes(small), data)
             small.clear()

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmprep.bridges.vllm.requests import address_of, text_of
+from mmprep.bridges.vllm.requests import addresses_of
 from mmprep.client import Result
 from mmprep.errors import InvalidRequest
-from mmprep.item import Item
+from mmprep.item import Item, features_of
 
 #: What every position that takes an embedding of a medium holds for the router: this and the hash's first 16 hex digits,
 #: cut to so many values. Dynamo's routers and SGLang have the same rule (``pad_value_for_mm_hash``).
@@ -84,25 +84,18 @@ def to_extra_args(result: Result) -> dict[str, Any]:
     position takes an embedding) and ``mm_addresses``, lists by modality. An item in no shared memory has ``None`` for an address
     and its tensors in ``kwargs_data``. ``mm_hashes`` and ``mm_placeholders`` are the plain lists where all media are images.
     """
-    features = result.request["features"]
+    features = features_of(result.items)
     if features is None:
         return {}
     hashes, placeholders = features["mm_hashes"], features["mm_placeholders"]
     args: dict[str, Any] = {
         "mm_hashes_by_modality": hashes,
         "mm_placeholders_by_modality": placeholders,
-        "mm_addresses": {m: [address_of(item) for item in items] for m, items in result.items.items()},
+        **addresses_of(result.items),
     }
     if hashes.keys() == {"image"}:
         args |= {"mm_hashes": hashes["image"], "mm_placeholders": placeholders["image"]}
-    inline = {m: [_inline(item, len(items)) for item in items] for m, items in result.items.items()}
-    if any(text is not None for texts in inline.values() for text in texts):
-        args["kwargs_data"] = inline
     return args
-
-
-def _inline(item: Item, batch_size: int) -> str | None:
-    return text_of(item, batch_size) if item.address is None else None
 
 
 def routing_token_ids(token_ids: Sequence[int], items: Mapping[str, Sequence[Item]]) -> list[int]:

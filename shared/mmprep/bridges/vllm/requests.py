@@ -53,12 +53,25 @@ def to_generate_request(rendered: Rendered, *, payload: Literal["tensors", "shm"
         return _of_answer(rendered, payload)
     request = rendered.request
     if rendered.items:
-        request["features"] |= _addresses(rendered.items) if payload == "shm" else _tensors(rendered.items)
+        request["features"] |= addresses_of(rendered.items) if payload == "shm" else _tensors(rendered.items)
     return request
 
 
-def address_of(item: Item) -> dict[str, Any] | None:
-    """Return where an item lies, as plain data and without its lease; ``None`` where it is in no shared memory."""
+def addresses_of(items: Mapping[str, Sequence[Item]]) -> dict[str, Any]:
+    """Return where items lie, by modality: ``mm_addresses``, as plain data and without leases.
+
+    An item in no shared memory has ``None`` there, and its tensors in ``kwargs_data``, which is only there for such items.
+    """
+    addresses = {m: [_address_of(item) for item in ones] for m, ones in items.items()}
+    if all(address is not None for ones in addresses.values() for address in ones):
+        return {"mm_addresses": addresses}
+    tensors = {
+        m: [_text_of(item, len(ones)) if item.address is None else None for item in ones] for m, ones in items.items()
+    }
+    return {"mm_addresses": addresses, "kwargs_data": tensors}
+
+
+def _address_of(item: Item) -> dict[str, Any] | None:
     if item.address is None:
         return None
     bare: Address = msgspec.structs.replace(item.address, lease=None, lease_kind=None, lease_seconds=None)
@@ -66,20 +79,14 @@ def address_of(item: Item) -> dict[str, Any] | None:
     return plain
 
 
-def text_of(item: Item, batch_size: int) -> str:
-    """Return an item's tensors as an element of ``kwargs_data``.
-
-    Parameters
-    ----------
-    batch_size:
-        Items of its modality in the request.
-    """
+def _text_of(item: Item, batch_size: int) -> str:
+    """Return an item's tensors as an element of ``kwargs_data``; ``batch_size``: items of its modality in the request."""
     return to_text(item.fields, {name: array.tobytes() for name, array in item.materialize().items()}, batch_size)
 
 
 def _tensors(items: Mapping[str, Sequence[Item]]) -> dict[str, Any]:
     return {
-        "kwargs_data": {m: [text_of(item, len(ones)) for item in ones] for m, ones in items.items()},
+        "kwargs_data": {m: [_text_of(item, len(ones)) for item in ones] for m, ones in items.items()},
         "mm_metadata": {m: [_metadata(item, len(ones)) for item in ones] for m, ones in items.items()},
     }
 
@@ -87,16 +94,6 @@ def _tensors(items: Mapping[str, Sequence[Item]]) -> dict[str, Any]:
 def _metadata(item: Item, batch_size: int) -> str | None:
     kept = [spec for spec in item.fields if spec.keep_on_cpu]
     return to_text(kept, item.meta.cpu, batch_size) if kept else None
-
-
-def _addresses(items: Mapping[str, Sequence[Item]]) -> dict[str, Any]:
-    addresses = {m: [address_of(item) for item in ones] for m, ones in items.items()}
-    if all(address is not None for ones in addresses.values() for address in ones):
-        return {"mm_addresses": addresses}
-    tensors = {
-        m: [text_of(item, len(ones)) if item.address is None else None for item in ones] for m, ones in items.items()
-    }
-    return {"mm_addresses": addresses, "kwargs_data": tensors}
 
 
 def _of_answer(answer: Mapping[str, Any], payload: str) -> dict[str, Any]:
