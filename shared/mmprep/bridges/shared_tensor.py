@@ -125,11 +125,17 @@ class SharedTensor(torch.Tensor):  # type: ignore[misc]  # torch's types are not
     data = property(torch.Tensor.detach, _refuse_write)
 
 
-class _Memory:
-    """The memory of a read-only array as torch takes it: torch warns of what it cannot write to."""
+class Memory:
+    """The memory of a read-only array as torch takes it, for ``np.asarray``: torch warns of what it cannot write to.
 
-    def __init__(self, array: NDArray[Any]) -> None:
-        self.array = array
+    Parameters
+    ----------
+    keeper:
+        Lives for as long as an array or a tensor on the memory does.
+    """
+
+    def __init__(self, array: NDArray[Any], keeper: Any = None) -> None:
+        self._held = (array, keeper)
         interface = array.__array_interface__
         self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
 
@@ -146,7 +152,7 @@ def lend(array: NDArray[Any], dtype: str, loan: Loan) -> SharedTensor:
     loan:
         For how long it can be read.
     """
-    return SharedTensor(typed(np.asarray(_Memory(array)), dtype), loan)
+    return SharedTensor(typed(np.asarray(Memory(array)), dtype), loan)
 
 
 def typed(array: NDArray[Any], dtype: str) -> torch.Tensor:

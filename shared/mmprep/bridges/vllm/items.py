@@ -100,18 +100,10 @@ class _Keeper:
         weakref.finalize(self, item.release).atexit = False
 
 
-class _Exporter:
-    """Memory of an array that numpy takes for writable, since torch warns of any other; it holds a keeper."""
-
-    def __init__(self, array: NDArray[Any], keeper: _Keeper) -> None:
-        self._held = (array, keeper)
-        interface = array.__array_interface__
-        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
-
-
 def _tensor(array: NDArray[Any], dtype: str, keeper: _Keeper | None) -> torch.Tensor:
     import numpy as np  # noqa: PLC0415
-    import torch  # noqa: PLC0415
 
-    tensor = torch.from_numpy(array if keeper is None else np.asarray(_Exporter(array, keeper)))
-    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+    from mmprep.bridges.shared_tensor import Memory, typed  # noqa: PLC0415 -- brings torch
+
+    tensor: torch.Tensor = typed(array if keeper is None else np.asarray(Memory(array, keeper)), dtype)
+    return tensor
