@@ -56,8 +56,6 @@ Form: TypeAlias = Literal["chat", "messages", "responses"]
 _LARGE_BODY = 256 * 1024
 #: Ids up to which an answer is encoded on the loop.
 _FEW_IDS = 16_384
-#: Bytes of tensors up to which an answer is encoded on the loop.
-_FEW_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +137,14 @@ class RenderedChat:
         assert self.offered is not None
         return self.offered.region(item.answer)
 
+    def borrows(self, item: RenderedItem) -> bool:
+        """Whether :meth:`region` is memory that only the pins keep."""
+        return not item.answer.inline and item.own is None
+
     def kept_region(self, item: RenderedItem) -> memoryview:
         """Return an item's tensors as memory that outlives the pins: those in a segment are copied."""
         region = self.region(item)
-        if item.answer.inline or item.own is not None:
+        if not self.borrows(item):
             return region
         # Not bytes(): this copy lets other threads run.
         return np.frombuffer(region, np.uint8).copy().data
@@ -245,11 +247,9 @@ class Service:
             await asyncio.wait([running])
             raise
 
-    async def encode(self, ids: int, work: Callable[[], T], *, nbytes: int = 0) -> T:
-        """Return the answer that ``work`` encodes, of so many ids and bytes of tensors: on a thread where they are many."""
-        with self.timed("serialize"):
-            light = ids <= _FEW_IDS and nbytes <= _FEW_BYTES
-            return work() if light else await self.on_thread(work)
+    async def encode(self, ids: int, work: Callable[[], T]) -> T:
+        """Return the answer that ``work`` encodes, of so many ids: on a thread where they are many."""
+        return work() if ids <= _FEW_IDS else await self.on_thread(work)
 
     def served(self) -> ServedModel:
         """Return the model; raises ServiceUnavailable while it is not loaded."""
@@ -484,7 +484,7 @@ class Service:
     def _note_hashing(self, media: Sequence[Medium | None]) -> None:
         for medium in media:
             if medium is not None:
-                self._observe("hash", medium.seconds)
+                self.observe("hash", medium.seconds)
                 if medium.hashed:
                     record("hash", medium.hashed - medium.seconds, medium.hashed)
 
@@ -560,9 +560,10 @@ class Service:
         finally:
             stages = self.served().stages
             while stages:
-                self._observe(*stages.popleft())
+                self.observe(*stages.popleft())
 
-    def _observe(self, stage: str, seconds: float) -> None:
+    def observe(self, stage: str, seconds: float) -> None:
+        """Count so much time for ``stage``."""
         self.metrics.observe("mmprep_stage_seconds", seconds, stage=stage)
 
     @contextmanager
@@ -571,7 +572,7 @@ class Service:
         started = time.monotonic()
         with recording(stage):
             yield
-        self._observe(stage, time.monotonic() - started)
+        self.observe(stage, time.monotonic() - started)
 
 
 def _lease(request: ChatRequest) -> LeaseTo | None:

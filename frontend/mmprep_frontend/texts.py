@@ -5,7 +5,7 @@ A chat that is counted goes the way of one that is rendered, in :mod:`mmprep_fro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from mmprep.arguments import choose
@@ -70,7 +70,11 @@ class Texts:
                 )
                 return encoding.join(list(map(encoding.generate_request, told)))
 
-            return await self._service.encode(sum(_ANSWER + len(prompt.token_ids) for prompt in encoded), answers)
+            return await self._encode(sum(_ANSWER + len(prompt.token_ids) for prompt in encoded), answers)
+
+    async def _encode(self, ids: int, answer: Callable[[], bytes]) -> bytes:
+        with self._service.timed("serialize"):
+            return await self._service.encode(ids, answer)
 
     async def _encode_prompts(
         self, model: ServedModel, request: CompletionRequest, deadline: float
@@ -137,7 +141,7 @@ class Texts:
                 }
             )
 
-        return await self._service.encode(len(token_ids), answer)
+        return await self._encode(len(token_ids), answer)
 
     async def detokenize(self, body: Body, encoding: Encoding = JSON) -> bytes:
         """Return the text of token ids."""
@@ -152,7 +156,7 @@ class Texts:
             return model.tokenizer.decode(request.tokens)
 
         text = await self._service.on_render_thread(deadline, decode)
-        return await self._service.encode(len(request.tokens), lambda: encoding.encode({"prompt": text}))
+        return await self._encode(len(request.tokens), lambda: encoding.encode({"prompt": text}))
 
 
 def _turns(lengths: Sequence[int]) -> Iterator[slice]:

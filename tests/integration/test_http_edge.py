@@ -10,7 +10,7 @@ import logging
 import re
 import select
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, closing
 from functools import partial
 from typing import Any
@@ -21,11 +21,13 @@ import pytest
 from mmprep.api_keys import ApiKey, digest_of
 from mmprep.errors import Busy, DecodeError, InvalidRequest, MmprepError, ServiceUnavailable, StartupError
 from mmprep_frontend.caller import Caller
+from mmprep_frontend.http import sending
 from mmprep_frontend.http.app import make_app
 from mmprep_frontend.http.exposition import expose
 from mmprep_frontend.http.keyring import Keyring
 from mmprep_frontend.http.ports import Rendered
 from mmprep_frontend.http.server import HttpServer, reserve_port, serve_http
+from mmprep_frontend.render.written import Encoded, Packed, written
 from mmprep_frontend.room import Room
 
 try:
@@ -63,9 +65,9 @@ class Echo:
         self.act: Callable[[bytes], Awaitable[bytes]] | None = None
         self.began = asyncio.Event()
         self.cancelled = asyncio.Event()
-        self.encoding = 0
         #: What the next chats are answered with.
-        self.pieces: list[bytes | memoryview] = []
+        self.pieces: list[bytes | Packed] = []
+        self.kept: Keeping | None = None
         #: Whether something hangs on the next chats' answers, and the numbers of those that were left unread.
         self.leased = False
         self.unread: list[int] = []
@@ -82,22 +84,18 @@ class Echo:
         return json.dumps({"route": route, "size": len(body), **more}).encode()
 
     async def render_chat(self, body: bytes, caller: Caller) -> Rendered:
-        caller.held.hold_answer(self.encoding)
         answer = await self._answer("chat", body, request_id=caller.request_id)
         self.answered += 1
         unread = partial(self.unread.append, self.answered) if self.leased else None
-        return Rendered(self.pieces or [answer], unread)
+        return Rendered(self.pieces or [answer], unread, kept=self.kept)
 
     async def render_messages(self, body: bytes, caller: Caller) -> bytes:
-        caller.held.hold_answer(self.encoding)
         return await self._answer("messages", body, request_id=caller.request_id)
 
     async def render_responses(self, body: bytes, caller: Caller) -> bytes:
-        caller.held.hold_answer(self.encoding)
         return await self._answer("responses", body, request_id=caller.request_id)
 
     async def render_completions(self, body: bytes, caller: Caller) -> bytes:
-        caller.held.hold_answer(self.encoding)
         return await self._answer("completions", body, request_id=caller.request_id)
 
     async def tokenize(self, body: bytes, caller: Caller) -> bytes:
@@ -478,34 +476,89 @@ def test_an_answer_counts_as_held_until_its_client_has_read_it(run: Run) -> None
     run(main())
 
 
-def test_what_encoding_an_answer_takes_is_counted_before_it_is_encoded(run: Run) -> None:
-    async def main() -> None:
-        room = Room(max_answer_bytes=LARGE + 10)
-        async with serving(room=room) as edge:
-            edge.service.act = large
-            async with asking(edge):
-                edge.service.act = None
-                edge.service.encoding = 11
-                edge.service.began.clear()
-                assert (await edge.error("POST", CHAT))[0] == 429
-                assert not edge.service.began.is_set()
-                edge.service.encoding = 0
-
-    run(main())
-
-
 def test_an_answer_of_many_pieces_arrives_as_they_stand_one_behind_the_other(run: Run) -> None:
     async def main() -> None:
         room = Room()
         async with serving(room=room) as edge:
-            edge.service.pieces = [b"head", memoryview(b"x" * 200_000), b"", memoryview(b"y" * 3), b"tail" * 50_000]
+            whole = [b"head", b"x" * 200_000, b"", b"y" * 3, b"tail" * 50_000]
+            edge.service.pieces = [whole[0], Packed([memoryview(whole[1]), *whole[2:4]]), whole[4]]
             async with edge.client.post(CHAT, headers={"Accept": "application/msgpack"}) as answer:
                 assert answer.headers["Content-Type"] == "application/msgpack"
                 assert int(answer.headers["Content-Length"]) == 400_007
-                assert await answer.read() == b"".join(edge.service.pieces)
+                assert await answer.read() == b"".join(whole)
             await until(lambda: room.answer_bytes == 0)
             edge.service.pieces = [b"a", b"b"]
             assert await (await edge.client.post(CHAT)).read() == b"ab"
+
+    run(main())
+
+
+class Keeping:
+    """Keeps an answer's memory, which fails from a piece on, and notes what it is told."""
+
+    def __init__(self, *, fails_at: int | None = None) -> None:
+        self.told: list[str] = []
+        self._fails_at = fails_at
+
+    def written(self, body: Encoded) -> Iterator[bytes]:
+        for number, piece in enumerate(written(body)):
+            if number == self._fails_at:
+                raise ServiceUnavailable("the memory is gone")
+            yield piece
+
+    async def detach(self) -> None:
+        self.told.append("detach")
+
+    def end(self) -> None:
+        self.told.append("end")
+
+
+def test_what_keeps_an_answer_is_told_of_its_end_and_a_fault_before_the_first_byte_is_an_answer(run: Run) -> None:
+    async def main() -> None:
+        async with serving() as edge:
+            for size in (10, LARGE):
+                edge.service.pieces = [Packed([b"x" * size])]
+                edge.service.kept = kept = Keeping()
+                async with edge.client.post(CHAT) as answer:
+                    assert await answer.read() == b"x" * size
+                await until(lambda kept=kept: kept.told == ["end"])
+                edge.service.kept = kept = Keeping(fails_at=0)
+                status, error, _ = await edge.error("POST", CHAT)
+                assert (status, error["message"]) == (503, "the memory is gone")
+                assert kept.told == ["end"]
+
+    run(main())
+
+
+def test_an_answer_whose_memory_is_lost_halfway_is_broken_off(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        room = Room()
+        async with serving(room=room) as edge:
+            edge.service.pieces = [b"x" * LARGE]
+            edge.service.leased = True
+            edge.service.kept = kept = Keeping(fails_at=2)
+            async with asking(edge) as (reader, _):
+                with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+                    await reader.readexactly(LARGE)
+            await until(lambda: room.requests == 0)
+            assert (kept.told, edge.service.unread, room.answer_bytes) == (["end"], [1], 0)
+            assert (await edge.client.get("/health")).status == 200
+
+    run(main())
+    assert "broken off: the memory is gone" in caplog.text
+
+
+def test_who_reads_slowly_is_copied_for_and_still_gets_all(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sending, "_KEPT_SECONDS", 0.01)
+
+    async def main() -> None:
+        async with serving() as edge:
+            edge.service.pieces = [b"x" * LARGE]
+            edge.service.kept = kept = Keeping()
+            async with asking(edge) as (reader, _):
+                await until(lambda: kept.told == ["detach"])
+                assert await reader.readexactly(LARGE) == b"x" * LARGE
+            await until(lambda: kept.told == ["detach", "end"])
 
     run(main())
 

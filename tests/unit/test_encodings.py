@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from mmprep.errors import InvalidRequest
 from mmprep_frontend.render.encodings import JSON, MSGPACK
 from mmprep_frontend.render.packing import array_head, bin_head, ext_head, map_head
+from mmprep_frontend.render.written import Base64, Packed, written
 
 SIZES = [0, 1, 2, 3, 4, 8, 15, 16, 17, 31, 255, 256, 65_535, 65_536, 70_000]
 ENCODINGS = [JSON, MSGPACK]
 
 
-def decoded(encoding, pieces):
-    whole = b"".join(map(bytes, pieces))
+def decoded(encoding, encoded):
+    whole = b"".join(written(encoded))
     return json.loads(whole) if encoding is JSON else msgpack.unpackb(whole)
 
 
@@ -55,19 +56,23 @@ def test_an_answer_has_its_items_as_bytes_or_as_base64_and_all_else_as_it_is(enc
             return joined
         return {n: [i if i is None else base64.b64encode(i).decode() for i in of] for n, of in joined.items()}
 
-    features = {"mm_hashes": {"image": ["ff"]}, "kwargs_data": tensors, "mm_metadata": metadata, "mm_addresses": None}
+    packed = tensors and {n: [i if i is None else Packed(i) for i in of] for n, of in tensors.items()}
+    features = {"mm_hashes": {"image": ["ff"]}, "kwargs_data": packed, "mm_metadata": metadata, "mm_addresses": None}
     answer = {"request_id": "a", "token_ids": list(range(ids)), "features": features, "sampling_params": {"t": 0.1}}
     expected = {**answer, "features": {**features, "kwargs_data": told(tensors), "mm_metadata": told(metadata)}}
     assert decoded(encoding, encoding.generate_request(answer)) == expected
     assert decoded(encoding, encoding.generate_request({**answer, "features": None})) == {**answer, "features": None}
 
 
-def test_large_tensors_are_in_the_pieces_themselves():
-    tensor = memoryview(bytearray(100_000))
-    features = {"kwargs_data": {"image": [[b"before", tensor, b"behind"]]}, "mm_metadata": None}
-    pieces = MSGPACK.generate_request({"token_ids": [1], "features": features})
-    assert [type(piece) for piece in pieces] == [bytes, memoryview, bytes]
-    assert pieces[1].obj is tensor.obj
+@pytest.mark.parametrize(("encoding", "kind"), [(JSON, Base64), (MSGPACK, Packed)])
+def test_tensors_are_not_encoded_before_they_are_written(encoding, kind):
+    tensor = bytearray(100)
+    features = {"kwargs_data": {"image": [Packed([b"before", memoryview(tensor)])]}, "mm_metadata": None}
+    parts = encoding.generate_request({"token_ids": [1], "features": features})
+    assert [type(part) for part in parts] == [bytes, kind, bytes]
+    tensor[:] = b"x" * 100
+    told = decoded(encoding, parts)["features"]["kwargs_data"]["image"][0]
+    assert (base64.b64decode(told) if encoding is JSON else told) == b"before" + tensor
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
 from http import HTTPStatus
 from typing import Final
@@ -38,24 +38,19 @@ from mmprep_frontend.http.answers import (
     routing_error,
 )
 from mmprep_frontend.http.bodies import Bodies
-from mmprep_frontend.http.connection import Connection
 from mmprep_frontend.http.dashboard import HEADERS, PAGE
 from mmprep_frontend.http.exposition import CONTENT_TYPE
 from mmprep_frontend.http.keyring import Keyring, Need
 from mmprep_frontend.http.negotiation import encoding_for
 from mmprep_frontend.http.openapi import describe, page
 from mmprep_frontend.http.ports import Rendered, Service
-from mmprep_frontend.render.encodings import Encoded
+from mmprep_frontend.http.sending import Sender
 from mmprep_frontend.room import RETRY_AFTER, Room
 from mmprep_frontend.tracing.context import read_parent
 from mmprep_frontend.tracing.spans import Exporter, tracing
 
 _log = logging.getLogger(__name__)
 _REQUEST_ID: Final = web.RequestKey("request_id", str)
-#: Bytes of an answer up to which it is left to the library; of a larger one, what is not written yet counts as held.
-_SMALL: Final = 64 * 1024
-#: Bytes of a larger one that are written at a time.
-_PIECE: Final = 256 * 1024
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -179,7 +174,7 @@ class _Edge:
         self._version = version
         self._bodies = bodies
         self._keyring = keyring
-        self._answer_seconds = answer_seconds
+        self._sender = Sender(_sign, seconds=answer_seconds)
 
     def answering(
         self,
@@ -221,8 +216,8 @@ class _Edge:
                 made = await answer(body, caller)
                 rendered = made if isinstance(made, Rendered) else Rendered([made])
                 if rendered.status == HTTPStatus.ACCEPTED:
-                    return json_answer(b"".join(rendered.body), rendered.status)
-                return await self._send(request, rendered, caller)
+                    return json_answer(b"".join(rendered.pieces()), rendered.status)
+                return await self._sender.send(request, rendered, caller)
 
         return handler
 
@@ -237,37 +232,6 @@ class _Edge:
             "mmprep.request_id": request[_REQUEST_ID],
         }
         return tracing(self._exporter, parent, f"{request.method} {request.path}", about)
-
-    async def _send(self, request: web.Request, rendered: Rendered, caller: Caller) -> web.StreamResponse:
-        """Return an answer. It is sent here if it is large, while its bytes count as held, or if somebody has to know who read it."""
-        size, unread = sum(map(len, rendered.body)), rendered.unread
-        caller.held.hold_answer(size)
-        if size <= _SMALL and unread is None:
-            return web.Response(body=b"".join(rendered.body), content_type=caller.encoding.media_type)
-        answer = web.StreamResponse(headers={"Content-Type": caller.encoding.media_type})
-        answer.content_length = size
-        _sign(request, answer)
-        sent = False
-        try:
-            await answer.prepare(request)
-            for piece in _cut(rendered.body):
-                async with asyncio.timeout(self._answer_seconds):
-                    await answer.write(piece)
-            async with asyncio.timeout(self._answer_seconds):
-                await answer.write_eof()
-            sent = True
-        except ConnectionError:  # nobody is there any more
-            pass
-        except (TimeoutError, asyncio.CancelledError) as why:
-            # Half an answer is sent: no other can follow it on this connection.
-            if request.transport is not None:
-                request.transport.abort()
-            if isinstance(why, asyncio.CancelledError):
-                raise
-        finally:
-            if unread is not None:
-                _watch(request, unread) if sent else unread()
-        return answer
 
     async def go_on(self, request: web.Request) -> None:
         """Tell a client that asks whether to send its body to do so, unless its length or its key speaks against it."""
@@ -310,14 +274,6 @@ class _Edge:
         _refuse(self._service.refusal())
 
 
-def _cut(body: Encoded) -> Iterator[memoryview]:
-    """Yield what is written at a time; nothing is joined."""
-    for piece in body:
-        view = memoryview(piece)
-        for start in range(0, len(view), _PIECE):
-            yield view[start : start + _PIECE]
-
-
 def _refuse(reason: str | None) -> None:
     if reason is not None:
         raise ServiceUnavailable(reason, retry_after=RETRY_AFTER)
@@ -353,11 +309,6 @@ async def _tell(request: web.Request, handler: Handler) -> web.StreamResponse:
     if not answer.prepared:
         _sign(request, answer)
     return answer
-
-
-def _watch(request: web.Request, unread: Callable[[], None]) -> None:
-    assert isinstance(request.protocol, Connection)
-    request.protocol.watch(unread)
 
 
 def _sign(request: web.Request, answer: web.StreamResponse) -> None:

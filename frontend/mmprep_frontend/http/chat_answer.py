@@ -1,4 +1,4 @@
-"""The HTTP form of a rendered chat: one GenerateRequest, encoded. Encoding tensors is work for a thread."""
+"""The HTTP form of a rendered chat: one GenerateRequest, encoded; its tensors are encoded as they are sent."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from mmprep.address import Address, address_fields
 from mmprep.segment import sibling_name
 from mmprep_frontend.model import ServedModel
 from mmprep_frontend.render.answer import features, generate_request, kwargs_data, mm_metadata
-from mmprep_frontend.render.encodings import Encoded, Encoding
-from mmprep_frontend.render.packing import Piece
+from mmprep_frontend.render.encodings import Encoding
+from mmprep_frontend.render.written import Encoded, Packed
 from mmprep_frontend.service import RenderedChat, RenderedItem
 
 
 def encode_chat_answer(chat: RenderedChat, model: ServedModel, request_id: str, encoding: Encoding) -> Encoded:
-    """Return the answer, encoded. It outlives the chat: no piece of it is what a pin keeps."""
+    """Return the answer, encoded. Its tensors are those of the ring, until it is detached from them."""
     answer = generate_request(
         chat.request,
         request_id=request_id,
@@ -22,14 +22,14 @@ def encode_chat_answer(chat: RenderedChat, model: ServedModel, request_id: str, 
         token_ids=chat.expanded.token_ids,
         max_model_len=model.max_model_len,
         defaults=model.sampling,
-        features=_features(chat, encoding),
+        features=_features(chat),
         prompt_text=chat.prompt.text,
         token_offsets=chat.offsets,
     )
     return encoding.generate_request(answer)
 
 
-def _features(chat: RenderedChat, encoding: Encoding) -> dict[str, Any] | None:
+def _features(chat: RenderedChat) -> dict[str, Any] | None:
     by_modality: dict[str, list[RenderedItem]] = {}
     for item in chat.in_order():
         by_modality.setdefault(item.part.modality, []).append(item)
@@ -39,9 +39,7 @@ def _features(chat: RenderedChat, encoding: Encoding) -> dict[str, Any] | None:
         metadata = {m: [mm_metadata(i.meta, batch_size=len(items)) for i in items] for m, items in by_modality.items()}
     # Where addresses were asked for, tensors are only those that found no shared memory.
     if any(map(chat.travels, chat.items)):
-        tensors = {m: [_tensors(chat, i, len(items), encoding) for i in items] for m, items in by_modality.items()}
-    if payload == "tensors" and chat.offered is not None:
-        chat.offered.check()
+        tensors = {m: [_tensors(chat, i, len(items)) for i in items] for m, items in by_modality.items()}
     if payload == "shm":
         addresses = {m: [_address(chat, i) for i in items] for m, items in by_modality.items()}
     return features(
@@ -53,12 +51,12 @@ def _features(chat: RenderedChat, encoding: Encoding) -> dict[str, Any] | None:
     )
 
 
-def _tensors(chat: RenderedChat, item: RenderedItem, batch_size: int, encoding: Encoding) -> list[Piece] | None:
+def _tensors(chat: RenderedChat, item: RenderedItem, batch_size: int) -> Packed | None:
     """Return one item's tensors, packed; ``None`` where it has an address in their place."""
     if not chat.travels(item):
         return None
-    region = chat.kept_region(item) if encoding.keeps_tensors else chat.region(item)
-    return kwargs_data(item.meta, region, batch_size=batch_size)
+    pieces = kwargs_data(item.meta, chat.region(item), batch_size=batch_size)
+    return Packed(pieces, borrowed=chat.borrows(item))
 
 
 def _address(chat: RenderedChat, item: RenderedItem) -> Address | None:

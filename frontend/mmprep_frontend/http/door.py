@@ -20,6 +20,7 @@ from mmprep_frontend.caller import Caller
 from mmprep_frontend.http.answers import one_key
 from mmprep_frontend.http.chat_answer import encode_chat_answer
 from mmprep_frontend.http.exposition import METRICS, HistogramData, Numbers, Series, expose
+from mmprep_frontend.http.pinned import Pinned
 from mmprep_frontend.http.ports import Rendered
 from mmprep_frontend.injection.service import Injecting
 from mmprep_frontend.posting import once, post
@@ -156,18 +157,18 @@ class HttpDoor:
         chat, held = await self._service.chat(body, form=form, principal=caller.principal), caller.held
         if chat.request.queue is not None:
             return Rendered([await self._post(chat, body, caller)], status=HTTPStatus.ACCEPTED)
-        encoding = caller.encoding
+        pinned = Pinned(self._service, chat)
         try:
-            model = self._service.served()
-            inline = chat.inline_bytes()
-            held.hold_answer(inline * encoding.working)
-            work = partial(encode_chat_answer, chat, model, caller.request_id, encoding)
-            answer = await self._service.encode(len(chat.expanded.token_ids), work, nbytes=inline)
+            work = partial(encode_chat_answer, chat, self._service.served(), caller.request_id, caller.encoding)
+            with pinned.timed():
+                answer = await self._service.encode(len(chat.expanded.token_ids), work)
             held.hold_answer(sum(map(len, answer)))
         except BaseException:
             chat.give_back()
             raise
-        chat.release()
+        if any(map(chat.travels, chat.items)):
+            return Rendered(answer, chat.lease_return(), kept=pinned)
+        pinned.end()
         return Rendered(answer, chat.lease_return())
 
     async def _post(self, chat: RenderedChat, body: bytes, caller: Caller) -> bytes:

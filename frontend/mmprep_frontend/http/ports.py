@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from mmprep_frontend.caller import Caller
-from mmprep_frontend.render.encodings import Encoded
+from mmprep_frontend.render.written import Encoded, written
 
 
-class Rendered(NamedTuple):
+class Kept(Protocol):
+    """What keeps the memory in which an answer's tensors are, while it is written."""
+
+    def written(self, body: Encoded) -> Iterator[bytes]:
+        """Yield the answer's bytes, as :func:`mmprep_frontend.render.written.written` does.
+
+        Raises
+        ------
+        ServiceUnavailable
+            The tensors are not what they were, and what comes next can't be told.
+        """
+
+    async def detach(self) -> None:
+        """Copy the tensors, and keep nothing more."""
+
+    def end(self) -> None:
+        """Keep nothing more; again is no error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
     """An answer, and what hangs on it.
 
     Attributes
@@ -17,19 +38,30 @@ class Rendered(NamedTuple):
     body: in the caller's encoding.
     unread: to be called where the client does not seem to have read it; ``None`` where nobody has to know.
     status: 200, or 202 where the request was accepted and its result goes elsewhere.
+    kept: what keeps the body's tensors; ``None`` where it has none.
     """
 
     body: Encoded
     unread: Callable[[], None] | None = None
     status: int = 200
+    kept: Kept | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the body."""
+        return sum(map(len, self.body))
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the body, a piece at a time; raises as :meth:`Kept.written`."""
+        return written(self.body) if self.kept is None else self.kept.written(self.body)
 
 
 class Service(Protocol):
     """What answers behind the routes.
 
     Every coroutine takes a body as it came and returns the answer in the caller's encoding. It raises errors of
-    :mod:`mmprep.errors`, which the edge turns into statuses, and is cancelled when the client hangs up. What encoding an
-    answer takes is counted in the caller's ``held`` before; the answer itself is counted by the edge, until it is sent.
+    :mod:`mmprep.errors`, which the edge turns into statuses, and is cancelled when the client hangs up. The edge counts the
+    answer in the caller's ``held`` until it is sent, and ends what keeps it, whatever happens.
     """
 
     async def render_chat(self, body: bytes, caller: Caller) -> Rendered:

@@ -3,13 +3,13 @@
 Both have the same keys and values; only one item's tensors (an element of ``kwargs_data`` or ``mm_metadata``) differ: raw
 bytes in MessagePack, and the very same bytes as base64 in JSON.
 
-A GenerateRequest in MessagePack is a list of pieces, in which the tensors are still those that were given: whoever sends it
-writes them one after the other, and nobody joins them.
+A GenerateRequest is a list of parts, in which the tensors are still those that were given: they are copied, or turned into
+base64, as they are written (:mod:`mmprep_frontend.render.written`). They come last in it, behind all that is small.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol, TypeAlias
 
 import msgspec
@@ -17,11 +17,12 @@ import pybase64
 
 from mmprep.errors import InvalidRequest
 from mmprep_frontend.render.packing import Piece, array_head, bin_head, map_head
+from mmprep_frontend.render.written import Base64, Encoded, Packed, written
 
-#: One answer, encoded: its pieces one behind the other.
-Encoded: TypeAlias = Sequence[Piece]
 #: Elements that are encoded in one call.
 _AT_ONCE: Final = 16_384
+#: The tensors of an answer's media, by modality; ``None`` for a medium whose tensors are not in it.
+_Tensors: TypeAlias = Mapping[str, Sequence[Packed | None]]
 
 
 class Encoding(Protocol):
@@ -30,13 +31,9 @@ class Encoding(Protocol):
     Attributes
     ----------
     media_type: of the answer.
-    working: bytes that encoding takes for one byte of tensors.
-    keeps_tensors: whether the tensors that are given are in the answer themselves, and no copy of them.
     """
 
     media_type: str
-    working: int
-    keeps_tensors: bool
 
     def encode(self, data: Any) -> bytes:
         """Return an answer of dicts, lists, texts and numbers, encoded.
@@ -67,9 +64,6 @@ class Encoding(Protocol):
 
 class _Json:
     media_type = "application/json"
-    # base64 of all items and once more as JSON, and one packed item.
-    working = 4
-    keeps_tensors = False
 
     def encode(self, data: Any) -> bytes:
         return msgspec.json.encode(data)
@@ -79,21 +73,26 @@ class _Json:
         return msgspec.Raw(b"".join((b"[", b",".join(pieces), b"]")))
 
     def join(self, encoded: Sequence[Encoded]) -> bytes:
-        return b"".join((b"[", b",".join(map(b"".join, encoded)), b"]"))
+        return b"".join((b"[", b",".join(map(_whole, encoded)), b"]"))
 
     def generate_request(self, answer: Mapping[str, Any]) -> Encoded:
-        whole = {**answer, "token_ids": _ids(answer["token_ids"], self)}
-        features = answer["features"]
-        if features is not None:
-            texts = {name: _each(features[name], _base64) for name in ("kwargs_data", "mm_metadata")}
-            whole["features"] = {**features, **texts}
-        return [self.encode(whole)]
+        head, tensors = _apart(answer, self, _base64)
+        return [head] if tensors is None else _merged([head[: -len(b"null}}")], *self._tensors(tensors), b"}}"])
+
+    def _tensors(self, items: _Tensors) -> Iterator[bytes | Base64]:
+        between = b"{"
+        for modality, of_one in items.items():
+            yield between + self.encode(modality) + b":["
+            for position, item in enumerate(of_one):
+                if position:
+                    yield b","
+                yield b"null" if item is None else Base64(item)
+            between = b"],"
+        yield b"]}" if items else b"{}"
 
 
 class _MsgPack:
     media_type = "application/msgpack"
-    working = 1
-    keeps_tensors = True
 
     def encode(self, data: Any) -> bytes:
         try:
@@ -109,22 +108,31 @@ class _MsgPack:
         return msgspec.Raw(b"".join((array_head(len(elements)), *pieces)))
 
     def join(self, encoded: Sequence[Encoded]) -> bytes:
-        return b"".join((array_head(len(encoded)), *map(b"".join, encoded)))
+        return b"".join((array_head(len(encoded)), *map(_whole, encoded)))
 
     def generate_request(self, answer: Mapping[str, Any]) -> Encoded:
-        whole = {**answer, "token_ids": _ids(answer["token_ids"], self)}
-        features = whole.pop("features")
-        if features is None:
-            return [self.encode({**whole, "features": None})]
-        plain = {**features, "mm_metadata": _each(features["mm_metadata"], b"".join)}
-        tensors = plain.pop("kwargs_data")
-        # What is last in a map is last in its form: the tensors come behind it, in place of the null.
-        head = self.encode({**whole, "features": {**plain, "kwargs_data": None}})
+        head, tensors = _apart(answer, self, b"".join)
         return [head] if tensors is None else _merged([head[:-1], *_tensors(tensors)])
 
 
 JSON: Final[Encoding] = _Json()
 MSGPACK: Final[Encoding] = _MsgPack()
+
+
+def _apart(
+    answer: Mapping[str, Any], encoding: Encoding, metadata: Callable[[Sequence[Piece]], Any]
+) -> tuple[bytes, _Tensors | None]:
+    """Return an answer without its tensors, encoded, and these. What ends it is the null in their place, and in JSON two maps.
+
+    What is last in a map is last in its form.
+    """
+    whole = {**answer, "token_ids": _ids(answer["token_ids"], encoding)}
+    features = whole.pop("features")
+    if features is None:
+        return encoding.encode({**whole, "features": None}), None
+    plain = {**features, "mm_metadata": _each(features["mm_metadata"], metadata)}
+    tensors = plain.pop("kwargs_data")
+    return encoding.encode({**whole, "features": {**plain, "kwargs_data": None}}), tensors
 
 
 def _ids(token_ids: Sequence[int], encoding: Encoding) -> Any:
@@ -136,7 +144,7 @@ def _parts(elements: Sequence[int] | Sequence[str]) -> Iterator[Sequence[int] | 
         yield elements[start : start + _AT_ONCE]
 
 
-def _each(items: Mapping[str, Sequence[Any]] | None, encode: Any) -> dict[str, list[Any]] | None:
+def _each(items: Mapping[str, Sequence[Any]] | None, encode: Callable[[Any], Any]) -> dict[str, list[Any]] | None:
     """Return what ``encode`` makes of each item that is there, by modality."""
     if items is None:
         return None
@@ -148,7 +156,7 @@ def _base64(item: Sequence[Piece]) -> msgspec.Raw:
     return msgspec.Raw(b"".join((b'"', pybase64.b64encode(b"".join(item)), b'"')))
 
 
-def _tensors(items: Mapping[str, Sequence[Sequence[Piece] | None]]) -> Iterator[Piece]:
+def _tensors(items: _Tensors) -> Iterator[bytes | Packed]:
     yield map_head(len(items))
     for modality, of_one in items.items():
         yield msgspec.msgpack.encode(modality)
@@ -157,18 +165,22 @@ def _tensors(items: Mapping[str, Sequence[Sequence[Piece] | None]]) -> Iterator[
             if item is None:
                 yield b"\xc0"
                 continue
-            yield bin_head(sum(map(len, item)))
-            yield from item
+            yield bin_head(len(item))
+            yield item
 
 
-def _merged(pieces: Sequence[Piece]) -> list[Piece]:
-    """Return the pieces with those joined that are bytes and stand together: they are small."""
-    merged: list[Piece] = []
+def _merged(parts: Iterable[bytes | Packed | Base64]) -> list[bytes | Packed | Base64]:
+    """Return the parts with those joined that are bytes and stand together."""
+    merged: list[bytes | Packed | Base64] = []
     small: list[bytes] = []
-    for piece in pieces:
-        if isinstance(piece, bytes):
-            small.append(piece)
+    for part in parts:
+        if isinstance(part, bytes):
+            small.append(part)
             continue
-        merged += (b"".join(small), piece)
+        merged += (b"".join(small), part)
         small.clear()
     return [*merged, b"".join(small)]
+
+
+def _whole(encoded: Encoded) -> bytes:
+    return b"".join(written(encoded))
