@@ -14,6 +14,7 @@ import msgspec
 from mmprep import layout
 from mmprep.errors import InvalidRequest, StaleAddress
 from mmprep.items import DTYPE_SIZES, Generation, ItemMeta, Natural, align
+from mmprep.schemas import prepare
 from mmprep.segment import sibling_name
 
 #: Where the extent of a segment with one slot starts.
@@ -57,6 +58,9 @@ class Address(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     lease: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")] | None = None
     lease_kind: Literal["copy", "view"] | None = None
     lease_seconds: Natural | None = None
+
+
+prepare(Address)
 
 
 def address_fields(meta: ItemMeta, metadata_length: int) -> tuple[AddressField, ...]:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgpack
 import msgspec
 
+from mmprep.schemas import prepare
+
 if TYPE_CHECKING:
     # Only who has tensors needs it: half of what a writer or a command takes to start would be numpy.
     import numpy as np
@@ -175,6 +177,9 @@ class ItemMeta(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
         """Return the MessagePack form, at most a few kB."""
         packed: bytes = msgpack.packb(msgspec.to_builtins(self, builtin_types=(bytes,)))
         return packed
+
+
+prepare(ItemMeta)
 
 
 def unpack_meta(blob: bytes) -> ItemMeta:

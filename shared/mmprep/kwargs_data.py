@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from mmprep.errors import InvalidRequest
 from mmprep.items import DTYPE_SIZES, FieldKind, FieldSpec, Natural, field_array
+from mmprep.schemas import prepare
 
 #: MessagePack extension code of raw tensor bytes.
 RAW = 3
@@ -62,6 +63,9 @@ def to_text(fields: Iterable[FieldSpec], raw: Mapping[str, bytes], batch_size: i
 class _Field(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data: tuple[str, Annotated[tuple[Natural, ...], msgspec.Meta(max_length=8)], msgspec.msgpack.Ext]
     field: tuple[FieldKind, dict[str, Any]]
+
+
+prepare(_Field)
 
 
 def from_text(text: str) -> dict[str, NDArray[Any]]:

@@ -11,12 +11,12 @@ remaining milliseconds, and NaN has no place to hide.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import msgspec
 
 from mmprep.errors import ProtocolError
+from mmprep.schemas import decoder
 
 #: The version of everything on the wire. Peers of different versions refuse each other in the handshake.
 PROTOCOL = 4
@@ -44,11 +44,6 @@ def pack(message: msgspec.Struct) -> bytes:
     return frame
 
 
-@lru_cache(maxsize=64)
-def _decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
-    return msgspec.msgpack.Decoder(kind)
-
-
 def unpack(frame: bytes | memoryview, kind: Any, *, limit: int = CONTROL_LIMIT) -> Any:
     """Return the message in ``frame``, checked against ``kind``.
 
@@ -69,7 +64,7 @@ def unpack(frame: bytes | memoryview, kind: Any, *, limit: int = CONTROL_LIMIT) 
     if len(frame) > limit:
         raise ProtocolError(f"a frame of {len(frame)} bytes is above the limit of {limit}")
     try:
-        return _decoder(kind).decode(frame)
+        return decoder(kind).decode(frame)
     except msgspec.ValidationError as error:
         raise ProtocolError(f"a message does not fit its schema: {error}") from None
     except (msgspec.DecodeError, ValueError, RecursionError) as error:

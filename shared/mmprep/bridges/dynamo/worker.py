@@ -13,6 +13,7 @@ from mmprep.address import Address
 from mmprep.backend import AsyncBackend
 from mmprep.errors import InvalidRequest, LeaseLost, ServiceUnavailable, StaleAddress
 from mmprep.kwargs_data import from_text
+from mmprep.schemas import prepare
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -67,6 +68,9 @@ class _Media(msgspec.Struct):
         if len(tensors) != count:
             raise InvalidRequest("addresses and tensors are lists of equal lengths", param="extra_args.kwargs_data")
         return tensors
+
+
+prepare(_Media)
 
 
 def _read(args: Any) -> _Media:
