@@ -7,200 +7,36 @@ another one when its frontend goes away.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
-from typing import Any, Literal, NamedTuple, Self, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
 
 import msgspec
 import zmq
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-import mmprep
-from mmprep.address import Address, address_fields
-from mmprep.errors import (
-    DeadlineExceeded,
-    InvalidRequest,
-    MmprepError,
-    ProtocolError,
-    ServiceUnavailable,
-    StaleAddress,
-    TooLarge,
-)
+from mmprep.attachments import detach, header
+from mmprep.errors import InvalidRequest, ProtocolError, StaleAddress
+from mmprep.frontends import Beside, Frontends
 from mmprep.injected import request_body
-from mmprep.item import Inline, Item, Runner, Shared, Source, features_of
-from mmprep.items import unpack_meta
+from mmprep.item import Runner
 from mmprep.loop_thread import LoopThread
 from mmprep.registration import Registration
-from mmprep.result import Head, HeadItem, ids_from_bytes, unpack_head
+from mmprep.rendered import Result, read_result
+from mmprep.result import unpack_head
 from mmprep.runtime import RuntimeDir, parse_endpoint
-from mmprep.segment import sibling_name
-from mmprep.wire import messages
-from mmprep.wire.calls import CallTable, succeeded
-from mmprep.wire.codec import MAX_FRAMES, PROTOCOL, pack, unpack
-from mmprep.wire.sockets import Link
+from mmprep.wire.codec import MAX_FRAMES
+from mmprep.wire.messages import Operation
 
 Payload = Literal["shm", "tensors", "none"]
-#: What a request says beside its body: ``traceparent``, ``tracestate``, and its key for being sent again.
-_Beside: TypeAlias = tuple[str | None, str | None, str | None]
-
-_FRAME_LIMIT = 1 << 32
 _CONNECT_SECONDS = 10.0
-#: How often a call is sent again because its frontend went away: one that brings them down must not take them all.
-_MOST_RESENDS = 2
 #: How often an item that was evicted on its way here is asked for again.
 _MOST_RETRIES = 2
 #: Frames of a request that are no medium: identity, header, body.
 _OTHER_FRAMES = 3
-#: Seconds between two looks for frontends that have come or gone.
-_LOOK_SECONDS = 1.0
-#: Of a header that tells of a trace.
-_MOST_CHARACTERS = 2048
-#: Milliseconds for which closing waits at most until a frontend's socket has taken what it was told last.
-_LAST_WORDS_MS = 200
-
-
-class Result:
-    """A rendered request.
-
-    Attributes
-    ----------
-    request_id: the service's name for it.
-    items: by modality, in the order of the prompt.
-    max_tokens: how many tokens may be generated.
-    prompt_text: the rendered template, where ``return_prompt_text`` was asked for.
-    """
-
-    def __init__(self, head: Head, items: dict[str, list[Item]]) -> None:
-        self.items = items
-        try:
-            self._rest: dict[str, Any] = msgspec.json.decode(head.request, type=dict[str, Any])
-            self.request_id: str = self._rest["request_id"]
-            self.max_tokens: int = self._rest["sampling_params"]["max_tokens"]
-        except (msgspec.MsgspecError, KeyError, TypeError):
-            raise ProtocolError("an answer whose request is none") from None
-        self.prompt_text: str | None = self._rest.get("prompt_text")
-        self._token_ids = ids_from_bytes(head.token_ids)
-        self._unexpanded = ids_from_bytes(head.unexpanded_token_ids)
-
-    @property
-    def token_ids(self) -> list[int]:
-        """The prompt, placeholders expanded."""
-        ids: list[int] = self._token_ids.tolist()
-        return ids
-
-    @property
-    def unexpanded_token_ids(self) -> list[int]:
-        """The prompt with one placeholder a medium."""
-        ids: list[int] = self._unexpanded.tolist()
-        return ids
-
-    @property
-    def token_array(self) -> NDArray[Any]:
-        """The prompt as an array of uint32, shape ``(length,)``, without a copy."""
-        return self._token_ids
-
-    @property
-    def request(self) -> dict[str, Any]:
-        """The GenerateRequest, in the form of the HTTP interface; its tensors are in :attr:`items`."""
-        return {**self._rest, "token_ids": self.token_ids, "features": features_of(self.items)}
-
-    def release(self) -> None:
-        """Give up the tensors of every item."""
-        for items in self.items.values():
-            for item in items:
-                item.release()
-
-
-class _Frames(NamedTuple):
-    """An answer as it came: what it is, and the frames behind that."""
-
-    message: messages.Response | messages.Rendered
-    frames: list[zmq.Frame]
-
-
-class _FrontendLink:
-    """The connection to one frontend.
-
-    Parameters
-    ----------
-    on_unwanted:
-        Called with the frames of an answer that nobody waits for any more.
-    """
-
-    def __init__(
-        self,
-        context: zmq.Context[Any],
-        endpoint: str,
-        client_id: str,
-        changed: asyncio.Event,
-        on_unwanted: Callable[[list[zmq.Frame]], None],
-    ) -> None:
-        self.endpoint = endpoint
-        self._client_id = client_id
-        self._changed = changed
-        self._on_unwanted = on_unwanted
-        self.calls = CallTable()
-        self.up = False
-        self.max_frame = 0
-        self.refused: MmprepError | None = None
-        self.link = Link(
-            context,
-            endpoint,
-            f"client:{client_id}",
-            greeting=self._greeting,
-            on_message=self._on_message,
-            on_down=self._on_down,
-            frame_limit=_FRAME_LIMIT,
-            copy=False,
-        )
-
-    def close(self) -> None:
-        """Disconnect; calls under way fail, and the frontend is told that nobody waits for them."""
-        if self.up:
-            for number in self.calls:
-                self.link.send([pack(messages.Cancel(number))])
-        self.link.close(linger_ms=_LAST_WORDS_MS)
-        self.up = False
-        self.calls.fail_all(InvalidRequest, "this client is closed")
-
-    def _greeting(self) -> list[bytes]:
-        return [pack(messages.Hello(PROTOCOL, mmprep.__version__, "client", self._client_id, os.getpid()))]
-
-    def _on_down(self) -> None:
-        self.up = False
-        self.calls.fail_all(_FrontendLost, "the frontend went away")
-
-    def _on_message(self, frames: list[zmq.Frame]) -> None:
-        message = unpack(frames[0].buffer, messages.FromFrontend)
-        match message:
-            case messages.FrontendWelcome():
-                self.up, self.refused, self.max_frame = True, None, message.max_frame
-                self._changed.set()
-            case messages.Refused():
-                self.refused = message.fault.error()
-                self.link.reopen()
-                self._changed.set()
-            case messages.Failed():
-                self.calls.resolve(message.call, message.fault.error())
-            case messages.Response() | messages.Rendered():
-                answer = _Frames(message, frames[1:])
-                if not self.calls.resolve(message.call, answer):
-                    self.unwanted(answer)
-
-    def unwanted(self, answer: _Frames) -> None:
-        """An answer has come that nobody waits for any more."""
-        if isinstance(answer.message, messages.Rendered):
-            self._on_unwanted(answer.frames)
-
-
-class _FrontendLost(ServiceUnavailable):
-    """The call was under way at a frontend that is gone."""
 
 
 class AsyncClient:
@@ -234,9 +70,7 @@ class AsyncClient:
         self._timeout = request_timeout
         self._run = _run
         self._context: zmq.Context[Any] | None = None
-        self._frontends: list[_FrontendLink] = []
-        self._changed = asyncio.Event()
-        self._looked_at = 0.0
+        self._frontends: Frontends | None = None
         self._registration: Registration | None = None
 
     # --- life -----------------------------------------------------------------------------------------------------
@@ -251,17 +85,9 @@ class AsyncClient:
     async def open(self) -> None:
         """Connect to every frontend of the runtime directory; raises ServiceUnavailable where none answers."""
         self._context = zmq.Context()
-        self._look_for_frontends(self._context)
         try:
-            if not self._frontends:
-                raise ServiceUnavailable("no service runs in this runtime directory; start it with: mmprep serve")
-            async with asyncio.timeout(_CONNECT_SECONDS):
-                await self._any_up()
-        except TimeoutError:
-            await self.close()
-            raise ServiceUnavailable(
-                "no frontend answers; is the service running? start it with: mmprep serve"
-            ) from None
+            self._frontends = Frontends(self._context, self._runtime, self._id, self._release_unwanted)
+            await self._frontends.ready(_CONNECT_SECONDS)
         except BaseException:
             await self.close()
             raise
@@ -269,28 +95,13 @@ class AsyncClient:
     async def close(self) -> None:
         """Release every lease and disconnect; calls under way fail, and their work ends. Again is no error."""
         context, self._context = self._context, None
-        for frontend in self._frontends:
-            frontend.close()
-        self._frontends = []
-        self._changed.set()
+        if self._frontends is not None:
+            self._frontends.close()
         registration, self._registration = self._registration, None
         if registration is not None:
             await registration.close()
         if context is not None:
             context.destroy(linger=0)
-
-    def _look_for_frontends(self, context: zmq.Context[Any]) -> None:
-        """Connect to frontends that have come, and forget those that have gone for good."""
-        self._looked_at = time.monotonic()
-        there = self._runtime.frontends()
-        for frontend in [one for one in self._frontends if not one.up and one.endpoint not in there]:
-            frontend.close()
-            self._frontends.remove(frontend)
-        known = {frontend.endpoint for frontend in self._frontends}
-        for endpoint in there:
-            if endpoint not in known:
-                link = _FrontendLink(context, endpoint, self._id, self._changed, self._release_unwanted)
-                self._frontends.append(link)
 
     # --- calls ----------------------------------------------------------------------------------------------------
 
@@ -340,7 +151,7 @@ class AsyncClient:
             sent_at = time.monotonic()
             frames = await self._request("chat", body, timeout)
             try:
-                return await self._result(frames, registration, sent_at)
+                return await read_result(frames, registration, sent_at, self._run)
             except StaleAddress:  # the writer was replaced while the answer was on its way
                 if not retries_left:
                     raise
@@ -491,17 +302,17 @@ class AsyncClient:
         return self._registration
 
     async def _json(
-        self, operation: Any, body: dict[str, Any], timeout: float | None, *, once: str | None = None
+        self, operation: Operation, body: dict[str, Any], timeout: float | None, *, once: str | None = None
     ) -> Any:
         return _only(await self._request(operation, body, timeout, once=once))
 
     async def _request(
-        self, operation: Any, body: dict[str, Any], timeout: float | None, *, once: str | None = None
+        self, operation: Operation, body: dict[str, Any], timeout: float | None, *, once: str | None = None
     ) -> list[zmq.Frame]:
         seconds = self._timeout if timeout is None else timeout
         attachments: list[Any] = []
-        body = _detach(body, attachments)
-        beside = _header(body, "traceparent"), _header(body, "tracestate"), once
+        body = detach(body, attachments)
+        beside = header(body, "traceparent"), header(body, "tracestate"), once
         if once is None:
             body.setdefault("deadline_ms", max(1, int(seconds * 1000)))
         encoded = msgspec.json.encode(body)
@@ -511,67 +322,15 @@ class AsyncClient:
 
     async def _send(
         self,
-        operation: Any,
+        operation: Operation,
         encoded: bytes,
         attachments: list[Any],
         seconds: float,
-        beside: _Beside = (None, None, None),
+        beside: Beside = (None, None, None),
     ) -> list[zmq.Frame]:
-        try:
-            async with asyncio.timeout(seconds):
-                for resends_left in reversed(range(_MOST_RESENDS + 1)):
-                    try:
-                        return await self._request_once(operation, encoded, attachments, beside)
-                    except _FrontendLost:
-                        if not resends_left:
-                            raise ServiceUnavailable("the frontends went away while they had this request") from None
-        except TimeoutError:
-            raise DeadlineExceeded(f"no answer within {seconds:g} s") from None
-        raise AssertionError
-
-    async def _request_once(
-        self, operation: Any, encoded: bytes, attachments: list[Any], beside: _Beside
-    ) -> list[zmq.Frame]:
-        frontend = await self._any_up()
-        for number, frame in enumerate((encoded, *attachments)):
-            if (size := memoryview(frame).nbytes) > frontend.max_frame:
-                injects = operation == "inject"
-                what = f"medium {number} has" if number else "the request without its media has"
-                raise TooLarge(
-                    f"{'the item has' if injects else what} {size:,} bytes, above the limit of {frontend.max_frame:,} "
-                    "(--max-body-size)",
-                    param="fields" if injects else "messages",
-                )
-        number, future = frontend.calls.open()
-        try:
-            frontend.link.send([pack(messages.Request(number, operation, *beside)), encoded, *attachments])
-            answer: _Frames = await future
-        except asyncio.CancelledError:
-            if succeeded(future):
-                frontend.unwanted(future.result())
-            frontend.link.send([pack(messages.Cancel(number))])
-            raise
-        finally:
-            frontend.calls.forget(number)
-        return answer.frames
-
-    async def _any_up(self) -> _FrontendLink:
-        """Wait for a frontend and return the one with the fewest calls."""
-        while True:
-            if self._context is None:
-                raise InvalidRequest("this client is closed")
-            if time.monotonic() - self._looked_at > _LOOK_SECONDS:
-                self._look_for_frontends(self._context)
-            up = [frontend for frontend in self._frontends if frontend.up]
-            if up:
-                return min(up, key=lambda frontend: len(frontend.calls))
-            for frontend in self._frontends:
-                if frontend.refused is not None:
-                    raise frontend.refused
-            self._changed.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK_SECONDS):
-                    await self._changed.wait()
+        if self._frontends is None:
+            raise InvalidRequest("this client is closed")
+        return await self._frontends.send(operation, encoded, attachments, seconds, beside)
 
     def _release_unwanted(self, frames: list[zmq.Frame]) -> None:
         """Let go of what was leased for an answer that came too late."""
@@ -583,101 +342,11 @@ class AsyncClient:
                 if item.place is not None and item.place.lease is not None:
                     registration.drop(item.place.lease)
 
-    async def _result(self, frames: list[zmq.Frame], registration: Registration | None, sent_at: float) -> Result:
-        if not frames:
-            raise ProtocolError("an answer without its frames")
-        head = unpack_head(frames[0].buffer)
-        items: dict[str, list[Item]] = {}
-        try:
-            for item in head.items:
-                items.setdefault(item.modality, []).append(await self._item(item, head, frames, registration, sent_at))
-        except BaseException:
-            for held in chain.from_iterable(items.values()):
-                held.release()
-            raise
-        return Result(head, items)
-
-    async def _item(
-        self, item: HeadItem, head: Head, frames: list[zmq.Frame], registration: Registration | None, sent_at: float
-    ) -> Item:
-        meta = unpack_meta(item.meta)
-        source: Source | None = None
-        address: Address | None = None
-        if item.frame >= 0:
-            if item.frame >= len(frames):
-                raise ProtocolError("an answer names a frame that it does not have")
-            source = Inline(frames[item.frame].buffer)
-        elif item.place is not None and item.place.lease is not None and registration is not None:
-            place = item.place
-            address = Address(
-                segment=head.segment if place.spill is None else sibling_name(head.segment, place.spill),
-                epoch=(place.spill or head.epoch).hex(),
-                slot=place.slot,
-                offset=place.offset,
-                length=place.length,
-                generation=place.generation,
-                metadata_length=len(item.meta),
-                fields=address_fields(meta, len(item.meta)),
-                lease=item.place.lease.hex(),
-                lease_kind=item.place.lease_kind,
-                lease_seconds=head.lease_ms // 1000,
-            )
-            held = registration.hold_now(address, sent_at) or await registration.hold(address, sent_at)
-            address = msgspec.structs.replace(address, lease=held[1].id.hex())
-            source = Shared(registration, held[0], address, held[1])
-        return Item(
-            meta,
-            source,
-            hash=item.hash.hex(),
-            offset=item.offset,
-            length=item.length,
-            cached=item.cached,
-            address=address,
-            run=self._run,
-        )
-
 
 def _only(frames: list[zmq.Frame]) -> Any:
     if len(frames) != 1:
         raise ProtocolError("an answer without its frame")
     return msgspec.json.decode(frames[0].buffer)
-
-
-def _detach(node: Any, attachments: list[Any]) -> Any:
-    """Return ``node`` with every bytes-like value replaced by the name of an attachment.
-
-    Raises
-    ------
-    InvalidRequest
-        It holds a number that JSON does not have, which would become null; ``param`` names its place.
-    """
-    if isinstance(node, float) and not math.isfinite(node):
-        raise InvalidRequest("NaN and infinity are no numbers that can be sent; leave them out", param="")
-    if node is None or isinstance(node, str | int | float):
-        return node
-    if isinstance(node, bytes | bytearray | memoryview):
-        attachments.append(node)
-        return f"attachment:{len(attachments) - 1}"
-    if isinstance(node, dict):
-        detached = {}
-        for key, value in node.items():
-            try:
-                detached[key] = _detach(value, attachments)
-            except InvalidRequest as error:
-                error.param = f"{key}.{error.param}".rstrip(".")
-                raise
-        return detached
-    if isinstance(node, list | tuple):
-        return [_detach(value, attachments) for value in node]
-    return node
-
-
-def _header(body: dict[str, Any], name: str) -> str | None:
-    """Take a header out of what a call was given; raises InvalidRequest."""
-    value = body.pop(name, None)
-    if value is not None and not (isinstance(value, str) and len(value) <= _MOST_CHARACTERS):
-        raise InvalidRequest(f"{name} is a text of at most {_MOST_CHARACTERS} characters", param=name)
-    return value
 
 
 class Client:
@@ -763,4 +432,4 @@ class Client:
         return answer
 
 
-__all__ = ["AsyncClient", "Client", "InvalidRequest", "Payload", "Result"]
+__all__ = ["AsyncClient", "Client", "Payload"]

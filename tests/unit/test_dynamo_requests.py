@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from mmprep import InvalidRequest
 from mmprep.bridges.dynamo import open_items, routing_token_ids, to_extra_args
 from mmprep.bridges.dynamo.requests import chat_fields, preprocessed
-from mmprep.client import Result
 from mmprep.item import Inline, Item
 from mmprep.items import ItemMeta, Plan, Run, lay_out
+from mmprep.rendered import Result
 from mmprep.result import Head, ids_to_bytes
 
 PIXELS = np.arange(12, dtype=np.uint8).reshape(3, 4)

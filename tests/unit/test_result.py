@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.wire_strategies import instances
 
-from mmprep.client import Result
 from mmprep.errors import ProtocolError
+from mmprep.rendered import Result
 from mmprep.result import Head, ids_from_bytes, ids_to_bytes, unpack_head
 
 HEADS = instances(Head)

@@ -753,6 +753,12 @@ class FrontendWelcome(Wire, frozen=True):
     max_frame: Natural
 
 
+#: What a client asks of a frontend.
+Operation: TypeAlias = Literal[
+    "chat", "completions", "tokenize", "detokenize", "inject", "reset_mm_cache", "reset_media_cache"
+]
+
+
 class Request(Wire, frozen=True):
     """One call. Frames: the request as JSON, then attachments, which its URLs name as ``attachment:0`` and so on; of an
     injection, its body as over HTTP.
@@ -762,7 +768,7 @@ class Request(Wire, frozen=True):
     """
 
     call: Call
-    operation: Literal["chat", "completions", "tokenize", "detokenize", "inject", "reset_mm_cache", "reset_media_cache"]
+    operation: Operation
     traceparent: ShortText | None = None
     tracestate: ShortText | None = None
     once: Annotated[str, msgspec.Meta(min_length=1, max_length=255)] | None = None

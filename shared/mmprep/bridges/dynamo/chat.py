@@ -20,8 +20,9 @@ from typing import Any, TypeVar
 
 from mmprep.bridges.dynamo.requests import chat_fields, preprocessed
 from mmprep.bridges.dynamo.text import AnswerText
-from mmprep.client import AsyncClient, Result
+from mmprep.client import AsyncClient
 from mmprep.errors import MmprepError
+from mmprep.rendered import Result
 
 _T = TypeVar("_T")
 #: What an engine calls the end of an answer, as OpenAI's clients know it.

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmprep.bridges.vllm.requests import addresses_of
-from mmprep.client import Result
 from mmprep.errors import InvalidRequest
 from mmprep.item import Item, features_of
+from mmprep.rendered import Result
 
 #: What every position that takes an embedding of a medium holds for the router: this and the hash's first 16 hex digits,
 #: cut to so many values. Dynamo's routers and SGLang have the same rule (``pad_value_for_mm_hash``).

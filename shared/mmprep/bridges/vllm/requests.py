@@ -14,11 +14,11 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 
 from mmprep.address import Address
-from mmprep.client import Result
 from mmprep.errors import InvalidRequest
 from mmprep.item import Item
 from mmprep.job import AsyncJob, Job
 from mmprep.kwargs_data import to_text
+from mmprep.rendered import Result
 
 #: What the service has rendered: what the native client or a queue gave, or an answer over HTTP.
 Rendered: TypeAlias = Result | Job | AsyncJob | Mapping[str, Any]
