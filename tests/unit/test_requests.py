@@ -3,7 +3,8 @@ import json
 import pytest
 
 from mmprep.errors import InvalidRequest
-from mmprep_frontend.render.requests import ImageUrlPart, TextPart, parse
+from mmprep_frontend.render.parts import ImageUrlPart, TextPart
+from mmprep_frontend.render.requests import parse
 
 
 def chat(**fields):

@@ -28,7 +28,7 @@ from jinja2 import nodes
 from mmprep.card import ModelCard, Placeholder
 from mmprep.errors import InvalidRequest
 from mmprep_frontend.render.attribution import is_attribution, without_attribution
-from mmprep_frontend.render.requests import (
+from mmprep_frontend.render.parts import (
     AudioUrlPart,
     Content,
     ImageEmbedsPart,

@@ -43,11 +43,7 @@ from mmprep_frontend.render.messages_api import (
     ToolResult,
     ToolUse,
 )
-from mmprep_frontend.render.places import Asked, Places
-from mmprep_frontend.render.requests import (
-    ChatRequest,
-    Delivered,
-    Effort,
+from mmprep_frontend.render.parts import (
     FunctionCall,
     ImageUrlPart,
     Message,
@@ -55,8 +51,9 @@ from mmprep_frontend.render.requests import (
     TextPart,
     ToolCall,
     ToolReferencePart,
-    check,
 )
+from mmprep_frontend.render.places import Asked, Places
+from mmprep_frontend.render.requests import ChatRequest, Delivered, Effort, check
 from mmprep_frontend.render.template import Habits
 from mmprep_frontend.render.tool_choice import NamedFunction, NamedTool, ToolChoice
 

@@ -6,8 +6,6 @@ Rules
 - A field that would change the result and that this service does not honour is refused, never ignored
   (``_REFUSED``, ``_NOT_YET``).
 - An error's ``param`` is the place in the request, as ``messages[0].content[1].image_url``.
-- A medium's data may be absent, empty or null in every form in which clients say so. That a part without them has a
-  ``uuid`` is checked where the conversation is walked.
 
 The fields and their defaults are those of OpenAI's API and of vLLM's extension of it.
 """
@@ -25,6 +23,7 @@ from mmprep.wire.messages import Name
 from mmprep_frontend.render.bounds import MAX_PROMPTS
 from mmprep_frontend.render.depth import check_depth
 from mmprep_frontend.render.explain import decode
+from mmprep_frontend.render.parts import Message
 from mmprep_frontend.render.sampling import check_sampling
 from mmprep_frontend.render.tool_choice import NamedTool, ToolChoice, check_tool_choice, forced_schema
 
@@ -38,9 +37,6 @@ Natural: TypeAlias = Annotated[int, Meta(ge=0)]
 Int64: TypeAlias = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
-_Encoded = Annotated[str, Meta(min_length=1)]
-#: Clients of engines take hashes, and also whole URLs.
-_Uuid = Annotated[str, Meta(min_length=1, max_length=1024)]
 Temperature: TypeAlias = Annotated[float, Meta(ge=0, le=2)]
 TopP: TypeAlias = Annotated[float, Meta(gt=0, le=1)]
 TopK: TypeAlias = Annotated[int, Meta(ge=-1)]
@@ -48,135 +44,6 @@ _Salt = Annotated[str, Meta(min_length=1, max_length=1024)]
 _Dtype = Literal["auto", "uint8", "float32", "bfloat16", "float16"]
 #: What OpenAI's completion API generates where a request sets no length; its chat API has no such limit.
 COMPLETION_TOKENS = 16
-
-
-class TextPart(Struct, tag="text", tag_field="type"):
-    """Text of a message."""
-
-    text: str
-
-
-class InputTextPart(Struct, tag="input_text", tag_field="type"):
-    """Text, as OpenAI's responses API names what is asked."""
-
-    text: str
-
-
-class OutputTextPart(Struct, tag="output_text", tag_field="type"):
-    """Text, as OpenAI's responses API names what was answered."""
-
-    text: str
-
-
-class ThinkingPart(Struct, tag="thinking", tag_field="type"):
-    """What the assistant thought, as text among texts."""
-
-    thinking: str
-
-
-class ToolReferencePart(Struct, tag="tool_reference", tag_field="type"):
-    """The name of a tool that a search found; templates expand it."""
-
-    name: str
-
-
-class RefusalPart(Struct, tag="refusal", tag_field="type"):
-    """An earlier refusal of the assistant; it is text to the template."""
-
-    refusal: str
-
-
-class Url(Struct):
-    """Where a medium is. ``detail``, of pictures, is accepted and changes nothing, as in engines."""
-
-    url: str | None = None
-    detail: str | None = None
-
-
-class InputAudio(Struct):
-    """A recording in base64. What ``format`` says is not looked at: its bytes tell."""
-
-    data: str | None = None
-    format: str | None = None
-
-
-class ImageUrlPart(Struct, tag="image_url", tag_field="type"):
-    """A picture, as OpenAI's chat API names it."""
-
-    image_url: Url | str | None = None
-    uuid: _Uuid | None = None
-
-
-class InputImagePart(Struct, tag="input_image", tag_field="type"):
-    """A picture, as OpenAI's responses API names it."""
-
-    image_url: Url | str | None = None
-    detail: str | None = None
-    uuid: _Uuid | None = None
-
-
-class VideoUrlPart(Struct, tag="video_url", tag_field="type"):
-    """A video, as engines name it."""
-
-    video_url: Url | str | None = None
-    uuid: _Uuid | None = None
-
-
-class AudioUrlPart(Struct, tag="audio_url", tag_field="type"):
-    """A recording, as engines name it."""
-
-    audio_url: Url | str | None = None
-    uuid: _Uuid | None = None
-
-
-class InputAudioPart(Struct, tag="input_audio", tag_field="type"):
-    """A recording, as OpenAI's chat API names it."""
-
-    input_audio: InputAudio | None = None
-    uuid: _Uuid | None = None
-
-
-class ImageEmbedsPart(Struct, tag="image_embeds", tag_field="type"):
-    """A picture that is embedded already: a ``.npy`` file in base64, or that with what the family needs beside it."""
-
-    image_embeds: _Encoded | dict[str, _Encoded | list[int]]
-    uuid: Any = None
-
-
-MediumPart: TypeAlias = ImageUrlPart | InputImagePart | VideoUrlPart | AudioUrlPart | InputAudioPart
-WordsPart: TypeAlias = TextPart | InputTextPart | OutputTextPart | ThinkingPart | RefusalPart
-Part: TypeAlias = WordsPart | ToolReferencePart | MediumPart | ImageEmbedsPart
-
-
-class FunctionCall(Struct):
-    """Which function the assistant called; ``arguments`` is JSON text, or the object itself."""
-
-    name: str
-    arguments: str | dict[str, Any] = ""
-
-
-class ToolCall(Struct, kw_only=True):
-    """One call of a tool by the assistant."""
-
-    id: str | None = None
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-Content: TypeAlias = str | list[Part | str]
-
-
-class Message(Struct, kw_only=True):
-    """One message of a conversation. The three names of the reasoning are those that clients use for one thing."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content | None = None
-    name: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = None
-    thinking: str | None = None
-    reasoning: str | None = None
 
 
 class _Request(Struct, kw_only=True):

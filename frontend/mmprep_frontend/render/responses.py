@@ -21,11 +21,8 @@ import msgspec
 
 from mmprep.errors import InvalidRequest
 from mmprep_frontend.render.explain import convert, decode
-from mmprep_frontend.render.places import Asked, Places
-from mmprep_frontend.render.requests import (
-    ChatRequest,
+from mmprep_frontend.render.parts import (
     Content,
-    Delivered,
     FunctionCall,
     InputTextPart,
     Message,
@@ -33,8 +30,9 @@ from mmprep_frontend.render.requests import (
     RefusalPart,
     TextPart,
     ToolCall,
-    check,
 )
+from mmprep_frontend.render.places import Asked, Places
+from mmprep_frontend.render.requests import ChatRequest, Delivered, check
 from mmprep_frontend.render.responses_api import (
     SAME,
     CallOutputItem,

@@ -10,13 +10,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from mmprep_frontend.render.requests import (
-    SAMPLING,
-    Content,
-    Effort,
-    Positive,
-    Sampled,
-)
+from mmprep_frontend.render.parts import Content
+from mmprep_frontend.render.requests import SAMPLING, Effort, Positive, Sampled
 
 Status = Literal["in_progress", "completed", "incomplete"]
 _Words = Annotated[str, Meta(min_length=1)]
