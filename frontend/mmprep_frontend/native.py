@@ -258,7 +258,7 @@ class NativeDoor:
         except BaseException:
             chat.give_back()
             raise
-        posted = await post(self._service, chat, prefix="chatcmpl", sender=sender, same=same, expiry=self._job_expiry)
+        posted = await post(self._service, chat, prefix="chatcmpl-", sender=sender, same=same, expiry=self._job_expiry)
         self._send(peer, messages.Response(request.call), posted)
 
     def _head(self, chat: RenderedChat) -> bytes:
@@ -274,7 +274,7 @@ class NativeDoor:
             chat.offered.check()
         mapping = chat.offered.mapping if chat.offered is not None else None
         head = Head(
-            request=request_of(chat, model, new_request_id("chatcmpl")),
+            request=request_of(chat, model, new_request_id("chatcmpl-")),
             token_ids=ids_to_bytes(chat.expanded.token_ids),
             unexpanded_token_ids=ids_to_bytes(chat.prompt.token_ids),
             items=tuple(items),
@@ -287,7 +287,7 @@ class NativeDoor:
     async def _completions(
         self, peer: bytes, request: messages.Request, held: Held, body: memoryview, _: list[memoryview]
     ) -> None:
-        self._json(peer, request.call, held, await self._texts.completions(body, new_request_id("cmpl")))
+        self._json(peer, request.call, held, await self._texts.completions(body, new_request_id("cmpl-")))
 
     async def _tokenize(
         self, peer: bytes, request: messages.Request, held: Held, body: memoryview, attachments: list[memoryview]

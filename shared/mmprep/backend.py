@@ -26,9 +26,10 @@ from mmprep.loop_thread import LoopThread
 from mmprep.pulling import Pulling
 from mmprep.reading import LocalReader, Reader
 from mmprep.remote.curve import RemoteKeys
-from mmprep.remote.endpoint import TcpEndpoint, tcp_to_connect
+from mmprep.remote.endpoint import TcpEndpoint
+from mmprep.remote.place import place_of
 from mmprep.remote.reader import RemoteReader
-from mmprep.runtime import RuntimeDir, parse_endpoint
+from mmprep.runtime import Endpoint, RuntimeDir
 from mmprep.wire.messages import LeaseKind
 
 _CONNECT_SECONDS = 10.0
@@ -84,7 +85,7 @@ class AsyncBackend:
 
     def __init__(
         self,
-        endpoint: str | None = None,
+        endpoint: Endpoint | None = None,
         *,
         id: str | None = None,  # noqa: A002 -- interface
         queue: str | Sequence[str] | None = None,
@@ -257,6 +258,8 @@ class AsyncBackend:
         StaleAddress
             The content is gone.
         """
+        if kind not in get_args(LeaseKind):
+            raise InvalidRequest('\'kind\' is "copy" or "view"', param="kind")
         return await self._registered().acquire(parse_address(address), kind)
 
     async def renew(self, *addresses: Address | Mapping[str, Any]) -> list[bool]:
@@ -285,7 +288,7 @@ class AsyncBackend:
 
     def _registered(self) -> Reader:
         if self._reader is None:
-            raise InvalidRequest("this client is closed")
+            raise InvalidRequest("this backend is closed")
         return self._reader
 
 
@@ -309,7 +312,7 @@ class Backend:
 
     def __init__(
         self,
-        endpoint: str | None = None,
+        endpoint: Endpoint | None = None,
         *,
         id: str | None = None,  # noqa: A002 -- interface
         queue: str | Sequence[str] | None = None,
@@ -395,14 +398,11 @@ class Backend:
         self._backend.release(*addresses)
 
 
-def _place(endpoint: str | None, keys: RemoteKeys, transport: Transport) -> RuntimeDir | TcpEndpoint:
+def _place(endpoint: Endpoint | None, keys: RemoteKeys, transport: Transport) -> RuntimeDir | TcpEndpoint:
     """Return where the service is; raises InvalidRequest where what was given does not go together."""
     if transport not in get_args(Transport):
         raise InvalidRequest('\'transport\' is "auto" or "tcp"', param="transport")
-    if endpoint is not None and endpoint.startswith("tcp:"):
-        place = tcp_to_connect(endpoint)
-        keys.check(place)
-        return place
-    if keys.given or transport != "auto":
-        raise InvalidRequest("keys and transport are for endpoints of the form tcp://host:port", param="endpoint")
-    return parse_endpoint(endpoint)
+    place = place_of(endpoint, keys)
+    if transport != "auto" and not isinstance(place, TcpEndpoint):
+        raise InvalidRequest("transport is for endpoints of the form tcp://host:port", param="endpoint")
+    return place

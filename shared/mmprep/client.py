@@ -11,7 +11,9 @@ import contextlib
 import os
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import msgspec
@@ -25,9 +27,13 @@ from mmprep.injected import request_body
 from mmprep.item import Runner
 from mmprep.loop_thread import LoopThread
 from mmprep.registration import Registration
+from mmprep.remote.curve import RemoteKeys
+from mmprep.remote.endpoint import TcpEndpoint
+from mmprep.remote.place import place_of
+from mmprep.remote.reader import RemoteReader
 from mmprep.rendered import Result, read_result
 from mmprep.result import unpack_head
-from mmprep.runtime import RuntimeDir, parse_endpoint
+from mmprep.runtime import Endpoint, RuntimeDir
 from mmprep.wire.codec import MAX_FRAMES
 from mmprep.wire.messages import Operation
 
@@ -37,6 +43,8 @@ _CONNECT_SECONDS = 10.0
 _MOST_RETRIES = 2
 #: Frames of a request that are no medium: identity, header, body.
 _OTHER_FRAMES = 3
+#: Characters of an idempotency key.
+_LONGEST_KEY = 255
 
 
 class AsyncClient:
@@ -45,11 +53,14 @@ class AsyncClient:
     Parameters
     ----------
     endpoint:
-        ``ipc://`` and a runtime directory; by default the one that ``mmprep serve`` uses by default.
+        ``ipc://`` and a runtime directory; by default the one that ``mmprep serve`` uses by default. Or ``tcp://`` with host
+        and port of a service's ``--remote-endpoint``, if the service is on this host and its runtime directory can be seen.
     backend_id:
         The name under which addresses are leased to this process; by default a fresh one.
     request_timeout:
         Seconds for one call, where the call names no other.
+    curve_key_file, curve_server_key_file, allow_plain:
+        For ``tcp://``, as :class:`mmprep.Backend` has them.
 
     Examples
     --------
@@ -59,13 +70,17 @@ class AsyncClient:
 
     def __init__(
         self,
-        endpoint: str | None = None,
+        endpoint: Endpoint | None = None,
         *,
         backend_id: str | None = None,
         request_timeout: float = 60.0,
+        curve_key_file: str | Path | None = None,
+        curve_server_key_file: str | Path | None = None,
+        allow_plain: bool = False,
         _run: Runner | None = None,
     ) -> None:
-        self._runtime: RuntimeDir = parse_endpoint(endpoint)
+        self._keys = RemoteKeys.read(curve_key_file, curve_server_key_file, allow_plain=allow_plain)
+        self._place: RuntimeDir | TcpEndpoint = place_of(endpoint, self._keys)
         self._id = backend_id or f"client-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._timeout = request_timeout
         self._run = _run
@@ -83,14 +98,51 @@ class AsyncClient:
         await self.close()
 
     async def open(self) -> None:
-        """Connect to every frontend of the runtime directory; raises ServiceUnavailable where none answers."""
+        """Connect to every frontend of the runtime directory.
+
+        Raises
+        ------
+        ServiceUnavailable
+            None answers.
+        InvalidRequest
+            The endpoint leads to another host.
+        """
         self._context = zmq.Context()
         try:
+            self._runtime = await self._found(self._context)
             self._frontends = Frontends(self._context, self._runtime, self._id, self._release_unwanted)
             await self._frontends.ready(_CONNECT_SECONDS)
         except BaseException:
             await self.close()
             raise
+
+    async def _found(self, context: zmq.Context[Any]) -> RuntimeDir:
+        """Return the service's runtime directory; one that is reached by ``tcp://`` is asked for it."""
+        if isinstance(self._place, RuntimeDir):
+            return self._place
+        door = RemoteReader(
+            context,
+            self._place,
+            self._keys,
+            self._id,
+            pulls=None,
+            queues=(),
+            credits=0,
+            receive_limit=1,
+            receives=False,
+            run=None,
+        )
+        try:
+            await door.ready(_CONNECT_SECONDS)
+            if door.near is None:
+                raise InvalidRequest(
+                    "native clients ask a service on their own host; from another host, or out of a container that does "
+                    "not see its runtime directory, ask over HTTP",
+                    param="endpoint",
+                )
+            return door.near
+        finally:
+            await door.close()
 
     async def close(self) -> None:
         """Release every lease and disconnect; calls under way fail, and their work ends. Again is no error."""
@@ -195,7 +247,9 @@ class AsyncClient:
         Conflict
             The key was used for another request.
         """
-        key = idempotency_key or uuid.uuid4().hex
+        key = uuid.uuid4().hex if idempotency_key is None else idempotency_key
+        if not 1 <= len(key) <= _LONGEST_KEY:
+            raise InvalidRequest(f"a key has 1 to {_LONGEST_KEY} characters", param="idempotency_key")
         answer = await self._json("chat", {"messages": messages, "queue": queue, **fields}, timeout, once=key)
         request_id: str = answer["request_id"]
         return request_id
@@ -360,17 +414,34 @@ class Client:
     """
 
     def __init__(
-        self, endpoint: str | None = None, *, backend_id: str | None = None, request_timeout: float = 60.0
+        self,
+        endpoint: Endpoint | None = None,
+        *,
+        backend_id: str | None = None,
+        request_timeout: float = 60.0,
+        curve_key_file: str | Path | None = None,
+        curve_server_key_file: str | Path | None = None,
+        allow_plain: bool = False,
     ) -> None:
         self._thread = LoopThread("mmprep-client")
+        make = partial(
+            AsyncClient,
+            endpoint,
+            backend_id=backend_id,
+            request_timeout=request_timeout,
+            curve_key_file=curve_key_file,
+            curve_server_key_file=curve_server_key_file,
+            allow_plain=allow_plain,
+            _run=self._thread.run,
+        )
         try:
-            self._client: AsyncClient = self._thread.run(self._open(endpoint, backend_id, request_timeout))
+            self._client: AsyncClient = self._thread.run(self._open(make))
         except BaseException:
             self._thread.stop()
             raise
 
-    async def _open(self, endpoint: str | None, backend_id: str | None, request_timeout: float) -> AsyncClient:
-        client = AsyncClient(endpoint, backend_id=backend_id, request_timeout=request_timeout, _run=self._thread.run)
+    async def _open(self, make: Callable[[], AsyncClient]) -> AsyncClient:
+        client = make()
         await client.open()
         return client
 

@@ -128,7 +128,8 @@ class Shared:
         async with self._turn:
             self._views -= 1
             if self._views == 0 and self._mapping is not None and not self._mapping.frozen:
-                with contextlib.suppress(LeaseLost, ServiceUnavailable):  # nobody reads any more, whatever it is
+                # Nobody reads any more, whatever it is; InvalidRequest: the client was closed, and its leases ended.
+                with contextlib.suppress(LeaseLost, ServiceUnavailable, InvalidRequest):
                     await self._registration.upgrade(self._lease.id, "copy")
 
     def _region(self, mapping: Mapping) -> memoryview:
@@ -162,7 +163,8 @@ class View:
     def __exit__(self, *_: object) -> None:
         if self._held:
             assert self._run is not None
-            self._run(self._item.source.let_go())
+            with contextlib.suppress(InvalidRequest):  # the client was closed inside of the block
+                self._run(self._item.source.let_go())
 
     async def __aenter__(self) -> dict[str, NDArray[Any]]:
         region = self._item.source.hold_now()

@@ -22,11 +22,14 @@ import shlex
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from mmprep import segment
 from mmprep.errors import InvalidRequest, ServiceUnavailable, StartupError
 from mmprep.process_lock import ProcessLock, holder
+
+#: How a program names a service: ``ipc://`` and its runtime directory, or the path of that alone.
+Endpoint: TypeAlias = str | os.PathLike[str]
 
 #: Bytes of the longest path of a unix socket on Linux: ``sun_path`` has 108, and one ends the string.
 MAX_SOCKET_PATH = 107
@@ -40,6 +43,7 @@ _FRONTEND_SOCKET = re.compile(r"frontend-[0-9]{1,4}\.sock", re.ASCII)
 _LOCK_FILE = re.compile(r"([a-z]+)-([A-Za-z0-9_.-]{1,64})\.lock", re.ASCII)
 _ROLE = re.compile(r"[a-z]+", re.ASCII)
 _IDENTIFIER = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
+_ENDPOINT = "the endpoint must be ipc:// and the absolute path of a runtime directory, as ipc:///run/user/0/mmprep"
 
 
 class Holder(NamedTuple):
@@ -310,13 +314,22 @@ def default_path(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(f"/tmp/mmprep-{uid}")  # noqa: S108 - checked for its owner before use
 
 
-def parse_endpoint(endpoint: str | None) -> RuntimeDir:
+def endpoint_text(endpoint: Endpoint) -> str:
+    """Return an endpoint as text; raises InvalidRequest for what is neither a text nor a path."""
+    if isinstance(endpoint, os.PathLike):
+        endpoint = os.fspath(endpoint)
+    if not isinstance(endpoint, str):
+        raise InvalidRequest(_ENDPOINT, param="endpoint")
+    return endpoint
+
+
+def parse_endpoint(endpoint: Endpoint | None) -> RuntimeDir:
     """Return the runtime directory that a client's ``endpoint`` names. Makes nothing.
 
     Parameters
     ----------
     endpoint:
-        ``ipc:///run/user/0/mmprep`` or the path alone; ``None`` is :func:`default_path`.
+        ``ipc:///run/user/0/mmprep`` or the path alone, also as a :class:`~pathlib.Path`; ``None`` is :func:`default_path`.
 
     Raises
     ------
@@ -325,12 +338,10 @@ def parse_endpoint(endpoint: str | None) -> RuntimeDir:
     mmprep.errors.ServiceUnavailable
         There is no such directory, or it is another user's: no service of this user runs there.
     """
-    endpoint = f"ipc://{default_path()}" if endpoint is None else endpoint
+    endpoint = f"ipc://{default_path()}" if endpoint is None else endpoint_text(endpoint)
     path = endpoint.removeprefix("ipc://")
     if not path.startswith("/"):
-        raise InvalidRequest(
-            "the endpoint must be ipc:// and the absolute path of a runtime directory, as ipc:///run/user/0/mmprep"
-        )
+        raise InvalidRequest(_ENDPOINT, param="endpoint")
     try:
         status = os.lstat(path)
     except FileNotFoundError:

@@ -320,7 +320,11 @@ CASES = {
     "broken picture": Case(chat(user(image(PNG[:24]))), 422, "UnprocessableEntityError", PART, "", "/tokenize"),
     "unknown ids": Case({"tokens": [5, 10**9]}, 400, BAD, "tokens[1]", str(10**9), "/detokenize"),
     "tokens is a text": Case({"tokens": "abc"}, 400, BAD, "tokens", "list", "/detokenize"),
-    "leases of nobody": Case({"backend_id": "x", "leases": ["zz"]}, 400, BAD, None, "32 hex digits", "/leases/renew"),
+    "leases of nobody": Case(
+        {"backend_id": "x", "leases": ["zz"]}, 400, BAD, "leases[0]", "32 hex digits", "/leases/renew"
+    ),
+    "leases without a name": Case({"leases": []}, 400, BAD, "backend_id", "required", "/leases/release"),
+    "a name of no queue": Case(chat(user(text("?")), queue="a b"), 400, BAD, "queue", "1 to 64 letters, digits"),
 }
 
 

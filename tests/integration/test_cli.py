@@ -1,6 +1,8 @@
 """The commands beside ``serve``, as a person or a script runs them."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from tests.integration.service import decode_item, image, mmprep, photo, serving, text, user
@@ -114,6 +116,31 @@ def test_every_command_explains_itself():
         assert done.stdout.startswith(f"usage: mmprep {command}")
     assert "--lease-seconds" in mmprep("serve", "--help").stdout
     assert mmprep("serve", "--no-such-option").returncode == 2
+
+
+def test_ctrl_c_is_not_lost_where_it_comes_in_a_callback_of_an_import():
+    code = """
+import importlib, os, signal, sys
+
+class Interrupts:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)  # what is raised here is printed and forgotten
+
+imported = importlib.import_module
+importlib.import_module = lambda name: (Interrupts(), imported(name))[1]
+sys.argv = ["mmprep", "serve", "--help"]
+from mmprep.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_the_package_runs_as_the_command_does():
+    done = subprocess.run(
+        [sys.executable, "-m", "mmprep", "--version"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, mmprep("--version").stdout)
 
 
 def test_doctor_exits_by_what_it_finds(runtime_dir, tmp_path):

@@ -49,6 +49,7 @@ def counted(service):
         "hits": metrics.get('mmprep_mm_cache_hits_total{modality="image"}', 0),
         "decoded": metrics.get('mmprep_stage_seconds_count{stage="decode"}', 0),
         "processed": metrics.get('mmprep_stage_seconds_count{stage="process"}', 0),
+        "published": metrics.get('mmprep_stage_seconds_count{stage="publish"}', 0),
     }
 
 
@@ -106,7 +107,7 @@ def test_64_requests_for_8_pictures_get_their_own_pixels_and_compute_each_once(s
         hashes = set(threads.map(request, range(REQUESTS)))
     assert len(hashes) == 8, "one hash a picture, whichever way it came"
     difference = grown(before, counted(service))
-    assert difference == {"queries": REQUESTS, "hits": REQUESTS - 8, "decoded": 8, "processed": 8}
+    assert difference == {"queries": REQUESTS, "hits": REQUESTS - 8, "decoded": 8, "processed": 8, "published": 8}
     service.quiet()
 
 

@@ -205,7 +205,7 @@ def test_a_complete_model_directory_is_described(model):
         ("config.json", "{}", ("model", "fail")),
         ("tokenizer.json", None, ("tokenizer", "fail")),
         ("tokenizer.json", "\0", ("tokenizer", "fail")),
-        ("preprocessor_config.json", None, ("processor", "warn")),
+        ("preprocessor_config.json", None, ("processor", "fail")),
         ("preprocessor_config.json", "[", ("processor", "fail")),
         ("chat_template.jinja", None, ("chat template", "warn")),
     ],

@@ -809,6 +809,8 @@ def test_what_is_no_http_is_told_so_in_json_and_hung_up_on(
             assert head.startswith((b"HTTP/1.1 400 ", b"HTTP/1.0 400 "))
             error = json.loads(body)["error"]
             assert (error["type"], error["code"]) == ("BadRequestError", 400)
+            assert b"\r\nX-Request-Id: " in head
+            assert b"\r\nServer: mmprep\r\n" in head + b"\r\n"
             assert not edge.service.began.is_set()
             assert (await edge.ask("GET", "/health"))[0] == 200
 
@@ -938,6 +940,8 @@ def test_the_metrics_text_holds_cumulated_buckets_and_the_names_that_boards_know
         'mmprep_stage_seconds_count{stage="decode"} 7.0',
         'mmprep_stage_seconds_sum{stage="decode"} 3.5',
         "# TYPE mmprep_lanes gauge",
+        "mmprep_singleflight_joins_total 0.0",
+        "mmprep_lane_restarts_total 0.0",
     ):
         assert line in text.splitlines(), line
 

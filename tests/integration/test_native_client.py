@@ -213,9 +213,13 @@ def test_an_asynchronous_client_does_the_same_and_many_things_at_once(service, p
 
 
 def test_no_service_is_told_as_such(tmp_path):
-    for endpoint in (f"ipc://{tmp_path}", f"ipc://{tmp_path}/none"):
+    for endpoint in (f"ipc://{tmp_path}", f"ipc://{tmp_path}/none", tmp_path):
         with pytest.raises(ServiceUnavailable, match="mmprep serve"):
             Client(endpoint)
+    for wrong in (5, b"ipc:///run", "run", "http://127.0.0.1:8790"):
+        for kind in (Client, Backend):
+            with pytest.raises(InvalidRequest, match="runtime directory"):
+                kind(wrong)
 
 
 def test_a_closed_client_says_so(service):
@@ -229,6 +233,11 @@ def test_a_closed_client_says_so(service):
     with pytest.raises(InvalidRequest, match="closed"):
         client.chat(user(raw(CAT)))
     item.release()
+    client = Client(service.endpoint)
+    item = client.chat(user(raw(CAT))).items["image"][0]
+    with item.view() as arrays:
+        client.close()
+        assert arrays["pixel_values"].any()
     service.quiet()
 
 
@@ -390,6 +399,8 @@ def test_a_backend_opens_acquires_renews_and_releases_what_http_leased_to_it(ser
         with item.view() as arrays:
             assert arrays["image_grid_thw"].tolist() == item.materialize()["image_grid_thw"].tolist()
         assert backend.renew(address) == [True]
+        with pytest.raises(InvalidRequest, match='"copy" or "view"'):
+            backend.acquire(address, kind="loan")
         unleased = {name: value for name, value in address.items() if not name.startswith("lease")}
         second = backend.acquire(unleased)
         third = backend.open(unleased)

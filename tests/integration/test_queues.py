@@ -120,8 +120,11 @@ def test_a_job_may_have_no_tensors_and_no_media(service, client):
     with Backend(service.endpoint, queue="engine-0") as backend:
         client.post(CHAT, queue="engine-0", mm_payload="none")
         client.post(user(text("Hi")), queue="engine-0", priority=-1)
-        jobs = [backend.pull(), backend.pull()]
-        assert [bool(job.items) for job in jobs] == [True, False]
+        posted = service.post("/v1/responses/render", {"input": "Hi", "queue": "engine-0", "priority": 1})
+        jobs = [backend.pull(), backend.pull(), backend.pull()]
+        assert [bool(job.items) for job in jobs] == [True, False, False]
+        assert posted.json["request_id"] == jobs[2].id
+        assert jobs[2].id.startswith("resp_")
         with pytest.raises(InvalidRequest, match="no tensors"), jobs[0].view():
             pass
         assert jobs[0].request["features"]["mm_hashes"]["image"] == [jobs[0].items["image"][0].hash]
@@ -354,6 +357,10 @@ def test_what_cannot_be_queued_is_refused_by_name(service, client):
             Backend(service.endpoint, **wrong)
     with Backend(service.endpoint) as backend, pytest.raises(InvalidRequest, match="no queue"):
         next(backend)
+    for key in ("", "k" * 256):
+        with pytest.raises(InvalidRequest, match="1 to 255") as caught:
+            client.post(user(text("?")), queue="declared", idempotency_key=key)
+        assert caught.value.param == "idempotency_key"
 
 
 def test_a_full_queue_refuses_what_is_too_much_and_one_producer_leaves_room_for_others(service, client):

@@ -181,13 +181,16 @@ def test_what_is_received_is_what_lies_in_shared_memory_to_the_bit(service, conn
         assert all((again.materialize()[name] == array).all() for name, array in local.items())
 
 
-def test_a_service_on_the_same_host_is_found_and_its_shared_memory_used(service, connect):
+def test_a_service_on_the_same_host_is_found_and_its_shared_memory_used(service, connect, door, keys):
     with connect(id="both", transport="auto", queue="both") as backend, Client(service.endpoint) as client:
         assert isinstance(backend._backend._reader, LocalReader)
         posted = client.post(CHAT, queue="both")
         job = backend.pull()
         assert job.id == posted
         job.ack()
+    files = {"curve_key_file": keys / "engine.key", "curve_server_key_file": keys / "service.pub"}
+    with Client(door, **files) as client:
+        assert client.chat(CHAT).items["image"][0].address is not None
 
 
 def test_jobs_are_pulled_and_ended_as_on_the_host(service, connect):

@@ -165,3 +165,9 @@ def test_a_client_refuses_arrays_that_no_item_has(wrong):
     with pytest.raises(InvalidRequest) as caught:
         client_body(**wrong)
     assert caught.value.param.startswith("fields")
+
+
+@pytest.mark.parametrize("body", [b"", b"\xc1", b"{}", msgpack.packb([1])])
+def test_a_body_that_is_no_map_is_told_what_it_is_to_be(body):
+    with pytest.raises(InvalidRequest, match="the body is to be a map of MessagePack"):
+        read_injection(body, MOST)

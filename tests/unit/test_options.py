@@ -175,8 +175,18 @@ def test_the_variables_of_an_engine_are_honoured_after_our_own(file):
 )
 def test_a_wrong_number_in_an_engines_variable_is_an_error_that_names_the_option(variable, option):
     for wrong in ("many", "-1", "64MiB"):
-        with pytest.raises(StartupError, match=option):
+        with pytest.raises(StartupError, match=rf"{option} \({variable}\)"):
             decide(environment={variable: wrong})
+
+
+def test_the_address_for_other_hosts_has_two_names(file):
+    address = "tcp://127.0.0.1:7790"
+    for options in (
+        decide("--zmq-bind", address),
+        decide(environment={"MMPREP_ZMQ_BIND": address}),
+        decide("--config", file(f"zmq-bind = '{address}'")),
+    ):
+        assert str(options.remote_endpoint) == address
 
 
 def test_there_is_no_disk_cache_unless_it_gets_a_directory(tmp_path):

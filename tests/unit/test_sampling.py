@@ -166,6 +166,10 @@ def test_a_model_without_defaults_has_none_and_a_broken_file_stops_the_start(tmp
         ({"truncate_prompt_tokens": "all"}, "truncate_prompt_tokens"),
         ({"truncation_side": "middle"}, "truncation_side"),
         ({"return_token_offsets": "yes"}, "return_token_offsets"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"logprob_token_ids": []}, "logprob_token_ids"),
+        ({"logprob_token_ids": [5]}, "logprob_token_ids"),
     ],
 )
 @pytest.mark.parametrize("kind", ["chat", "completion"])
@@ -178,3 +182,11 @@ def test_what_no_engine_takes_is_refused_by_name(kind, fields, param):
 def test_a_structural_tag_is_handed_on_as_its_text():
     form = {"type": "structural_tag", "format": {"type": "any_text"}}
     assert json.loads(sampled(response_format=form)["structured_outputs"]["structural_tag"]) == form
+
+
+def test_the_most_likely_tokens_are_told_only_with_log_probabilities():
+    for fields in ({"top_logprobs": 3}, {"top_logprobs": -1, "logprobs": False}):
+        with pytest.raises(InvalidRequest, match="'logprobs'") as refused:
+            parsed("chat", **fields)
+        assert refused.value.param == "top_logprobs"
+    assert "logprobs" not in sampled(top_logprobs=0)

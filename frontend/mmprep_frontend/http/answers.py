@@ -59,6 +59,12 @@ def internal_error() -> web.Response:
     return error_answer(InternalError(INTERNAL_ERROR))
 
 
+def sign(answer: web.StreamResponse, request_id: str) -> None:
+    """Give ``answer`` the headers that every answer has."""
+    answer.headers[REQUEST_ID_HEADER] = request_id
+    answer.headers["Server"] = "mmprep"
+
+
 def routing_error(error: web.HTTPException) -> web.Response:
     """Return the answer for what the HTTP library itself refuses: an unknown path, a method, a header."""
     if isinstance(error, web.HTTPMethodNotAllowed):

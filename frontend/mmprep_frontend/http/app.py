@@ -28,7 +28,6 @@ from mmprep import logs
 from mmprep.errors import MmprepError, ServiceUnavailable
 from mmprep_frontend.caller import Caller
 from mmprep_frontend.http.answers import (
-    REQUEST_ID_HEADER,
     error_answer,
     idempotency_keys,
     internal_error,
@@ -36,6 +35,7 @@ from mmprep_frontend.http.answers import (
     plain_answer,
     request_id_of,
     routing_error,
+    sign,
 )
 from mmprep_frontend.http.bodies import Bodies
 from mmprep_frontend.http.dashboard import HEADERS, PAGE
@@ -312,8 +312,7 @@ async def _tell(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 def _sign(request: web.Request, answer: web.StreamResponse) -> None:
-    answer.headers[REQUEST_ID_HEADER] = request[_REQUEST_ID]
-    answer.headers["Server"] = "mmprep"
+    sign(answer, request[_REQUEST_ID])
 
 
 def _fault(request: web.Request, request_id: str) -> web.Response:

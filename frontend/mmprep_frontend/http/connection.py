@@ -24,7 +24,7 @@ from typing import Final
 from aiohttp import web
 
 from mmprep.errors import InvalidRequest
-from mmprep_frontend.http.answers import error_answer, internal_error
+from mmprep_frontend.http.answers import error_answer, internal_error, request_id_of, sign
 
 _log = logging.getLogger(__name__)
 
@@ -106,5 +106,6 @@ class Connection(web.RequestHandler):
         else:
             _log.error("a request failed below the application", exc_info=exc)
             answer = internal_error()
+        sign(answer, request_id_of(request))
         answer.force_close()
         return answer

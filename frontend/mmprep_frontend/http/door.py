@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from mmprep.errors import InvalidRequest, MmprepError
+from mmprep.errors import MmprepError
 from mmprep.logs import event
 from mmprep.metrics import BUCKETS, Labels, Snapshot
 from mmprep.wire.messages import Name
@@ -24,6 +24,7 @@ from mmprep_frontend.http.pinned import Pinned
 from mmprep_frontend.http.ports import Rendered
 from mmprep_frontend.injection.service import Injecting
 from mmprep_frontend.posting import once, post
+from mmprep_frontend.render.explain import decode
 from mmprep_frontend.resets import Resets
 from mmprep_frontend.service import Form, RenderedChat, Service
 from mmprep_frontend.texts import Texts
@@ -36,7 +37,12 @@ class LeaseRequest(msgspec.Struct):
     """What ``/leases/renew`` and ``/leases/release`` take."""
 
     backend_id: Name
-    leases: Annotated[list[Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]], msgspec.Meta(max_length=1024)]
+    leases: Annotated[list[Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]], msgspec.Meta(max_length=1024)]
+
+
+_LEASE_REQUEST = msgspec.json.Decoder(LeaseRequest)
+#: What a queued job's id begins with.
+_JOB_PREFIX: dict[Form, str] = {"chat": "chatcmpl-", "messages": "chatcmpl-", "responses": "resp_"}
 
 
 class HttpDoor:
@@ -106,13 +112,13 @@ class HttpDoor:
         return await self._counted("/detokenize", self._texts.detokenize(body, caller.encoding))
 
     async def renew_leases(self, body: bytes, caller: Caller) -> bytes:
-        request = _lease_request(body)
+        request = decode(_LEASE_REQUEST, body)
         renewed = await self._service.writer.renew(request.backend_id, _ids(request))
         lost = [lease.hex() for lease in renewed.lost]
         return caller.encoding.encode({"lost": lost, "lease_seconds": renewed.lease_ms // 1000})
 
     async def release_leases(self, body: bytes, caller: Caller) -> bytes:
-        request = _lease_request(body)
+        request = decode(_LEASE_REQUEST, body)
         await self._service.writer.release(request.backend_id, _ids(request))
         return caller.encoding.encode({"released": True})
 
@@ -156,7 +162,7 @@ class HttpDoor:
     async def _render_chat(self, body: bytes, caller: Caller, form: Form) -> Rendered:
         chat, held = await self._service.chat(body, form=form, principal=caller.principal), caller.held
         if chat.request.queue is not None:
-            return Rendered([await self._post(chat, body, caller)], status=HTTPStatus.ACCEPTED)
+            return Rendered([await self._post(chat, body, caller, form)], status=HTTPStatus.ACCEPTED)
         pinned = Pinned(self._service, chat)
         try:
             work = partial(encode_chat_answer, chat, self._service.served(), caller.request_id, caller.encoding)
@@ -171,15 +177,21 @@ class HttpDoor:
         pinned.end()
         return Rendered(answer, chat.lease_return())
 
-    async def _post(self, chat: RenderedChat, body: bytes, caller: Caller) -> bytes:
+    async def _post(self, chat: RenderedChat, body: bytes, caller: Caller, form: Form) -> bytes:
         """Post a chat to its queue; who hangs up has posted it all the same, if it was accepted in this moment."""
         try:
             same = await once(self._service, caller.sender, one_key(caller.keys), [body])
         except BaseException:
             chat.give_back()
             raise
-        prefix = caller.request_id.partition("-")[0].partition("_")[0]
-        return await post(self._service, chat, prefix=prefix, sender=caller.sender, same=same, expiry=self._job_expiry)
+        return await post(
+            self._service,
+            chat,
+            prefix=_JOB_PREFIX[form],
+            sender=caller.sender,
+            same=same,
+            expiry=self._job_expiry,
+        )
 
     async def _counted(self, path: str, work: Awaitable[T]) -> T:
         service, started, outcome = self._service, time.monotonic(), "ok"
@@ -201,15 +213,6 @@ class HttpDoor:
             seconds = time.monotonic() - started
             service.metrics.observe("mmprep_request_seconds", seconds, path=path)
             event(_log, logging.INFO, "request", path=path, outcome=outcome, ms=round(seconds * 1000, 3))
-
-
-def _lease_request(body: bytes) -> LeaseRequest:
-    try:
-        return msgspec.json.decode(body, type=LeaseRequest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(
-            f"the body must be JSON with 'backend_id' and 'leases' (32 hex digits each): {error}"
-        ) from None
 
 
 def _ids(request: LeaseRequest) -> tuple[bytes, ...]:

@@ -56,7 +56,7 @@ METRICS: Final[Mapping[str, MetricSpec]] = {
     "mmprep_stage_seconds": MetricSpec(
         "histogram",
         "Seconds in one stage: fetch, cache_lookup, cache_read, cache_write, hash, template, tokenize, queue, decode, "
-        "process, expand, serialize.",
+        "process, publish, expand, serialize.",
         ("stage",),
     ),
     "mmprep_mm_cache_queries_total": MetricSpec(
@@ -125,7 +125,7 @@ METRICS: Final[Mapping[str, MetricSpec]] = {
 def expose(numbers: Numbers) -> bytes:
     """Return ``numbers`` as Prometheus text, of :data:`CONTENT_TYPE`.
 
-    Every metric of the table is named, also one without a series.
+    Every metric of the table is named, also one without a series; a counter without labels is 0 before it has counted.
 
     Raises
     ------
@@ -163,6 +163,8 @@ def _families(numbers: Numbers) -> Iterator[Metric]:
                 raise ValueError(f"no {kind} {name} with {len(labels)} labels is in the table of metrics")
             by_name[name].append((labels, value))
     for name, spec in METRICS.items():
+        if spec.kind == "counter" and not spec.labels and not by_name[name]:
+            by_name[name].append(((), 0.0))
         for exposed in (name, spec.alias) if spec.alias else (name,):
             yield _family(exposed, spec, by_name[name])
 

@@ -199,7 +199,8 @@ def _size(raw: memoryview, param: str | None, *, array: bool) -> int:
     if first & 0xF0 == short:
         return first & 0x0F
     if first not in {middle, long}:
-        raise InvalidRequest(f"it is {'an array' if array else 'a map'}", param=param)
+        what = "the body" if param is None else "this"
+        raise InvalidRequest(f"{what} is to be {'an array' if array else 'a map'} of MessagePack", param=param)
     return int.from_bytes(raw[1 : 3 if first == middle else 5], "big")
 
 

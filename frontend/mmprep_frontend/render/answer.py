@@ -32,8 +32,8 @@ _FIELD_HEAD, _FIELD_TAIL = map_head(2) + _packed("data") + array_head(3), _packe
 
 
 def new_request_id(prefix: str) -> str:
-    """Return a new request id, as ``chatcmpl-…``."""
-    return f"{prefix}-{uuid.uuid4().hex}"
+    """Return a new request id: ``prefix``, as ``chatcmpl-``, and what nobody has had."""
+    return f"{prefix}{uuid.uuid4().hex}"
 
 
 def check_length(length: int, max_model_len: int) -> None:

@@ -13,6 +13,12 @@ T = TypeVar("T")
 
 _PLACE = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
 _MISSING = re.compile(r"^Object missing required field `(?P<name>[^`]+)`$")
+_PATTERN = re.compile(r" matching regex '(?P<pattern>.*)'$")
+#: What the patterns of the schemas mean; the library shows them as Python writes them, with doubled backslashes.
+_PATTERNS = {
+    r"^[A-Za-z0-9_.-]{1,64}\\Z": "of 1 to 64 letters, digits, '_', '.' and '-'",
+    r"^[0-9a-f]{32}\\Z": "of 32 hex digits in lower case",
+}
 _WORDS = {
     "str": "a string",
     "int": "an integer",
@@ -38,6 +44,7 @@ def explain(message: str) -> InvalidRequest:
         )
     else:
         text = re.sub(r"`([a-z |]+)`", lambda names: _in_words(names[1]), text)
+        text = _PATTERN.sub(lambda found: f" {_PATTERNS.get(found['pattern'], found[0].strip())}", text)
         text = text[0].lower() + text[1:]
     return InvalidRequest(f"{path or 'The body'}: {text}.", param=path or None)
 

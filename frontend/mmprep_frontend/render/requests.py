@@ -24,7 +24,7 @@ from mmprep_frontend.render.bounds import MAX_PROMPTS
 from mmprep_frontend.render.depth import check_depth
 from mmprep_frontend.render.explain import decode
 from mmprep_frontend.render.parts import Message
-from mmprep_frontend.render.sampling import check_sampling
+from mmprep_frontend.render.sampling import check_sampling, check_together
 from mmprep_frontend.render.tool_choice import NamedTool, ToolChoice, check_tool_choice, forced_schema
 
 Side: TypeAlias = Literal["left", "right"]
@@ -322,6 +322,8 @@ def parse(body: bytes | memoryview, kind: Kind, *, trusted: bool = False, templa
     """
     request: Request = decode(_DECODERS[kind], body)
     check(request, trusted=trusted, templates=templates)
+    if isinstance(request, ChatRequest | CompletionRequest):
+        check_together(request)
     return request
 
 

@@ -155,6 +155,20 @@ def check_sampling(request: ChatRequest | CompletionRequest) -> None:
     _format_constraint(request)
 
 
+def check_together(request: ChatRequest | CompletionRequest) -> None:
+    """Refuse fields that mean nothing without others, which engines refuse too; raises InvalidRequest."""
+    if request.stream_options and not request.stream:
+        raise InvalidRequest("'stream_options' needs 'stream': true.", param="stream_options")
+    if request.stream and request.prompt_logprobs:
+        raise InvalidRequest("'prompt_logprobs' are not given with 'stream': true.", param="prompt_logprobs")
+    if request.logprob_token_ids is not None and not request.logprob_token_ids:
+        raise InvalidRequest("'logprob_token_ids' must hold at least one token id.", param="logprob_token_ids")
+    if request.wanted_logprobs is None:
+        for name in ("top_logprobs", "logprob_token_ids"):
+            if getattr(request, name, None):
+                raise InvalidRequest(f"'{name}' needs 'logprobs'.", param=name)
+
+
 def check_wanted(request: ChatRequest | CompletionRequest, max_model_len: int) -> None:
     """Refuse a request for more tokens than the model takes at all; raises InvalidRequest."""
     param = request.length_field

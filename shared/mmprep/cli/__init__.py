@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
+from types import ModuleType
 
 from mmprep import __version__
 from mmprep.errors import MmprepError
@@ -24,9 +27,12 @@ _USAGE = "\n".join(
         "",
         *(f"  {name:8} {what}" for name, what in _COMMANDS.items()),
         "",
-        "`mmprep COMMAND --help` shows a command's options.",
+        "`mmprep COMMAND --help` shows a command's options, `mmprep --version` the version.",
     )
 )
+
+#: What shells show of a command that Ctrl-C ended.
+_INTERRUPTED = 128 + signal.SIGINT
 
 
 def main() -> None:
@@ -43,12 +49,21 @@ def main() -> None:
         print(f"mmprep: there is no command {command!r}\n\n{_USAGE}", file=sys.stderr)
         sys.exit(2)
     try:
-        sys.exit(importlib.import_module(f"mmprep.cli.{command}").run(arguments[1:]))
+        sys.exit(_load(command).run(arguments[1:]))
     except MmprepError as error:
         print(f"mmprep {command}: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+
+
+def _load(command: str) -> ModuleType:
+    """Import a command. Ctrl-C ends the process meanwhile: as an exception it can get lost in the import system."""
+    former = signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
+    try:
+        return importlib.import_module(f"mmprep.cli.{command}")
+    finally:
+        signal.signal(signal.SIGINT, former)

@@ -370,10 +370,10 @@ def _check_processor(directory: Path) -> Finding:
         kind = next((kind for kind in kinds if kind), config.get("processor_class"))
         return Finding("ok", "processor", f"{name}{f' ({kind})' if isinstance(kind, str) else ''}")
     return Finding(
-        "warn",
+        "fail",
         "processor",
-        "no preprocessor_config.json: text only",
-        "copy it from the published model, if the model takes media",
+        "no preprocessor_config.json",
+        "copy it from the published model; one that takes no media is not served",
     )
 
 

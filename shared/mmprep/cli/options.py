@@ -42,7 +42,7 @@ _COLOUR = re.compile(r"#[0-9A-Fa-f]{6}")
 class Option(NamedTuple):
     """One option: its name without dashes, how its text is read, its default as text, and its help.
 
-    ``foreign`` is an engine's variable that means the same, and the unit that its number is in.
+    ``foreign`` is an engine's variable that means the same, and the unit that its number is in; ``also`` is a second name.
     """
 
     name: str
@@ -51,6 +51,12 @@ class Option(NamedTuple):
     help: str
     flag: bool = False
     foreign: tuple[str, str] | None = None
+    also: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it may be called."""
+        return (self.name,) if self.also is None else (self.name, self.also)
 
 
 def _text(text: str, _option: str) -> str:
@@ -290,6 +296,7 @@ OPTIONS = (
         _listens,
         "",
         "address for backends on other hosts, as tcp://10.0.0.5:7790; default: none are served",
+        also="zmq-bind",
     ),
     Option(
         "curve-key-file",
@@ -328,7 +335,8 @@ def parser(command: str, description: str, names: Sequence[str] | None = None) -
         if option.flag:
             made.add_argument(f"--{option.name}", action="store_const", const="true", help=text)
         else:
-            made.add_argument(f"--{option.name}", help=text, metavar=option.name.rpartition("-")[2].upper())
+            flags = [f"--{name}" for name in option.names]
+            made.add_argument(*flags, help=text, metavar=option.name.rpartition("-")[2].upper())
     return made
 
 
@@ -370,15 +378,16 @@ def read(arguments: argparse.Namespace, environment: Mapping[str, str] = os.envi
         name = option.name.replace("-", "_")
         if not hasattr(arguments, name):
             continue
-        given = getattr(arguments, name)
-        if given is None:
-            given = environment.get(f"MMPREP_{name.upper()}")
+        given, label = getattr(arguments, name), f"--{option.name}"
+        for variable in (f"MMPREP_{each.replace('-', '_').upper()}" for each in option.names):
+            given = environment.get(variable) if given is None else given
         if given is None and option.foreign is not None:
             variable, unit = option.foreign
-            given = f"{environment[variable].strip()}{unit}" if environment.get(variable, "").strip() else None
+            if environment.get(variable, "").strip():
+                given, label = f"{environment[variable].strip()}{unit}", f"{label} ({variable})"
         if given is None:
             given = file.get(option.name)
-        values[name] = option.read(option.default if given is None else given, f"--{option.name}")
+        values[name] = option.read(option.default if given is None else given, label)
     return values
 
 
@@ -389,13 +398,13 @@ def _read_file(path: str | None) -> dict[str, str]:
         plain = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StartupError(f"--config: {path} cannot be read: {error}") from None
-    known = {option.name for option in OPTIONS}
+    known = {name: option.name for option in OPTIONS for name in option.names}
     texts = {}
     for name, value in plain.items():
         dashed = name.replace("_", "-")
         if dashed not in known:
             raise StartupError(f"--config: {path} has an unknown option {name!r}")
-        texts[dashed] = _as_text(value)
+        texts[known[dashed]] = _as_text(value)
     return texts
 
 

@@ -32,6 +32,10 @@ def with_remote_port(options: ServeOptions) -> ServeOptions:
     return msgspec.structs.replace(options, remote_endpoint=endpoint._replace(port=port))
 
 
+def _frontends(number: int) -> str:
+    return "1 frontend" if number == 1 else f"{number} frontends"
+
+
 def run(arguments: list[str]) -> int:
     """Run the command; returns the exit status."""
     made = parser("serve", "Run the service: one writer with its lanes, and the frontends.")
@@ -48,7 +52,7 @@ def run(arguments: list[str]) -> int:
         )
     started = time.monotonic()
     print(
-        f"mmprep {__version__}: starting {options.frontends} frontends, {options.lanes} lanes and a ring of "
+        f"mmprep {__version__}: starting {_frontends(options.frontends)}, {options.lanes} lanes and a ring of "
         f"{format_size(options.cache_size)} for {options.served_model_name}",
         file=sys.stderr,
         flush=True,

@@ -386,7 +386,10 @@ class Tasks:
         if flight.need == "injected":
             self._plans.put(flight.key, self._holds.metadata(entry))
         self._observe(filled)
-        return self._published(number, lane, flight, entry, self._times(flight, now, filled))
+        times = self._times(flight, now, filled)
+        beside = times.done_us - times.started_us - filled.decode_us - filled.process_us
+        self._metrics.observe("mmprep_stage_seconds", max(0, beside) / 1e6, stage="publish")
+        return self._published(number, lane, flight, entry, times)
 
     def _times(
         self, flight: Flight, now: float, done: messages.Filled | messages.Inlined | None = None

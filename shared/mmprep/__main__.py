@@ -1,0 +1,5 @@
+"""``python -m mmprep``: the command line, as ``mmprep``."""
+
+from mmprep.cli import main
+
+main()
