@@ -27,7 +27,7 @@ from mmprep.pulling import Pulling
 from mmprep.reading import LocalReader, Reader
 from mmprep.remote.curve import RemoteKeys
 from mmprep.remote.endpoint import TcpEndpoint
-from mmprep.remote.place import place_of
+from mmprep.remote.place import is_remote, place_of
 from mmprep.remote.reader import RemoteReader
 from mmprep.runtime import Endpoint, RuntimeDir
 from mmprep.wire.messages import LeaseKind
@@ -402,7 +402,6 @@ def _place(endpoint: Endpoint | None, keys: RemoteKeys, transport: Transport) ->
     """Return where the service is; raises InvalidRequest where what was given does not go together."""
     if transport not in get_args(Transport):
         raise InvalidRequest('\'transport\' is "auto" or "tcp"', param="transport")
-    place = place_of(endpoint, keys)
-    if transport != "auto" and not isinstance(place, TcpEndpoint):
+    if transport != "auto" and not is_remote(endpoint):
         raise InvalidRequest("transport is for endpoints of the form tcp://host:port", param="endpoint")
-    return place
+    return place_of(endpoint, keys)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from mmprep.errors import InvalidRequest
 from mmprep.remote.curve import RemoteKeys
 from mmprep.remote.endpoint import TcpEndpoint, tcp_to_connect
 from mmprep.runtime import Endpoint, RuntimeDir, endpoint_text, parse_endpoint
+
+
+def is_remote(endpoint: Endpoint | None) -> TypeGuard[Endpoint]:
+    """Whether an endpoint has the form of one that may be on another host."""
+    return endpoint is not None and endpoint_text(endpoint).startswith("tcp:")
 
 
 def place_of(endpoint: Endpoint | None, keys: RemoteKeys) -> RuntimeDir | TcpEndpoint:
@@ -25,9 +32,8 @@ def place_of(endpoint: Endpoint | None, keys: RemoteKeys) -> RuntimeDir | TcpEnd
     mmprep.errors.ServiceUnavailable
         No service of this user runs in the directory.
     """
-    named = "" if endpoint is None else endpoint_text(endpoint)
-    if named.startswith("tcp:"):
-        place = tcp_to_connect(named)
+    if is_remote(endpoint):
+        place = tcp_to_connect(endpoint_text(endpoint))
         keys.check(place)
         return place
     if keys.given:
