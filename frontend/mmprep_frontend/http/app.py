@@ -221,7 +221,8 @@ class _Edge:
                 made = await answer(body, caller)
                 rendered = made if isinstance(made, Rendered) else Rendered([made])
                 if rendered.status == HTTPStatus.ACCEPTED:
-                    return json_answer(b"".join(rendered.body), rendered.status)
+                    posted, media_type = b"".join(rendered.body), caller.encoding.media_type
+                    return web.Response(body=posted, status=rendered.status, content_type=media_type)
                 return await self._send(request, rendered, caller)
 
         return handler
