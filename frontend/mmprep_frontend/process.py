@@ -233,6 +233,8 @@ class Frontend:
         refusal = self._refusal()
         if refusal is None and not self._writer.warm:
             return self._writer.cold or "the preprocessing worker is being replaced"
+        if refusal is None and not self._supervisor.begun:  # whoever asks next may come to another frontend
+            return "another process of the service is being started"
         return refusal
 
     def _refusal(self) -> str | None:

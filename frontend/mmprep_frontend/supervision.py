@@ -33,6 +33,10 @@ class SupervisorLink:
         Forgets what the process keeps of a cache.
     role:
         What the process is.
+
+    Attributes
+    ----------
+    begun: every process of the service was ready.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class SupervisorLink:
         self._report = report
         self._forget = forget
         self._forgetting: set[asyncio.Task[None]] = set()
+        self.begun = False
         self._calls = CallTable()
         self._state = messages.StateChange(False, f"the {role} process is starting")
         self._link = Link(
@@ -119,6 +124,8 @@ class SupervisorLink:
         match message:
             case messages.SupervisorWelcome():
                 self._link.send([pack(self._state)])
+            case messages.StateChange():
+                self.begun = message.ready
             case messages.Collect():
                 self._link.send([pack(messages.Report(message.call)), msgspec.json.encode(self._report())])
             case messages.Told():

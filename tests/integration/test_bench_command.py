@@ -56,7 +56,8 @@ def test_an_open_loop_over_http_sends_what_is_due_and_tells_what_it_cost(service
 
 @pytest.mark.parametrize("workload", ["distinct", "multi-turn", "text"])
 def test_users_of_the_native_client_ask_for_every_workload(service, tmp_path, workload):
-    told = result(tmp_path, service.endpoint, *QUICK, "--users", 3, "--workload", workload)
+    named = ("--runtime-dir", service.runtime_dir) if workload == "text" else (service.endpoint,)
+    told = result(tmp_path, *named, *QUICK, "--users", 3, "--workload", workload)
     assert told["settings"]["workload"] == workload
     assert told["outcomes"] == {"ok": told["requests"]}
     assert told["cpu_ms_per_request"] > 0

@@ -2,16 +2,20 @@
 
 import asyncio
 
+import msgspec
 import pytest
 import zmq
 import zmq.asyncio
 
 from mmprep.errors import ServiceUnavailable
+from mmprep.metrics import ProcessReport, Snapshot
 from mmprep.supervisor import desk as module
 from mmprep.supervisor.desk import Desk
 from mmprep.wire import messages
 from mmprep.wire.codec import PROTOCOL, pack, unpack
 from mmprep_frontend.supervision import SupervisorLink
+
+REPORT = ProcessReport(1, Snapshot([], [], []), {"inflight": 0})
 
 
 @pytest.fixture
@@ -24,7 +28,7 @@ async def hears(socket):
 
 
 def check(endpoint, main):
-    """Run ``main`` with a link of frontend 0, what that has forgotten, and the socket of a frontend 1 that was welcomed."""
+    """Run ``main`` with a link of frontend 0, what that has forgotten, the socket of a frontend 1 that was welcomed, and the desk."""
 
     async def run():
         context = zmq.asyncio.Context()
@@ -34,14 +38,14 @@ def check(endpoint, main):
         async def forget(cache):
             forgotten.append(cache)
 
-        link = SupervisorLink(zmq.Context(context), endpoint, 0, lambda: None, forget)
+        link = SupervisorLink(zmq.Context(context), endpoint, 0, lambda: REPORT, forget)
         other = context.socket(zmq.DEALER)
         other.linger = 0
         other.connect(endpoint)
         try:
             await other.send(pack(messages.Hello(PROTOCOL, "1", "frontend", "1", 1)))
             assert isinstance(await hears(other), messages.SupervisorWelcome)
-            await main(link, forgotten, other)
+            await main(link, forgotten, other, desk)
         finally:
             link.close()
             desk.close()
@@ -52,7 +56,7 @@ def check(endpoint, main):
 
 
 def test_a_cache_is_forgotten_when_every_frontend_has_said_so(endpoint):
-    async def main(link, forgotten, other):
+    async def main(link, forgotten, other, _desk):
         asking = asyncio.create_task(link.let_all_forget("media"))
         asked = await hears(other)
         assert asked.cache == "media"
@@ -67,7 +71,7 @@ def test_a_cache_is_forgotten_when_every_frontend_has_said_so(endpoint):
 def test_a_frontend_that_does_not_answer_is_not_passed_over(endpoint, monkeypatch):
     monkeypatch.setattr(module, "_FORGET_SECONDS", 0.05)
 
-    async def main(link, forgotten, other):
+    async def main(link, forgotten, other, _desk):
         with pytest.raises(ServiceUnavailable, match="not every frontend"):
             await link.let_all_forget("mm")
         late = await hears(other)
@@ -76,5 +80,22 @@ def test_a_frontend_that_does_not_answer_is_not_passed_over(endpoint, monkeypatc
         await other.send(pack(messages.Done((await hears(other)).call)))
         await asking
         assert forgotten == ["mm", "mm"]
+
+    check(endpoint, main)
+
+
+def test_a_frontend_hears_that_the_whole_service_is_ready_also_one_that_comes_later(endpoint):
+    async def main(link, _forgotten, other, desk):
+        beginning = asyncio.create_task(desk.begin())
+        assert await hears(other) == messages.StateChange(True, "")
+        await other.send_multipart([pack(messages.Report((await hears(other)).call)), msgspec.json.encode(REPORT)])
+        await beginning
+        asking = asyncio.create_task(link.let_all_forget("mm"))
+        await other.send(pack(messages.Done((await hears(other)).call)))
+        await asking
+        assert link.begun
+        await other.send(pack(messages.Hello(PROTOCOL, "1", "frontend", "1", 1)))
+        assert isinstance(await hears(other), messages.SupervisorWelcome)
+        assert await hears(other) == messages.StateChange(True, "")
 
     check(endpoint, main)

@@ -125,6 +125,8 @@ def test_who_reads_slowly_holds_nothing_of_the_ring_and_gets_what_was_there(serv
         ("/tokenize", {"prompt": "word " * 30_000}),
         ("/detokenize", {"tokens": [5, 6, 7]}),
         (CHAT, {"messages": user(text("hello"))}),
+        ("/leases/renew", {"backend_id": "engine", "leases": []}),
+        ("/reset_media_cache", {}),
     ],
 )
 def test_every_other_answer_is_the_same_too(service, path, body):
@@ -134,6 +136,18 @@ def test_every_other_answer_is_the_same_too(service, path, body):
         for request in one if isinstance(one, list) else [one]:
             request.pop("request_id", None)
     assert as_json(packed) == answer
+
+
+def test_what_is_queued_and_reset_is_told_in_it_too(service):
+    with Backend(service.endpoint, queue="engine") as backend:
+        answer = service.post(CHAT, {"messages": user(text("hello")), "queue": "engine"}, **PACKED)
+        assert (answer.status, answer.headers["Content-Type"]) == (202, "application/msgpack")
+        job = backend.pull()
+        assert msgpack.unpackb(answer.body) == {"request_id": job.id, "queue": "engine"}
+        job.ack()
+    answer = service.post("/reset_mm_cache", {}, **PACKED)
+    assert answer.headers["Content-Type"] == "application/msgpack"
+    assert msgpack.unpackb(answer.body).keys() == {"entries", "bytes"}
 
 
 def test_errors_are_json_whatever_is_accepted(service):

@@ -18,7 +18,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
-from http import HTTPStatus
 from typing import Final
 
 import msgspec
@@ -215,8 +214,6 @@ class _Edge:
                 )
                 made = await answer(body, caller)
                 rendered = made if isinstance(made, Rendered) else Rendered([made])
-                if rendered.status == HTTPStatus.ACCEPTED:
-                    return json_answer(b"".join(rendered.pieces()), rendered.status)
                 return await self._sender.send(request, rendered, caller)
 
         return handler

@@ -24,6 +24,7 @@ from mmprep_frontend.http.pinned import Pinned
 from mmprep_frontend.http.ports import Rendered
 from mmprep_frontend.injection.service import Injecting
 from mmprep_frontend.posting import once, post
+from mmprep_frontend.render.encodings import JSON
 from mmprep_frontend.render.explain import decode
 from mmprep_frontend.resets import Resets
 from mmprep_frontend.service import Form, RenderedChat, Service
@@ -124,13 +125,13 @@ class HttpDoor:
 
     async def inject(self, body: bytes, caller: Caller) -> bytes:
         work = self._injecting.inject(body, principal=caller.principal, held=caller.held)
-        return await self._counted("/inject", work)
+        return _encoded(await self._counted("/inject", work), caller)
 
     async def reset_mm_cache(self, body: bytes, caller: Caller) -> bytes:  # noqa: ARG002, the seam
-        return await self._counted("/reset_mm_cache", self._resets.mm_cache())
+        return _encoded(await self._counted("/reset_mm_cache", self._resets.mm_cache()), caller)
 
     async def reset_media_cache(self, body: bytes, caller: Caller) -> bytes:  # noqa: ARG002, the seam
-        return await self._counted("/reset_media_cache", self._resets.media_cache())
+        return _encoded(await self._counted("/reset_media_cache", self._resets.media_cache()), caller)
 
     async def metrics(self) -> bytes:
         return expose(_numbers(await self._collect()))
@@ -162,7 +163,8 @@ class HttpDoor:
     async def _render_chat(self, body: bytes, caller: Caller, form: Form) -> Rendered:
         chat, held = await self._service.chat(body, form=form, principal=caller.principal), caller.held
         if chat.request.queue is not None:
-            return Rendered([await self._post(chat, body, caller, form)], status=HTTPStatus.ACCEPTED)
+            posted = await self._post(chat, body, caller, form)
+            return Rendered([_encoded(posted, caller)], status=HTTPStatus.ACCEPTED)
         pinned = Pinned(self._service, chat)
         try:
             work = partial(encode_chat_answer, chat, self._service.served(), caller.request_id, caller.encoding)
@@ -213,6 +215,11 @@ class HttpDoor:
             seconds = time.monotonic() - started
             service.metrics.observe("mmprep_request_seconds", seconds, path=path)
             event(_log, logging.INFO, "request", path=path, outcome=outcome, ms=round(seconds * 1000, 3))
+
+
+def _encoded(answer: bytes, caller: Caller) -> bytes:
+    """Return a small answer, which is JSON for native clients, in the encoding that the caller wants."""
+    return answer if caller.encoding is JSON else caller.encoding.encode(msgspec.json.decode(answer))
 
 
 def _ids(request: LeaseRequest) -> tuple[bytes, ...]:

@@ -176,9 +176,11 @@ def _operation(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
         answer["content"][MSGPACK.media_type] = {"schema": {**form["schema"], "description": _PACKED}}
     responses = {"200": {"description": "the answer", **answer}}
     if operation.queued:
+        queued = _content(forms.Queued, schemas, JSON.media_type)
+        queued["content"][MSGPACK.media_type] = queued["content"][JSON.media_type]
         responses["202"] = {
             "description": "accepted; the result is a job in the queue that the request names",
-            **_content(forms.Queued, schemas, "application/json"),
+            **queued,
         }
     for status in sorted(operation.errors):
         responses[str(status)] = {

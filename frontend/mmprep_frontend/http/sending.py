@@ -62,8 +62,9 @@ class Sender:
     async def _sent(self, request: web.Request, rendered: Rendered, media_type: str) -> web.StreamResponse:
         size, unread = rendered.size, rendered.unread
         if size <= _SMALL and unread is None:
-            return web.Response(body=b"".join(rendered.pieces()), content_type=media_type)
-        answer = web.StreamResponse(headers={"Content-Type": media_type})
+            body = b"".join(rendered.pieces())
+            return web.Response(body=body, status=rendered.status, content_type=media_type)
+        answer = web.StreamResponse(status=rendered.status, headers={"Content-Type": media_type})
         answer.content_length = size
         self._sign(request, answer)
         sent = False

@@ -48,6 +48,8 @@ def run(arguments: list[str]) -> int:
         runs = [read_summary(Path(name)) for name in parsed.compare]
         _say_comparison(runs)
     else:
+        if parsed.target is None and parsed.runtime_dir is not None:
+            parsed.target = str(Path(parsed.runtime_dir).absolute())
         settings = _check(parsed)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runs = [runner.run(_measure(parsed, settings))]
@@ -66,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "target",
         nargs="?",
         help="http://host:port of any server with the same paths, or ipc://RUNTIME_DIR for the native client; default: "
-        "the native client, in the default runtime directory",
+        "the native client, in --runtime-dir or the default one",
     )
     what = made.add_argument_group("what is asked")
     what.add_argument(
@@ -124,7 +126,10 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--pid", type=_natural, action="append", default=[], help="process whose CPU time is the service's"
     )
-    made.add_argument("--runtime-dir", help="of the service, whose CPU time is told, where the target is a URL")
+    made.add_argument(
+        "--runtime-dir",
+        help="of the service: without a target that of the native client; with a URL of the service whose CPU time is told",
+    )
     made.add_argument("--name", help="of the run, for reports")
     made.add_argument("--output", help="file for the result as JSON")
     made.add_argument("--html", help="file for the report: one page with plots that needs nothing else")

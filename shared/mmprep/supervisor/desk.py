@@ -23,6 +23,7 @@ _COLLECT_SECONDS = 2.0
 _FORGET_SECONDS = 4.0
 _FRAME_LIMIT = 16 << 20
 _EMPTY = Snapshot([], [], [])
+_BEGUN = messages.StateChange(True, "")
 
 
 class Reporter(msgspec.Struct):
@@ -55,6 +56,7 @@ class Desk:
         self._reporters: dict[bytes, Reporter] = {}
         self._calls = CallTable()
         self._gone: list[Snapshot] = []
+        self._begun = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._pump = Pump(router(context, endpoint, frame_limit=_FRAME_LIMIT), self._on_message)
 
@@ -67,6 +69,13 @@ class Desk:
     def state(self, role: str, reporter_id: str) -> messages.StateChange | None:
         """Return what a process last said of itself."""
         return next((r.state for r in self._reporters.values() if (r.role, r.id) == (role, reporter_id)), None)
+
+    async def begin(self) -> None:
+        """Tell every process that the whole service is ready, and return when they have heard it or do not answer."""
+        self._begun = True
+        for reporter in list(self._reporters.values()):
+            self._send(reporter.identity, _BEGUN)
+        await self._collect()
 
     def gone(self, role: str, reporter_id: str) -> None:
         """A process has exited: keep what it had counted."""
@@ -165,6 +174,8 @@ class Desk:
             self.gone(hello.role, hello.id)  # a hello of the one before may have been read after its end
             self._reporters[identity] = Reporter(identity, hello.role, hello.id, state, _EMPTY)
         self._send(identity, messages.SupervisorWelcome(PROTOCOL))
+        if self._begun and identity in self._reporters:
+            self._send(identity, _BEGUN)
 
     def _changed(self, identity: bytes, change: messages.StateChange) -> None:
         reporter = self._reporters.get(identity)

@@ -176,7 +176,12 @@ class Supervisor:
                 self._failures[name] = 0
         if ready and not self._announced:
             self._announced = True
-            self._on_ready(self._port, self._runtime)
+            self._announcing = asyncio.create_task(self._announce())
+
+    async def _announce(self) -> None:
+        """Let ``/ready`` say so on every frontend, and then whoever has started the service."""
+        await self._desk.begin()
+        self._on_ready(self._port, self._runtime)
 
     def _fail(self, reason: str) -> None:
         if not self._stopping.is_set():

@@ -829,7 +829,10 @@ class Told(Wire, frozen=True):
 
 
 class StateChange(Wire, frozen=True):
-    """A process says whether it is ready, and if not, why; ``fatal`` says that it never will be."""
+    """A process says whether it is ready, and if not, why; ``fatal`` says that it never will be.
+
+    The supervisor says it of the whole service, once, when every process was ready for the first time.
+    """
 
     ready: bool
     reason: ShortText
@@ -843,4 +846,4 @@ class SupervisorWelcome(Wire, frozen=True):
 
 
 ToSupervisor: TypeAlias = Hello | Report | Ask | StateChange | Forget | Done
-FromSupervisor: TypeAlias = SupervisorWelcome | Refused | Collect | Told | Failed | Forget | Done
+FromSupervisor: TypeAlias = SupervisorWelcome | StateChange | Refused | Collect | Told | Failed | Forget | Done
