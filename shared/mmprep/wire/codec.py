@@ -19,7 +19,7 @@ import msgspec
 from mmprep.errors import ProtocolError
 
 #: The version of everything on the wire. Peers of different versions refuse each other in the handshake.
-PROTOCOL = 4
+PROTOCOL = 5
 
 #: The largest frame of a control socket, and the largest header frame of a bulk socket, in bytes.
 CONTROL_LIMIT = 64 * 1024

@@ -209,6 +209,10 @@ class Injected(Wire, frozen=True):
     replace: bool
 
 
+#: One item of an offer.
+Item: TypeAlias = Offered | Recalled | Injected
+
+
 class LeaseTo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """The answer's addresses are to be leased to a registered backend."""
 
@@ -227,7 +231,7 @@ class Offer(Wire, frozen=True):
     need: Need
     deadline_ms: Natural
     priority: int
-    items: Annotated[tuple[Offered | Recalled | Injected, ...], msgspec.Meta(min_length=1, max_length=MAX_ITEMS)]
+    items: Annotated[tuple[Item, ...], msgspec.Meta(min_length=1, max_length=MAX_ITEMS)]
     lease: LeaseTo | None = None
     traced: bool = False
 
@@ -457,11 +461,15 @@ class Once(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
 
 
 class Post(Wire, frozen=True):
-    """A frontend posts a job. Answered by :class:`Posted` or Failed. Frames: its content, in pieces of :data:`JOB_PIECE`.
+    """A frontend posts a job. Answered by :class:`Posted`, :class:`Unlike` or Failed. Frames: its content, in pieces of
+    :data:`JOB_PIECE`.
 
     The frontend keeps it until :class:`Finished`, and posts it to each writer that welcomes it meanwhile; ``again``: one
     has accepted it before. ``places`` are slots and generations of its tensors; the writer pins them. ``releases``: the offer
     whose pins end with it, as by :class:`Unpin`, unless it is refused.
+
+    ``items``: the job was made of what the frontend remembers of these, without an offer. They count as offered with the
+    job, which is taken where each is there: in its place, or, of a job without places, as a plan.
     """
 
     call: Call
@@ -475,6 +483,7 @@ class Post(Wire, frozen=True):
     once: Once | None = None
     again: bool = False
     releases: Call | None = None
+    items: Annotated[tuple[Offered, ...], msgspec.Meta(max_length=MAX_ITEMS)] = ()
 
 
 class Posted(Wire, frozen=True):
@@ -482,6 +491,12 @@ class Posted(Wire, frozen=True):
 
     call: Call
     job: JobId
+
+
+class Unlike(Wire, frozen=True):
+    """The job is not taken: what it was made of is not there, or not where it was. Its items are to be offered."""
+
+    call: Call
 
 
 class Finished(Wire, frozen=True):
@@ -525,7 +540,7 @@ class Delivery(Wire, frozen=True):
     """A job for this backend. Frames: its content. ``leases`` are views, one for each of the places it was posted with.
 
     ``left_ms``: until it is delivered again if it is not acknowledged. ``fault``: what has become of it instead, and then
-    it has no leases.
+    it has no leases. ``done``: the call of this backend that is answered by the way, as by :class:`Done`; 0: none.
     """
 
     token: Token
@@ -536,10 +551,11 @@ class Delivery(Wire, frozen=True):
     lease_ms: Natural
     leases: Annotated[tuple[LeaseId, ...], msgspec.Meta(max_length=MAX_ITEMS)]
     fault: Fault | None = None
+    done: Call = 0
 
 
 class Ack(Wire, frozen=True):
-    """The job is done. Answered by :class:`Done`, or by Failed where the delivery is over."""
+    """The job is done. Answered by :class:`Done`, by the next :class:`Delivery`, or by Failed where the delivery is over."""
 
     call: Call
     token: Token
@@ -588,6 +604,7 @@ FromWriter: TypeAlias = (
     | Cleared
     | Inspected
     | Posted
+    | Unlike
     | Finished
     | Kept
     | Delivery

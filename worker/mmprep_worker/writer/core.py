@@ -192,6 +192,7 @@ class WriterCore:
         self._jobs = Jobs(
             Queues(queue_limits, incarnation=ring.incarnation, declared=declared_queues),
             ring,
+            self._holds,
             self._leasing,
             metrics,
             peers=self.peers,
@@ -447,12 +448,14 @@ class WriterCore:
                 self._about_leases(peer, message, now)
 
     def _about_jobs(self, peer: Peer, message: JobMessage, frames: Sequence[bytes], now: float) -> None:
+        if isinstance(message, messages.Post) and message.items:
+            self.aliases.note(message.items)
+            self._supersede(message.items)
         answer = self._jobs.answer(peer, message, frames, now)
         if isinstance(message, messages.Post) and message.releases is not None:
             self._unpin(peer, message.releases)
-        if isinstance(message, messages.Ack | messages.GiveBack):
-            self._jobs.dispatch(now)  # before the answer: a backend that hears it has its next job already
-        self._send(peer, answer)
+        if answer is not None:
+            self._send(peer, answer)
 
     def _about_leases(self, peer: Peer, message: Any, now: float) -> None:
         answer = self._leasing.answer(peer, message, now)
@@ -526,7 +529,7 @@ class WriterCore:
             for position, key in enumerate(pending.keys):
                 if pending.answers[position] is None:
                     pending.answers[position] = self._holds.hit(pending, key)
-            self._supersede(offer)
+            self._supersede(offer.items)
             self._wait_for_misses(pending, offer, now)
         except errors.MmprepError:
             self._holds.let_go(pending)
@@ -537,9 +540,9 @@ class WriterCore:
         else:
             self._finish(pending, now)
 
-    def _supersede(self, offer: messages.Offer) -> None:
+    def _supersede(self, items: Iterable[messages.Item]) -> None:
         """Take out what was injected under the names that came with other content now; its own call may have pinned it."""
-        for item in offer.items:
+        for item in items:
             if isinstance(item, messages.Offered) and item.alias is not None and item.alias.injected is not None:
                 self._holds.forget(item.alias.injected)
 
