@@ -42,6 +42,8 @@ class WriterQueuesMachine(WriterCoreMachine):
         #: Deliveries that no backend has ended, by token: whose they are.
         self.delivered = {}
         self.outcome = None
+        #: Backends whose connection was lost: what was sent on it is theirs as long as their process lives.
+        self.cut_off = set()
 
     @initialize(spill=st.sampled_from([0, *SPILL_BYTES]), inline=st.sampled_from([0, *INLINE_BYTES]))
     def set_up(self, spill, inline):
@@ -122,32 +124,28 @@ class WriterQueuesMachine(WriterCoreMachine):
         assert {flight.id for flight in self.core.flights} == flights, "a post opened a flight"
         if known:
             assert isinstance(self.outcome, messages.Posted)
-        elif not there:
-            assert isinstance(self.outcome, messages.Unlike), "a job was taken whose items are elsewhere"
-        elif self.fit_together(places):
-            assert not isinstance(self.outcome, messages.Unlike), "a job was not taken whose items are there"
+        elif there is not None:
+            assert there != isinstance(self.outcome, messages.Unlike), "it was not looked where the items are"
         event(type(self.outcome).__name__ + (" by places" if places else " by plans"))
         if not isinstance(self.outcome, messages.Posted):
             assert self.core.ring.holders <= holders, "what was refused holds something"
             assert job in jobs or not self.core.queues.knows(job), "what was refused is there"
 
     def are_there(self, items, places):
-        """Whether each item is ready in one of the places, or, without any, known."""
-        ready = {
-            (0 if isinstance(entry, Spill) else entry.slot, entry.generation): entry.key
-            for entry in (*self.core.ring._directory, *self.core.ring.spills)
-            if entry.state is State.READY
-        }
-        keys = {item.key for item in items}
-        if not places:
-            return all(key in ready.values() or self.core.plans.get(key) is not None for key in keys)
-        return {ready.get(place) for place in places} == keys
+        """Whether each item would be found in one of the places, or, without any, is known; ``None``: not looked into.
 
-    def fit_together(self, places):
-        """Whether one call might pin all that is in these places."""
-        entries = [self.core.ring.at(*place) for place in set(places)]
-        inside = sum(entry.extent for entry in entries if entry is not None and not isinstance(entry, Spill))
-        return inside <= GEOMETRY.arena_capacity // 2
+        What does not fit into one call's part of the ring is looked for beside it.
+        """
+        keys = {item.key for item in items}
+        spills = {spill.key: spill for spill in self.core.ring.spills if spill.state is State.READY}
+        inside = {entry.key: entry for entry in self.core.ring._directory if entry.state is State.READY}
+        if not places:
+            return all(key in spills or key in inside or self.core.plans.get(key) is not None for key in keys)
+        if sum(inside[key].extent for key in keys if key in inside) > GEOMETRY.arena_capacity // 2:
+            return None
+        found = {key: (inside[key].slot, inside[key].generation) for key in keys if key in inside}
+        found |= {key: (0, spills[key].generation) for key in keys if key in spills and key not in inside}
+        return {found.get(key) for key in keys} == set(places)
 
     # -- Backends ----------------------------------------------------------------------------------------------------
 
@@ -204,6 +202,21 @@ class WriterQueuesMachine(WriterCoreMachine):
                 if isinstance(entry, Spill):
                     continue  # what is in it is looked at where somebody may read it
                 assert self.memory[entry.offset : entry.offset + entry.length] == medium.extent
+
+    def over(self, connection):
+        super().over(connection)
+        self.cut_off.add(connection.id)
+
+    def end_leases(self, owner):
+        super().end_leases(owner)
+        self.cut_off.discard(owner)
+
+    @invariant()
+    def the_leases_are_those_that_were_answered(self):
+        leases = {lease.lease_id: lease.owner for lease in self.core.ring.leases}
+        assert self.leases.keys() <= leases.keys()
+        for lease, owner in leases.items():
+            assert owner in self.cut_off or self.leases[lease][0] == owner
 
     def teardown(self):
         """Jobs that nobody takes end in their time, and hold nothing then."""

@@ -56,31 +56,35 @@ from mmprep_worker.writer.tasks import LaneState, Step, Tasks
 from mmprep_worker.writer.transfers import Transfer, Transfers
 
 #: What each role may send after its hello.
-_MAY_SEND: dict[str, tuple[type, ...]] = {
-    "frontend": (
-        messages.Offer,
-        messages.Cancel,
-        messages.Unpin,
-        messages.Repin,
-        messages.Reassert,
-        messages.Renew,
-        messages.Release,
-        messages.Clear,
-        messages.Post,
+_MAY_SEND: dict[str, frozenset[type]] = {
+    "frontend": frozenset(
+        {
+            messages.Offer,
+            messages.Cancel,
+            messages.Unpin,
+            messages.Repin,
+            messages.Reassert,
+            messages.Renew,
+            messages.Release,
+            messages.Clear,
+            messages.Post,
+        }
     ),
-    "backend": (
-        messages.Acquire,
-        messages.Reassert,
-        messages.Renew,
-        messages.Release,
-        messages.Upgrade,
-        messages.Retag,
-        messages.Pull,
-        messages.Holding,
-        messages.Ack,
-        messages.GiveBack,
+    "backend": frozenset(
+        {
+            messages.Acquire,
+            messages.Reassert,
+            messages.Renew,
+            messages.Release,
+            messages.Upgrade,
+            messages.Retag,
+            messages.Pull,
+            messages.Holding,
+            messages.Ack,
+            messages.GiveBack,
+        }
     ),
-    "control": (messages.Clear, messages.Inspect),
+    "control": frozenset({messages.Clear, messages.Inspect}),
 }
 
 #: Control processes that are remembered. They hold no process lock, so nothing tells when they are gone.
@@ -198,6 +202,16 @@ class WriterCore:
             peers=self.peers,
             out=self._out,
         )
+        #: Who takes what peers say; the others are about leases.
+        self._takers: dict[type, Callable[[Peer, Any, float], None]] = {
+            messages.Offer: self._offer,
+            messages.Unpin: lambda peer, unpin, _: self._unpin(peer, unpin.call),
+            messages.Cancel: self._cancel,
+            messages.Repin: self._repin,
+            messages.Clear: self._operate,
+            messages.Inspect: self._operate,
+            **dict.fromkeys((messages.Pull, messages.Holding, messages.Ack, messages.GiveBack), self._about_jobs),
+        }
         if self._awaited:
             self._tasks.paused = True
         else:
@@ -427,37 +441,31 @@ class WriterCore:
         self._out.append(Send(peer.identity, message, frames))
 
     def _from_peer(self, peer: Peer, message: Any, frames: Sequence[bytes], now: float) -> None:
-        if not isinstance(message, _MAY_SEND[peer.role]):
-            raise errors.InvalidRequest(f"a {peer.role} does not send a {type(message).__name__}")
-        match message:
-            case messages.Offer():
-                self._offer(peer, message, now)
-            case messages.Unpin():
-                self._unpin(peer, message.call)
-            case messages.Cancel():
-                self._cancel(peer, message.call, now)
-            case messages.Repin():
-                self._repin(peer, message)
-            case messages.Release() if peer.role == "frontend":
-                self._give_back(peer, message)
-            case messages.Clear() | messages.Inspect():
-                self._operate(peer, message)
-            case messages.Post() | messages.Pull() | messages.Holding() | messages.Ack() | messages.GiveBack():
-                self._about_jobs(peer, message, frames, now)
-            case _:
-                self._about_leases(peer, message, now)
+        kind = type(message)
+        if kind not in _MAY_SEND[peer.role]:
+            raise errors.InvalidRequest(f"a {peer.role} does not send a {kind.__name__}")
+        if kind is messages.Post:
+            self._post(peer, message, frames, now)
+        else:
+            self._takers.get(kind, self._about_leases)(peer, message, now)
 
-    def _about_jobs(self, peer: Peer, message: JobMessage, frames: Sequence[bytes], now: float) -> None:
-        if isinstance(message, messages.Post) and message.items:
-            self.aliases.note(message.items)
-            self._supersede(message.items)
-        answer = self._jobs.answer(peer, message, frames, now)
-        if isinstance(message, messages.Post) and message.releases is not None:
-            self._unpin(peer, message.releases)
+    def _post(self, peer: Peer, post: messages.Post, content: Sequence[bytes], now: float) -> None:
+        if post.items:
+            self.aliases.note(post.items)
+            self._supersede(post.items)
+        self._send(peer, self._jobs.post(peer, post, tuple(content), now))
+        if post.releases is not None:
+            self._unpin(peer, post.releases)
+
+    def _about_jobs(self, peer: Peer, message: JobMessage, now: float) -> None:
+        answer = self._jobs.answer(peer, message, now)
         if answer is not None:
             self._send(peer, answer)
 
     def _about_leases(self, peer: Peer, message: Any, now: float) -> None:
+        if isinstance(message, messages.Release) and peer.role == "frontend":
+            self._give_back(peer, message)
+            return
         answer = self._leasing.answer(peer, message, now)
         if answer is not None:
             self._send(peer, answer)
@@ -465,7 +473,7 @@ class WriterCore:
             self._heard_of(peer.role, peer.id)
             self._ask_about_overdue(peer)
 
-    def _operate(self, peer: Peer, message: messages.Clear | messages.Inspect) -> None:
+    def _operate(self, peer: Peer, message: messages.Clear | messages.Inspect, _: float) -> None:
         """Do what the operator asks."""
         if isinstance(message, messages.Inspect):
             self._send(peer, inspect(self.ring, message))
@@ -507,7 +515,7 @@ class WriterCore:
 
     # --- calls ----------------------------------------------------------------------------------------------------
 
-    def _repin(self, peer: Peer, message: messages.Repin) -> None:
+    def _repin(self, peer: Peer, message: messages.Repin, _: float) -> None:
         """Pin again what an answer of an earlier writer pinned; what is not there any more is passed over."""
         if message.call in peer.calls:
             raise errors.ProtocolError("the call's number is in use")
@@ -656,12 +664,13 @@ class WriterCore:
         self._send(pending.peer, messages.Failed(pending.number, messages.Fault.of(error)))
 
     def _unpin(self, peer: Peer, number: int) -> None:
+        """The frontend has let go of what a call's answer pinned."""
         pending = peer.calls.get(number)
         if pending is not None and pending.answered:
             self._drop(pending)
 
-    def _cancel(self, peer: Peer, number: int, now: float) -> None:
-        pending = peer.calls.get(number)
+    def _cancel(self, peer: Peer, message: messages.Cancel, now: float) -> None:
+        pending = peer.calls.get(message.call)
         if pending is not None:
             self._drop(pending)
             self._carry_out(self.flights.cancel(pending.call, now), now)

@@ -14,7 +14,7 @@ A part of the writer's state machine. Rules:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from mmprep import errors
@@ -29,8 +29,8 @@ from mmprep_worker.writer.holds import Holds
 from mmprep_worker.writer.leasing import Leasing
 from mmprep_worker.writer.state import Peer, Send
 
-#: Messages about jobs.
-JobMessage = messages.Post | messages.Pull | messages.Holding | messages.Ack | messages.GiveBack
+#: What backends say about jobs.
+JobMessage = messages.Pull | messages.Holding | messages.Ack | messages.GiveBack
 #: What metrics and the status call the queue before the lanes.
 MEDIA = "media"
 #: Seconds until a frontend is told of jobs that have ended, several at a time.
@@ -98,8 +98,8 @@ class Jobs:
         """Who pins something of the ring."""
         return {_holder(job) for job in self.queues.jobs if job.places}
 
-    def answer(self, peer: Peer, message: JobMessage, content: Sequence[bytes], now: float) -> Any:
-        """Do what a message about jobs asks for, and return its answer; ``None`` where a delivery has brought it.
+    def answer(self, peer: Peer, message: JobMessage, now: float) -> Any:
+        """Do what a backend asks for, and return the answer; ``None`` where a delivery has brought it.
 
         Raises
         ------
@@ -107,8 +107,12 @@ class Jobs:
             What the call is to be answered with.
         """
         match message:
-            case messages.Post():
-                return self._post(peer, message, tuple(content), now)
+            case messages.Ack():
+                self.queues.ack(peer.id, message.token, now)
+                return self._deliver_with(peer, message.call, now)
+            case messages.GiveBack():
+                self.queues.give_back(peer.id, message.token, now, failed=message.failed)
+                return self._deliver_with(peer, message.call, now)
             case messages.Pull():
                 if MEDIA in message.queues:
                     raise errors.InvalidRequest(f"{MEDIA!r} is not a queue of jobs; choose another name", param="queue")
@@ -117,12 +121,6 @@ class Jobs:
             case messages.Holding():
                 held = [Held(one.token, one.queue, one.job, one.attempt) for one in message.jobs]
                 return messages.Kept(message.call, tuple(self.queues.resume(peer.id, held, now)))
-            case messages.Ack():
-                self.queues.ack(peer.id, message.token, now)
-                return self._deliver_with(peer, message.call, now)
-            case messages.GiveBack():
-                self.queues.give_back(peer.id, message.token, now, failed=message.failed)
-                return self._deliver_with(peer, message.call, now)
         return messages.Done(message.call)
 
     def away(self, peer: Peer, now: float) -> None:
@@ -157,9 +155,16 @@ class Jobs:
 
     # --- posting --------------------------------------------------------------------------------------------------
 
-    def _post(
+    def post(
         self, peer: Peer, post: messages.Post, content: tuple[bytes, ...], now: float
     ) -> messages.Posted | messages.Unlike:
+        """Take a frontend's job and return the answer.
+
+        Raises
+        ------
+        MmprepError
+            Why it is not taken.
+        """
         if post.once is not None and (made := self.requests.find(post.once.key, post.once.body, now)) is not None:
             return messages.Posted(post.call, made)
         poster = (peer.id, peer.instance)
@@ -233,11 +238,7 @@ class Jobs:
         places, content = job.content
         try:
             # Whether a backend may get leases does not change between two of them, so the first decides for all.
-            leases = (
-                ()
-                if job.error
-                else tuple(self._leasing.grant(peer, slot, generation, "view", now) for slot, generation in places)
-            )
+            granted = [] if job.error else [self._leasing.grant(peer, *place, "view", now) for place in places]
         except errors.Busy:
             self.queues.put_off(delivery.token, now + _PAUSE_SECONDS, now)
             return
@@ -250,7 +251,7 @@ class Jobs:
             delivery.attempt,
             int((delivery.deadline - now) * 1000),
             self._leasing.milliseconds,
-            leases,
+            tuple(granted),
             job.error,
             self._done_with(peer),
         )
