@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any
 
 import msgspec
 import zmq
 
 import mmprep
-from mmprep import failpoints, layout
+from mmprep import failpoints
 from mmprep.card import ModelCard
-from mmprep.errors import Busy, DeadlineExceeded, MmprepError, NotFound, ServiceUnavailable, StaleAddress
+from mmprep.errors import DeadlineExceeded, MmprepError, NotFound, ServiceUnavailable
 from mmprep.holdings import Life
 from mmprep.process_lock import ProcessLock, holder
 from mmprep.registration import Mapping
@@ -30,13 +26,12 @@ from mmprep.wire import messages
 from mmprep.wire.calls import CallTable, WriterLostError, succeeded
 from mmprep.wire.codec import PROTOCOL, pack, unpack
 from mmprep.wire.configured import configure
+from mmprep.wire.frames import Frames
 from mmprep.wire.sockets import Link, Pump
+from mmprep_frontend.offered import Offered, Wanted
 from mmprep_frontend.offers import MOST_RESENDS, Action, Offers, Put, Say, Settle, Terms
-from mmprep_frontend.posts import Action as PostAction
-from mmprep_frontend.posts import Posts
-from mmprep_frontend.posts import Say as SayPost
-from mmprep_frontend.posts import Settle as SettledPost
-from mmprep_frontend.tensors import TensorLink, Tensors, TensorsLostError
+from mmprep_frontend.post_link import PostLink
+from mmprep_frontend.tensors import TensorLink, TensorsLostError
 
 _log = logging.getLogger("mmprep.dispatch")
 
@@ -45,177 +40,9 @@ _BULK_OUTBOX = 256 << 20
 _CALL_SECONDS = 10.0
 #: Numbers of these calls are above those of offers, which have the same connection.
 _FIRST_CALL = 1 << 47
-#: And of posts.
-_FIRST_POST = 1 << 46
-_REPLACED = "the worker was replaced while the answer was written; try again"
 _REFUSED = "the preprocessing worker has refused a message of this frontend"
 #: Seconds until a writer that does not know a living backend is asked again.
 _REGISTERS_SECONDS = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class OfferItem:
-    """One medium of a request, as the writer must know it.
-
-    Attributes
-    ----------
-    key: of the item, 32 bytes.
-    medium: the encoded bytes.
-    digest: of them, 32 bytes.
-    options: packed ItemOptions for the lane.
-    cost: estimated pixels.
-    alias: the caller's name for it, if any.
-    """
-
-    key: bytes
-    modality: str
-    medium: bytes | memoryview
-    digest: bytes
-    options: bytes
-    cost: int
-    alias: messages.Alias | None = None
-
-    def offered(self) -> messages.Offered:
-        """Return what the writer is told of it."""
-        return messages.Offered(self.key, self.modality, self.cost, len(self.medium), self.alias)
-
-
-@dataclass(frozen=True, slots=True)
-class InjectedItem:
-    """One item that was processed elsewhere.
-
-    Attributes
-    ----------
-    key: made of its name, 32 bytes.
-    medium: the packed item.
-    digest: of that, 32 bytes.
-    cost: estimated pixels.
-    alias: what its name is as a ``uuid``, 32 bytes.
-    replace: whether it takes the place of what is there.
-    """
-
-    key: bytes
-    modality: str
-    medium: bytes | memoryview
-    digest: bytes
-    cost: int
-    alias: bytes
-    replace: bool = False
-    options: bytes = b""
-
-    def offered(self) -> messages.Injected:
-        """Return what the writer is told of it."""
-        return messages.Injected(self.key, self.modality, self.cost, len(self.medium), self.alias, self.replace)
-
-
-#: One item of an offer.
-Wanted: TypeAlias = OfferItem | InjectedItem | messages.Recalled
-
-
-class Offered:
-    """An offer's answer; a context manager that lets go of what it pinned.
-
-    Attributes
-    ----------
-    token: of the offer.
-    items: one answer an item, in the offer's order.
-    mapping: the ring, in which the places of this answer lie that are not in a spill.
-    lease_ms: how long granted leases hold.
-    leased_to: the backend that has leases on the items, or ``None``: they are pinned.
-    """
-
-    def __init__(self, link: WriterLink, token: int, answer: messages.Answer, items: Sequence[Any]) -> None:
-        self.items: Sequence[messages.ItemAnswer] = items
-        mapping = link.mapping
-        assert mapping is not None
-        self.mapping = mapping
-        self.lease_ms = answer.lease_ms
-        self.leased_to = answer.leased_to
-        self._link = link
-        self.token = token
-        self._tensors = Tensors(mapping)
-
-    async def fetch(self, link: TensorLink) -> None:
-        """Get the tensors that found no shared memory, and let the writer forget them where nothing else is held."""
-        if any(item.fault is not None for item in self.items):
-            return  # the writer keeps nothing for a call that has failed
-        fetched = await link.fetch(self.items)
-        if fetched:
-            failpoints.reach("frontend.fetched")
-        self._tensors.add(fetched)
-        if fetched and self.leased_to is not None:
-            self._link.unpin(self.token)
-
-    def region(self, item: messages.ItemAnswer) -> memoryview:
-        """Return an item's tensors as they lie there, kept until :meth:`release`; may be read on any thread.
-
-        Raises
-        ------
-        ServiceUnavailable
-            The writer was replaced before they were read.
-        """
-        try:
-            return self._tensors.region(item)
-        except StaleAddress:
-            raise ServiceUnavailable(_REPLACED, retry_after=1.0) from None
-
-    def nbytes(self, item: messages.ItemAnswer) -> int:
-        """Return about how many bytes :meth:`region` has; nothing is mapped for it."""
-        return self._tensors.nbytes(item)
-
-    def check(self) -> None:
-        """Check, after the regions were read, that they were what they should be.
-
-        A pin that a writer knows keeps them. This is for one that it could not be told of.
-
-        Raises
-        ------
-        ServiceUnavailable
-            The writer was replaced, and what was read may be something else.
-        """
-        buffer, geometry = self.mapping.segment.buffer, self.mapping.geometry
-        for item in self.items:
-            if item.spill is not None:  # written once; mapped, it stays as it is
-                continue
-            start = geometry.record_offset(item.slot)
-            try:
-                record = layout.unpack_record(buffer[start : start + layout.RECORD_SIZE], item.slot, geometry)
-            except ValueError:
-                record = None
-            if item.length and (record is None or record.generation != item.generation):
-                raise ServiceUnavailable(_REPLACED)
-
-    def release(self) -> None:
-        """Let go; again is no error."""
-        self._tensors.close()
-        failpoints.reach("frontend.unpin.before")
-        self._link.unpin(self.token)
-        failpoints.reach("frontend.unpin.after")
-
-    def give_back(self) -> None:
-        """Let go, also of leases: the answer will not reach anybody."""
-        self.release()
-        give_leases_back = self.lease_return()
-        if give_leases_back is not None:
-            give_leases_back()
-
-    def lease_return(self) -> Callable[[], None] | None:
-        """Return what gives the leases back where the answer turns out to have reached nobody; ``None`` without leases.
-
-        It may be called on a mere suspicion: a backend that has taken them up keeps them.
-        """
-        leases = tuple(item.lease for item in self.items if item.lease is not None)
-        if self.leased_to is None or not leases:
-            return None
-        return partial(self._link.release_soon, self.leased_to, leases)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.release()
 
 
 class WriterLink:
@@ -262,10 +89,8 @@ class WriterLink:
         self._hasher = hasher
         self._on_card = on_card
         self._offers = Offers()
-        self._posts = Posts(queue_size, first=_FIRST_POST)
-        #: Who waits for a post's outcome, by its token, and the token of the offer that pins what it needs.
-        self._posting: dict[int, tuple[int | None, asyncio.Future[str]]] = {}
-        self._post_again: asyncio.TimerHandle | None = None
+        #: Its jobs for queues.
+        self.jobs = PostLink(self._send, self._offers, queue_size)
         self._waiting: dict[int, tuple[Sequence[Wanted], asyncio.Future[Offered]]] = {}
         self._calls = CallTable(first=_FIRST_CALL)
         self._back = asyncio.Event()
@@ -294,9 +119,7 @@ class WriterLink:
         self._bulk.close()
         self._tensors.close()
         self._carry_out(self._offers.fail_all(ServiceUnavailable("the service is stopping")))
-        self._carry_out_posts(self._posts.fail_all(ServiceUnavailable("the service is stopping")))
-        if self._post_again is not None:
-            self._post_again.cancel()
+        self.jobs.close(ServiceUnavailable("the service is stopping"))
         self._calls.fail_all(ServiceUnavailable, "the service is stopping")
         if self.mapping is not None:
             self.mapping.segment.close()
@@ -384,58 +207,6 @@ class WriterLink:
         finally:
             del self._waiting[token]
 
-    async def post(
-        self,
-        post: messages.Post,
-        content: Sequence[bytes],
-        *,
-        offered: Offered | None,
-        expires: float,
-        deadline: float,
-    ) -> str:
-        """Post a job to a queue; return its id, or that of the job which an equal request has become.
-
-        Parameters
-        ----------
-        post:
-            With a fresh id. What its places name must be pinned until this returns.
-        content:
-            Its frames.
-        offered:
-            What pins it; lets go when the job is accepted.
-        expires, deadline:
-            When it must have been taken, and when it must have been accepted, by the loop's clock.
-
-        Raises
-        ------
-        MmprepError
-            It was not accepted; DeadlineExceeded: not within the time.
-        """
-        try:
-            async with asyncio.timeout_at(deadline):
-                while True:
-                    try:
-                        return await self._post_once(post, content, None if offered is None else offered.token, expires)
-                    except ServiceUnavailable as error:
-                        if error.retry_after is None:
-                            raise
-                        await asyncio.sleep(error.retry_after)  # a writer that takes over hears of older jobs first
-        except TimeoutError:
-            raise DeadlineExceeded("the request's time was over before its job was accepted") from None
-
-    async def _post_once(self, post: messages.Post, content: Sequence[bytes], offer: int | None, expires: float) -> str:
-        loop = asyncio.get_running_loop()
-        token, actions = self._posts.post(post, content, expires, loop.time())
-        future: asyncio.Future[str] = loop.create_future()
-        self._posting[token] = offer, future
-        try:
-            self._carry_out_posts(actions)
-            failpoints.reach("frontend.post.sent")
-            return await future
-        finally:
-            del self._posting[token]
-            self._posts.give_up(token)
-
     def unpin(self, token: int) -> None:
         """Let go of what an offer's answer pinned."""
         self._carry_out(self._offers.release(token))
@@ -487,10 +258,10 @@ class WriterLink:
     def _on_down(self) -> None:
         self.warm, self.cold = False, None
         self._offers.down()
-        self._posts.down()
+        self.jobs.down()
         self._calls.fail_all(WriterLostError, "the writer went away; try again")
 
-    def _on_message(self, frames: list[Any]) -> None:  # noqa: C901 -- a line for each message
+    def _on_message(self, frames: list[Any]) -> None:
         message = unpack(frames[0], messages.FromWriter)
         match message:
             case messages.Answer():
@@ -503,10 +274,8 @@ class WriterLink:
             case messages.Done() | messages.Renewed() | messages.Cleared():
                 self._calls.resolve(message.call, message)
                 self._offers.heard(message.call)
-            case messages.Posted():
-                self._carry_out_posts(self._posts.posted(message.call, message.job))
-            case messages.Finished():
-                self._carry_out_posts(self._posts.finished(message.jobs))
+            case messages.Posted() | messages.Unlike() | messages.Finished():
+                self.jobs.heard(message)
             case messages.Refused():
                 self._refused(message)
             case messages.WriterWelcome():
@@ -519,7 +288,7 @@ class WriterLink:
     def _failed(self, call: int, error: MmprepError) -> None:
         self._calls.resolve(call, error)
         self._carry_out(self._offers.failed(call, error))
-        self._carry_out_posts(self._posts.failed(call, error, asyncio.get_running_loop().time()))
+        self.jobs.failed(call, error)
 
     def _answered(self, answer: messages.Answer, frames: list[bytes]) -> None:
         failpoints.reach("frontend.answer.received")
@@ -537,7 +306,7 @@ class WriterLink:
         """
         _log.error("the writer has refused a message of this frontend: %s", refused.fault.message)
         self._carry_out(self._offers.fail_all(ServiceUnavailable(_REFUSED)))
-        self._carry_out_posts(self._posts.refused(ServiceUnavailable(_REFUSED)))
+        self.jobs.refused(ServiceUnavailable(_REFUSED))
         self._calls.fail_all(ServiceUnavailable, _REFUSED)
         self._link.reopen()
 
@@ -552,7 +321,7 @@ class WriterLink:
                 return
         self._calls.fail_all(WriterLostError, "the writer has begun anew; try again")
         # Before the word that this was all: what the jobs hold is pinned before anything is granted.
-        self._carry_out_posts(self._posts.welcomed(asyncio.get_running_loop().time()))
+        self.jobs.welcomed()
         self._carry_out(self._offers.welcomed(life, asyncio.get_running_loop().time()))
         self._back.set()
         if welcome.card:
@@ -561,6 +330,9 @@ class WriterLink:
     def _got_card(self, packed: bytes) -> None:
         self.warm, self.cold = True, None
         self._on_card(msgspec.msgpack.decode(packed, type=ModelCard))
+
+    def _send(self, frames: Frames) -> None:
+        self._link.send(frames)
 
     # --- actions --------------------------------------------------------------------------------------------------
 
@@ -573,41 +345,6 @@ class WriterLink:
                     self._put(action)
                 case Settle():
                     self._settle(action)
-
-    def _carry_out_posts(self, actions: list[PostAction]) -> None:
-        for action in actions:
-            if isinstance(action, SayPost):
-                self._say_post(action)
-            else:
-                self._settle_post(action)
-        wake_at, loop = self._posts.wake_at, asyncio.get_running_loop()
-        if wake_at < math.inf and self._post_again is None:
-            self._post_again = loop.call_at(wake_at, self._post_due)
-
-    def _settle_post(self, settle: SettledPost) -> None:
-        offer, future = self._posting.get(settle.token, (None, None))
-        if offer is not None and not isinstance(settle.outcome, MmprepError):
-            self._offers.cancel_silently(offer)  # the writer has let go, with the job, of what it pinned
-        if future is None or future.done():
-            return
-        if isinstance(settle.outcome, MmprepError):
-            future.set_exception(settle.outcome)
-        else:
-            future.set_result(settle.outcome)
-
-    def _say_post(self, say: SayPost) -> None:
-        message, (offer, _) = say.message, self._posting.get(say.token, (None, None))
-        if offer is not None:
-            message = msgspec.structs.replace(message, releases=self._offers.number(offer))
-        try:
-            self._link.send([pack(message), *say.content])
-        except Busy as error:  # the writer does not read at the moment
-            now = asyncio.get_running_loop().time()
-            self._carry_out_posts(self._posts.failed(message.call, error, now))
-
-    def _post_due(self) -> None:
-        self._post_again = None
-        self._carry_out_posts(self._posts.tick(asyncio.get_running_loop().time()))
 
     def _put(self, put: Put) -> None:
         waiting = self._waiting.get(put.token)

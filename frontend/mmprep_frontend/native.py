@@ -32,9 +32,10 @@ from mmprep_frontend.caller import ANONYMOUS
 from mmprep_frontend.injection.service import Injecting
 from mmprep_frontend.posting import once, post, request_of
 from mmprep_frontend.render.answer import new_request_id
+from mmprep_frontend.rendered import RenderedChat, RenderedItem
 from mmprep_frontend.resets import Resets
 from mmprep_frontend.room import Held, Room
-from mmprep_frontend.service import RenderedChat, RenderedItem, Service
+from mmprep_frontend.service import Service
 from mmprep_frontend.texts import Texts
 from mmprep_frontend.tracing.context import read_parent
 from mmprep_frontend.tracing.spans import Exporter, tracing

@@ -47,7 +47,7 @@ Action: TypeAlias = Say | Put | Settle
 class Terms(NamedTuple):
     """What is offered, and how; ``deadline`` in the caller's seconds, ``traced``: answers are to say when."""
 
-    items: tuple[messages.Offered | messages.Recalled | messages.Injected, ...]
+    items: tuple[messages.Item, ...]
     need: messages.Need
     priority: int
     lease: messages.LeaseTo | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import msgspec
@@ -12,8 +13,10 @@ from mmprep.job_content import JobContent
 from mmprep.result import HeadItem, Place, ids_to_bytes
 from mmprep.wire import messages
 from mmprep_frontend.model import ServedModel
+from mmprep_frontend.posts import ItemsMovedError
 from mmprep_frontend.render.answer import generate_request, new_request_id
-from mmprep_frontend.service import RenderedChat, RenderedItem, Service, now
+from mmprep_frontend.rendered import RenderedChat, RenderedItem
+from mmprep_frontend.service import Service, now
 
 _HASHER = Hasher("blake3")
 _NO_ROOM = (
@@ -65,29 +68,37 @@ async def post(
     """
     queue = chat.request.queue
     assert queue is not None, "the request names no queue"
+    deadline_ms = chat.request.deadline_ms
+    expires = now() + expiry if deadline_ms is None else chat.arrived + deadline_ms / 1000
+    job = messages.Post(0, new_request_id(prefix), queue, sender, chat.request.priority or 0, 0, 0, (), same)
     try:
-        deadline_ms = chat.request.deadline_ms
-        expires = now() + expiry if deadline_ms is None else chat.arrived + deadline_ms / 1000
-        job_id = new_request_id(prefix)
+        job_id = await _post(service, chat, job, expires)
+    except ItemsMovedError:
+        assert chat.unasked is not None, "a job was looked at that brought no items"
+        job_id = await _post(service, await chat.unasked.ask(), job, expires)
+    return msgspec.json.encode({"request_id": job_id, "queue": queue})
+
+
+async def _post(service: Service, chat: RenderedChat, job: messages.Post, expires: float) -> str:
+    """Post a chat as ``job``, which lacks what depends on its items; return the job's id."""
+    try:
         items = [_item(item, *placed) for item, placed in zip(chat.in_order(), _ranges(chat), strict=True)]
-        content = _content(chat, service.served(), job_id, items)
-        asked = messages.Post(
-            0,
-            job_id,
-            queue,
-            sender,
-            chat.request.priority or 0,
-            len(chat.expanded.token_ids),
-            0,
-            tuple((item.place.slot, item.place.generation) for item in items if item.place is not None),
-            same,
+        content = _content(chat, service.served(), job.job, items)
+        asked = msgspec.structs.replace(
+            job,
+            cost=len(chat.expanded.token_ids),
+            places=tuple((item.place.slot, item.place.generation) for item in items if item.place is not None),
+            items=() if chat.unasked is None else tuple(chat.unasked.items),
         )
-        job_id = await service.writer.post(
+        started = time.monotonic()
+        job_id = await service.writer.jobs.post(
             asked, content.pieces(), offered=chat.offered, expires=expires, deadline=chat.deadline
         )
+        if chat.unasked is not None:
+            service.found(chat, started)
+        return job_id
     finally:
         chat.release()
-    return msgspec.json.encode({"request_id": job_id, "queue": queue})
 
 
 def _ranges(chat: RenderedChat) -> list[tuple[int, int]]:
@@ -122,7 +133,7 @@ def request_of(chat: RenderedChat, model: ServedModel, request_id: str) -> bytes
 
 
 def _content(chat: RenderedChat, model: ServedModel, job_id: str, items: Sequence[HeadItem]) -> JobContent:
-    mapping = chat.offered.mapping if chat.offered is not None else None
+    mapping = chat.ring
     return JobContent(
         request_of(chat, model, job_id),
         ids_to_bytes(chat.expanded.token_ids),

@@ -6,6 +6,7 @@ takes it for what it is, the next one in a line takes the job up. A job is lost 
 together.
 
 Whoever posts gets one outcome: the id of the job, or an error. What was accepted is kept whatever happens to him then.
+A job that brings its items is looked at by the writer before it is accepted; then its places are as good as any other's.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ from typing import NamedTuple, TypeAlias
 
 import msgspec
 
-from mmprep.errors import Busy, MmprepError
+from mmprep.errors import Busy, MmprepError, ServiceUnavailable
 from mmprep.wire import messages
 
 #: Jobs that are kept.
 MOST_JOBS = 65_536
 #: Seconds until a job that the writer has no room for is posted again. One that it had accepted is never given up.
 AGAIN_SECONDS = 0.5
+
+
+class ItemsMovedError(ServiceUnavailable):
+    """The items that a job brings are not where it says, so it was not posted."""
 
 
 class Say(NamedTuple):
@@ -164,6 +169,14 @@ class Posts:
         self._forget(kept)
         return self._settle(kept, error)
 
+    def unlike(self, number: int) -> list[Action]:
+        """The items of a job are not where it says."""
+        kept = self._by_number.pop(number, None)
+        if kept is None:
+            return []
+        self._forget(kept)
+        return self._settle(kept, ItemsMovedError("the job's items are not where they were"))
+
     def finished(self, job_ids: Sequence[str]) -> list[Action]:
         """These jobs have ended."""
         actions: list[Action] = []
@@ -205,6 +218,8 @@ class Posts:
         self._by_number[kept.number] = kept
         left = max(0, int((kept.expires - now) * 1000))
         post = msgspec.structs.replace(kept.post, call=kept.number, expires_ms=left, again=kept.accepted)
+        if kept.accepted:
+            post = msgspec.structs.replace(post, items=())
         return [Say(post, kept.content, kept.token)]
 
     def _forget(self, kept: _Kept) -> None:

@@ -9,32 +9,30 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from contextvars import copy_context
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, TypeAlias, TypeVar
-
-import numpy as np
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from mmprep.arguments import choose
-from mmprep.card import Io
 from mmprep.digest import Hasher
 from mmprep.errors import DeadlineExceeded, InternalError, InvalidRequest, NotFound, ServiceUnavailable
-from mmprep.items import ItemMeta, unpack_meta
+from mmprep.items import unpack_meta
 from mmprep.keys import item_key
 from mmprep.metrics import Metrics
-from mmprep.wire.messages import ItemAnswer, LeaseTo, Need, Recalled
+from mmprep.wire.messages import ItemAnswer, LeaseTo, Recalled
 from mmprep_frontend.caller import ANONYMOUS
-from mmprep_frontend.dispatch import Offered, OfferItem, WriterLink
+from mmprep_frontend.dispatch import WriterLink
+from mmprep_frontend.known import KnownItems
 from mmprep_frontend.media.embeddings import embedded_item
 from mmprep_frontend.media.intake import SMALL, TINY, Intake, Medium, Source, at_hand, first_error, size
 from mmprep_frontend.media.keys import scope, variant
 from mmprep_frontend.model import ServedModel
+from mmprep_frontend.offered import Offered, OfferItem
 from mmprep_frontend.render.answer import check_length
-from mmprep_frontend.render.conversation import Conversation, MediaPart
+from mmprep_frontend.render.conversation import MediaPart
 from mmprep_frontend.render.expansion import Expanded, expand
 from mmprep_frontend.render.messages import read_messages
 from mmprep_frontend.render.places import Asked
@@ -43,6 +41,7 @@ from mmprep_frontend.render.responses import read_responses
 from mmprep_frontend.render.sampling import check_wanted
 from mmprep_frontend.render.tokens import EncodedPrompt
 from mmprep_frontend.render.truncation import truncate, truncate_offsets
+from mmprep_frontend.rendered import RenderedChat, RenderedItem, Terms, Unasked, Walked
 from mmprep_frontend.tracing.spans import current, record, record_lookup, recording
 from mmprep_frontend.wanted import check_injected, key_of, recalled_within, wanted
 
@@ -56,127 +55,20 @@ Form: TypeAlias = Literal["chat", "messages", "responses"]
 _LARGE_BODY = 256 * 1024
 #: Ids up to which an answer is encoded on the loop.
 _FEW_IDS = 16_384
+#: Bytes of what is remembered of items.
+_KNOWN_BYTES = 16 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class RenderedItem:
-    """One medium of a rendered chat."""
+class _Rendering(NamedTuple):
+    """All that a chat is rendered of but its items; the times by the loop's clock."""
 
-    part: MediaPart
-    key: bytes
-    answer: ItemAnswer
-    meta: ItemMeta
-    #: The tensors of a medium that came embedded; they were never with the writer.
-    own: memoryview | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """How a request wants its items.
-
-    Attributes
-    ----------
-    need: tensors, or only plans.
-    lease: to whom the addresses are to be leased; else they are pinned.
-    dtype: of the main tensors, or ``auto``.
-    io: how media are read, by modality.
-    kwargs: how they are processed, by modality, from :func:`mmprep.arguments.choose`.
-    scope: the name space of the items' keys.
-    priority: lower is more urgent.
-    deadline: by the loop's clock.
-    """
-
-    need: Need
-    lease: LeaseTo | None
-    dtype: str
-    io: Mapping[str, Io]
-    kwargs: Mapping[str, bytes]
-    scope: bytes
-    priority: int
-    deadline: float
-
-
-@dataclass(frozen=True, slots=True)
-class Walked:
-    """A request's conversation, the bytes of its JSON beside its media, the name space of its keys, and how its media are
-    processed, by modality.
-    """
-
-    conversation: Conversation
-    nbytes: int
-    scope: bytes
-    kwargs: Mapping[str, bytes]
-
-
-@dataclass(slots=True)
-class RenderedChat:
-    """A rendered chat; its items may be pinned or leased: see ``offered``."""
-
-    request: ChatRequest
+    model: ServedModel
+    asked: Asked
+    walked: Walked
     prompt: EncodedPrompt
-    expanded: Expanded
-    offsets: Sequence[tuple[int, int]] | None = None
-    items: list[RenderedItem] = field(default_factory=list)
-    offered: Offered | None = None
-    #: When the request came, and when its time is over, by the loop's clock.
-    arrived: float = 0.0
-    deadline: float = 0.0
-
-    def in_order(self) -> list[RenderedItem]:
-        """Return the items in the order of the prompt's ranges."""
-        waiting: dict[str, list[RenderedItem]] = {}
-        for item in self.items:
-            waiting.setdefault(item.part.modality, []).append(item)
-        queues = {modality: iter(items) for modality, items in waiting.items()}
-        return [next(queues[placed.modality]) for placed in self.expanded.ranges]
-
-    def region(self, item: RenderedItem) -> memoryview:
-        """Return an item's tensors as they lie in the ring; pinned until the chat is released."""
-        if item.own is not None:
-            return item.own
-        assert self.offered is not None
-        return self.offered.region(item.answer)
-
-    def borrows(self, item: RenderedItem) -> bool:
-        """Whether :meth:`region` is memory that only the pins keep."""
-        return not item.answer.inline and item.own is None
-
-    def kept_region(self, item: RenderedItem) -> memoryview:
-        """Return an item's tensors as memory that outlives the pins: those in a segment are copied."""
-        region = self.region(item)
-        if not self.borrows(item):
-            return region
-        # Not bytes(): this copy lets other threads run.
-        return np.frombuffer(region, np.uint8).copy().data
-
-    def travels(self, item: RenderedItem) -> bool:
-        """Whether an item's tensors travel in the answer itself: as asked for, or since they are in no shared memory."""
-        if self.request.payload == "none":
-            return False
-        return self.request.payload == "tensors" or bool(item.answer.inline) or item.own is not None
-
-    def inline_bytes(self) -> int:
-        """Return about how many bytes of tensors travel in the answer itself."""
-        return sum(self._nbytes(item) for item in self.items if self.travels(item))
-
-    def _nbytes(self, item: RenderedItem) -> int:
-        if item.own is not None:
-            return len(item.own)
-        return 0 if self.offered is None else self.offered.nbytes(item.answer)
-
-    def release(self) -> None:
-        """Let go of what is pinned."""
-        if self.offered is not None:
-            self.offered.release()
-
-    def give_back(self) -> None:
-        """Let go, also of leases: the answer will not reach anybody."""
-        if self.offered is not None:
-            self.offered.give_back()
-
-    def lease_return(self) -> Callable[[], None] | None:
-        """Return what gives the leases back where the answer turns out to have reached nobody; ``None`` without leases."""
-        return None if self.offered is None else self.offered.lease_return()
+    media: Sequence[Medium | None]
+    arrived: float
+    deadline: float
 
 
 class Service:
@@ -234,6 +126,7 @@ class Service:
         self.trusts_kwargs = trusts_kwargs
         self.trusts_templates = trusts_templates
         self._injection = injection
+        self._known = KnownItems(_KNOWN_BYTES)
 
     async def on_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         """Return what ``work`` returns on a thread; awaits its end also when cancelled.
@@ -295,9 +188,9 @@ class Service:
             deadline = self.deadline(arrived, request.deadline_ms)
             await self.prepare(model, request, deadline)
             walked = self.walk(model, request, body, principal)
-            chat = await self._render(model, request, walked, attachments, deadline)
-            chat.arrived, chat.deadline = arrived, deadline
-            return chat
+            prompt, media = await self._prompt_and_media(model, request, walked, attachments, deadline)
+            rendering = _Rendering(model, asked, walked, prompt, media, arrived, deadline)
+            return self._from_memory(rendering) or await self._render(rendering)
 
     def _read(self, model: ServedModel, body: Body, form: Form) -> Asked:
         trusted, templates = self.trusts_kwargs, self.trusts_templates
@@ -324,21 +217,34 @@ class Service:
         kwargs = choose(model.card.arguments, request.mm_processor_kwargs or {}, modalities)
         return Walked(conversation, nbytes, scope(principal, request.cache_salt), kwargs)
 
-    async def _render(
-        self,
-        model: ServedModel,
-        request: ChatRequest,
-        walked: Walked,
-        attachments: Sequence[memoryview],
-        deadline: float,
-    ) -> RenderedChat:
-        prompt, media = await self._prompt_and_media(model, request, walked, attachments, deadline)
-        how = model.truncation(request)
+    async def _render(self, rendering: _Rendering) -> RenderedChat:
+        media, terms = rendering.media, self._terms(rendering)
         if not media:
-            expanded = truncate(expand(prompt.token_ids, prompt.placeholders, {}), how)
-            check_length(len(expanded.token_ids), model.max_model_len)
-            return RenderedChat(request, prompt, expanded, truncate_offsets(prompt.offsets, how))
-        terms = Terms(
+            return self._rendered(rendering, [])
+        offered, items = await self._all_items(rendering.model, rendering.walked.conversation.media, media, terms)
+        try:
+            chat = self._rendered(rendering, items)
+        except BaseException:
+            if offered is not None:
+                offered.give_back()
+            raise
+        chat.offered = offered
+        return chat
+
+    def _rendered(self, rendering: _Rendering, items: list[RenderedItem]) -> RenderedChat:
+        model, request, prompt = rendering.model, rendering.asked.request, rendering.prompt
+        how = model.truncation(request)
+        whole = self._expand(prompt, items) if items else expand(prompt.token_ids, prompt.placeholders, {})
+        expanded = truncate(whole, how)
+        check_length(len(expanded.token_ids), model.max_model_len)
+        offsets = None if items else truncate_offsets(prompt.offsets, how)
+        return RenderedChat(
+            request, prompt, expanded, offsets, items, arrived=rendering.arrived, deadline=rendering.deadline
+        )
+
+    def _terms(self, rendering: _Rendering) -> Terms:
+        request, walked = rendering.asked.request, rendering.walked
+        return Terms(
             need="plan" if request.payload == "none" else "tensors",
             lease=_lease(request),
             dtype=request.mm_dtype or self._tensor_dtype,
@@ -346,17 +252,47 @@ class Service:
             kwargs=walked.kwargs,
             scope=walked.scope,
             priority=request.priority or 0,
-            deadline=deadline,
+            deadline=rendering.deadline,
         )
-        offered, items = await self._all_items(model, walked.conversation.media, media, terms)
-        try:
-            expanded = truncate(self._expand(prompt, items), how)
-            check_length(len(expanded.token_ids), model.max_model_len)
-        except BaseException:
-            if offered is not None:
-                offered.give_back()
-            raise
-        return RenderedChat(request, prompt, expanded, items=items, offered=offered)
+
+    # --- from memory ----------------------------------------------------------------------------------------------
+
+    def _from_memory(self, rendering: _Rendering) -> RenderedChat | None:
+        """Render a chat for a queue of what is remembered of its items; ``None`` where that is not enough."""
+        parts, ring = rendering.walked.conversation.media, self.writer.mapping
+        media = [medium for medium in rendering.media if medium is not None]
+        if rendering.asked.request.queue is None or ring is None or not media or len(media) < len(parts):
+            return None
+        if any(part.grid is not None for part in parts):
+            return None
+        terms = self._terms(rendering)
+        asked = [self._wanted(rendering.model, *one, terms) for one in zip(parts, media, strict=True)]
+        items, offered = [], []
+        for part, item in zip(parts, asked, strict=True):
+            known = self._known.get(item.key, terms.need, ring.epoch) if isinstance(item, OfferItem) else None
+            if known is None or isinstance(item, Recalled):
+                return None
+            items.append(RenderedItem(part, item.key, known.answer, known.meta))
+            offered.append(item.offered())
+        chat = self._rendered(rendering, items)
+        chat.unasked = Unasked(tuple(offered), media, ring, partial(self._render_asked, rendering))
+        return chat
+
+    async def _render_asked(self, rendering: _Rendering) -> RenderedChat:
+        with rendering.asked.places.renaming(), naming("messages"):
+            return await self._render(rendering)
+
+    def found(self, chat: RenderedChat, started: float) -> None:
+        """The writer has found the items of a chat that was rendered from memory, between ``started`` and now."""
+        assert chat.unasked is not None, "the writer was asked before"
+        for medium, item in zip(chat.unasked.media, chat.items, strict=True):
+            if item.answer.length:
+                self._intake.decoded(medium)
+        if (trace := current.get()) is not None:
+            told = [(item.part.modality, item.answer) for item in chat.items]
+            record_lookup(trace, started, time.monotonic(), told)
+
+    # --- prompt and media -----------------------------------------------------------------------------------------
 
     async def _prompt_and_media(
         self,
@@ -374,17 +310,17 @@ class Service:
         complete = all(map(at_hand, sources))
         nbytes = sum(map(size, sources))
         if prompt is not None and complete and nbytes <= TINY:
-            return prompt, self._intake.read_now(sources)
-        if complete and nbytes <= SMALL:
+            encoded, media = prompt, self._intake.read_now(sources)
+        elif complete and nbytes <= SMALL:
             encode = model.encode_chat_and_read
             encoded, media = await self.on_render_thread(
                 deadline, encode, conversation, request, self._intake, sources, prompt
             )
-            model.prompts.put(key, encoded)
-            return encoded, media
-        encoded, read = await self._side_by_side(model, request, walked, sources, known=prompt, deadline=deadline)
+        else:
+            encoded, media = await self._side_by_side(model, request, walked, sources, known=prompt, deadline=deadline)
         model.prompts.put(key, encoded)
-        return encoded, read
+        self._note_hashing(media)
+        return encoded, media
 
     async def _side_by_side(
         self,
@@ -444,21 +380,8 @@ class Service:
     async def _items(
         self, model: ServedModel, parts: Sequence[MediaPart], media: Sequence[Medium | None], terms: Terms
     ) -> tuple[Offered, list[RenderedItem]]:
-        self._note_hashing(media)
-        asked = [
-            wanted(
-                part,
-                medium,
-                card=model.card,
-                scope=terms.scope,
-                hash_name=self._hasher.name,
-                dtype=terms.dtype,
-                io=terms.io,
-                kwargs=terms.kwargs,
-                injected=self._injection,
-            )
-            for part, medium in zip(parts, recalled_within(parts, media), strict=True)
-        ]
+        recalled = recalled_within(parts, media)
+        asked = [self._wanted(model, *one, terms) for one in zip(parts, recalled, strict=True)]
         offered = await self._offer(parts, asked, terms)
         for answer, medium in zip(offered.items, media, strict=True):
             # Where only a plan was asked for, nobody may have looked behind the header.
@@ -474,12 +397,27 @@ class Service:
                 meta = unpack_meta(answer.meta)
                 check_injected(part, meta, model.card, terms.dtype)
                 items.append(RenderedItem(part, key_of(item, answer, meta), answer, meta))
+                if isinstance(item, OfferItem) and meta.injected is None and not answer.inline:
+                    self._known.note(item.key, answer, meta, offered.mapping.epoch)
         except (ValueError, NotFound) as error:
             offered.give_back()
             if isinstance(error, NotFound):
                 raise
             raise InternalError("an item's metadata cannot be read") from None
         return offered, items
+
+    def _wanted(self, model: ServedModel, part: MediaPart, medium: Medium | None, terms: Terms) -> OfferItem | Recalled:
+        return wanted(
+            part,
+            medium,
+            card=model.card,
+            scope=terms.scope,
+            hash_name=self._hasher.name,
+            dtype=terms.dtype,
+            io=terms.io,
+            kwargs=terms.kwargs,
+            injected=self._injection,
+        )
 
     def _note_hashing(self, media: Sequence[Medium | None]) -> None:
         for medium in media:

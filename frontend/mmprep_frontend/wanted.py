@@ -12,9 +12,9 @@ from mmprep.errors import InvalidRequest, NotFound
 from mmprep.items import ItemMeta
 from mmprep.keys import encode_parts, item_key
 from mmprep.wire.messages import HEAVY_COST, Alias, ItemAnswer, Recalled
-from mmprep_frontend.dispatch import OfferItem
 from mmprep_frontend.media.intake import Medium
 from mmprep_frontend.media.keys import alias, injected_hash, injected_key, variant
+from mmprep_frontend.offered import OfferItem
 from mmprep_frontend.render.conversation import MediaPart
 
 #: What one medium is estimated to cost, in pixels: the least, and for each encoded byte where its pixels are not known. A

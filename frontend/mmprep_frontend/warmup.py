@@ -19,16 +19,16 @@ from mmprep.digest import Hasher
 from mmprep.errors import InvalidRequest
 from mmprep.items import ItemMeta, Plan, Run, lay_out, region_size
 from mmprep.wire.messages import ItemAnswer
-from mmprep_frontend.dispatch import OfferItem
 from mmprep_frontend.http.chat_answer import encode_chat_answer
 from mmprep_frontend.media.intake import Intake, Medium
 from mmprep_frontend.media.keys import scope
 from mmprep_frontend.model import ServedModel
+from mmprep_frontend.offered import OfferItem
 from mmprep_frontend.render.conversation import MediaPart
 from mmprep_frontend.render.encodings import JSON, MSGPACK
 from mmprep_frontend.render.expansion import expand
 from mmprep_frontend.render.requests import ChatRequest, parse
-from mmprep_frontend.service import RenderedChat, RenderedItem
+from mmprep_frontend.rendered import RenderedChat, RenderedItem
 from mmprep_frontend.wanted import wanted
 
 _WORDS = "Hello"

@@ -467,8 +467,11 @@ class Registration:
             case messages.StillHeld():
                 with self._guard:
                     self._holdings.asked(message.leases)
-            case messages.Delivery() if self._pulls is not None:
-                self._pulls.delivered(message, frames[1:])
+            case messages.Delivery():
+                if self._pulls is not None:
+                    self._pulls.delivered(message, frames[1:])
+                if message.done:  # after the job: whoever hears of the end has the next one
+                    self._calls.resolve(message.done, messages.Done(message.done))
             case _:
                 pass
 

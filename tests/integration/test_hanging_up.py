@@ -19,7 +19,8 @@ from mmprep.card import ItemOptions
 from mmprep.digest import Hasher
 from mmprep.runtime import parse_endpoint
 from mmprep.wire.messages import LeaseTo
-from mmprep_frontend.dispatch import OfferItem, WriterLink
+from mmprep_frontend.dispatch import WriterLink
+from mmprep_frontend.offered import OfferItem
 
 #: Leases end by time only long after the tests.
 LEASE_SECONDS = 3600

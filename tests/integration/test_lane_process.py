@@ -81,7 +81,7 @@ def test_a_lane_that_does_not_get_warm_is_killed_and_started_again(runtime_dir, 
         assert pool.wake_at == math.inf
     assert pool.start_due(until) == []
     if not warm:
-        ((pidfd, _),) = pool.pidfds().items()
+        pidfd = pool.pidfd(0)
         select.select([pidfd], [], [])
         assert pool.exited(0, until) == -signal.SIGKILL
         assert pool.start_due(until) == [0]

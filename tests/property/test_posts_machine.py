@@ -12,7 +12,7 @@ from tests.machines import at_length
 
 from mmprep.errors import Busy, NotFound
 from mmprep.wire import messages
-from mmprep_frontend.posts import Posts, Say
+from mmprep_frontend.posts import ItemsMovedError, Posts, Say
 
 MAX_BYTES = 40
 PICK = st.integers(0, 1000)
@@ -32,6 +32,8 @@ class PostsMachine(RuleBasedStateMachine):
         #: What the present writer was told and has not answered: numbers and jobs.
         self.asked: dict[int, str] = {}
         self.outcomes: dict[int, object] = {}
+        #: Jobs that bring their items.
+        self.brings: set[str] = set()
 
     def carry_out(self, actions):
         for action in actions:
@@ -39,6 +41,7 @@ class PostsMachine(RuleBasedStateMachine):
                 assert self.up, "something is sent to nobody"
                 post = action.message
                 assert post.again == (post.job in self.accepted)
+                assert bool(post.items) == (post.job in self.brings and not post.again), "what was taken is looked for"
                 assert post.call not in self.asked
                 assert post.job not in self.asked.values(), "a job is posted twice to one writer"
                 self.asked[post.call] = post.job
@@ -46,10 +49,13 @@ class PostsMachine(RuleBasedStateMachine):
                 assert action.token in self.waiting, "an outcome for nobody, or a second one"
                 self.outcomes[action.token] = (self.waiting.pop(action.token), action.outcome)
 
-    @rule(nbytes=st.integers(0, 15), lasts=st.sampled_from([0.2, 100.0]))
-    def post(self, nbytes, lasts):
+    @rule(nbytes=st.integers(0, 15), lasts=st.sampled_from([0.2, 100.0]), brings=st.booleans())
+    def post(self, nbytes, lasts, brings):
         job = f"job-{next(self.ids)}"
-        asked = messages.Post(0, job, "q", "p", 0, 1, 0, ())
+        items = (messages.Offered(bytes(32), "image", 1, 1),) if brings else ()
+        asked = messages.Post(0, job, "q", "p", 0, 1, 0, (), items=items)
+        if brings:
+            self.brings.add(job)
         if sum(size for size, _ in self.jobs.values()) + nbytes > MAX_BYTES:
             with pytest.raises(Busy):
                 self.posts.post(asked, [bytes(nbytes)], self.now + lasts, self.now)
@@ -105,6 +111,18 @@ class PostsMachine(RuleBasedStateMachine):
         self.carry_out(self.posts.failed(number, error, self.now))
         assert [self.outcomes[token][1] for token in tokens] == [error] * len(tokens)
 
+    @precondition(lambda self: any(job in self.brings - self.accepted for job in self.asked.values()))
+    @rule(pick=PICK)
+    def say_that_the_items_are_elsewhere(self, pick):
+        numbers = [number for number, job in self.asked.items() if job in self.brings - self.accepted]
+        number = numbers[pick % len(numbers)]
+        job = self.asked.pop(number)
+        del self.jobs[job]
+        tokens = [token for token, waits in self.waiting.items() if waits == job]
+        self.carry_out(self.posts.unlike(number))
+        for token in tokens:
+            assert isinstance(self.outcomes[token][1], ItemsMovedError)
+
     @precondition(lambda self: self.jobs)
     @rule(pick=PICK)
     def finish(self, pick):
@@ -129,6 +147,7 @@ class PostsMachine(RuleBasedStateMachine):
     @rule()
     def answers_to_nobody_change_nothing(self):
         self.carry_out(self.posts.posted(10**9, "x"))
+        self.carry_out(self.posts.unlike(10**9))
         self.carry_out(self.posts.failed(10**9, Busy("x"), self.now))
 
     @invariant()

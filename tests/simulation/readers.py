@@ -26,7 +26,8 @@ from mmprep.lease_id import lease_incarnation
 from mmprep.registration import Registration
 from mmprep.segment import sibling_name
 from mmprep.wire import messages
-from mmprep_frontend.dispatch import OfferItem, WriterLink
+from mmprep_frontend.dispatch import WriterLink
+from mmprep_frontend.offered import OfferItem
 
 #: As in :mod:`mmprep.client`.
 MOST_RESENDS = 8

@@ -371,7 +371,7 @@ class Service:
         stats = core.ring.stats()
         left = {
             "calls": [call for peer in core.peers.values() for call in peer.calls],
-            "calls that wait": core._calls,
+            "calls that wait": core._waiting,
             "flights": list(core.flights),
             "queued": len(core.queue),
             "reservations": len(core.admission),

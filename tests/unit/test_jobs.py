@@ -2,8 +2,9 @@
 
 import msgspec
 import pytest
-from tests.unit.test_writer_core import LEASE_SECONDS, QUARTER, A, B, World
+from tests.unit.test_writer_core import LEASE_SECONDS, QUARTER, A, B, C, World
 
+from mmprep.keys import item_key
 from mmprep.lease_id import mark_of, was_granted_to
 from mmprep.wire import messages
 
@@ -159,6 +160,125 @@ def test_a_backend_gets_its_next_job_before_it_hears_that_the_last_one_is_done(w
     posted(world, 2, "job-2")
     (first,) = delivered(world)
     world.say("engine", messages.Ack(2, first.message.token))
-    second, done = world.inbox.pop("engine")
-    assert isinstance(second.message, messages.Delivery)
-    assert done.message == messages.Done(2)
+    (second,) = world.inbox.pop("engine")
+    assert (second.message.job, second.message.done) == ("job-2", 2)
+    world.say("engine", messages.GiveBack(3, second.message.token, "failed"))
+    (again,) = world.inbox.pop("engine")
+    assert (again.message.job, again.message.done) == ("job-2", 3)
+    world.say("engine", messages.Ack(4, again.message.token))
+    (done,) = world.inbox.pop("engine")
+    assert done.message == messages.Done(4)
+
+
+def test_a_backend_that_ends_a_job_is_answered_with_none_of_anothers(world):
+    """It has credit for two; what it ends goes to another one that is free."""
+    pull(world, credit=1)
+    world.hello("second", "backend", pid=2)
+    posted(world, 1, "job-1")
+    (first,) = delivered(world)
+    pull(world, "second", credit=1)
+    world.say("engine", messages.GiveBack(2, first.message.token, "failed"))
+    (other,) = delivered(world, "second")
+    assert (other.message.job, other.message.done) == ("job-1", 0)
+    assert world.inbox.pop("engine")[-1].message == messages.Done(2)
+
+
+# --- jobs that are made without an offer --------------------------------------------------------------------------------
+
+
+def guessed(world, call, job, *keys, places=(), queue="q", **fields):
+    """Post a job that was made of what is remembered of its items; return the answer."""
+    items = tuple(messages.Offered(key, "image", 1, 10, fields.pop("alias", None)) for key in keys)
+    post = messages.Post(call, job, queue, "producer", 0, 1, 9000, tuple(places), items=items, **fields)
+    world.core.message(b"f0", post, world.now, [b"content of " + job.encode()])
+    world.carry_out()
+    return world.inbox["f0"].pop().message
+
+
+def place_of(world, key):
+    entry = world.core.ring.in_ring(key)
+    return entry.slot, entry.generation
+
+
+def counted(world):
+    return world.counted("mmprep_mm_cache_queries_total"), world.counted("mmprep_mm_cache_hits_total")
+
+
+def test_a_job_whose_items_are_where_it_says_is_taken_at_once_and_its_items_count_as_found(world):
+    world.cached(A, 1000)
+    world.cached(B, 1000)
+    pull(world)
+    before = counted(world)
+    places = [place_of(world, B), place_of(world, A), place_of(world, B)]
+    assert guessed(world, 1, "job", A, B, B, places=places) == messages.Posted(1, "job")
+    assert world.core.ring.holders == {"job:job"}
+    assert counted(world) == (before[0] + 3, before[1] + 3)
+    (sent,) = delivered(world)
+    for lease, (slot, generation) in zip(sent.message.leases, places, strict=True):
+        mark = mark_of((1).to_bytes(4, "big"), 0)
+        assert was_granted_to(mark, lease, slot=slot, generation=generation, kind="view")
+
+
+def test_a_job_whose_items_are_not_where_it_says_is_not_taken_and_leaves_nothing(world):
+    world.cached(A)
+    world.cached(B)
+    pull(world)
+    before, a, b = counted(world), place_of(world, A), place_of(world, B)
+    later = (a[0], a[1] + 1)
+    for keys, places in [
+        ((A,), [later]),
+        ((A,), [b]),
+        ((A,), [a, b]),
+        ((A, B), [a]),
+        ((C,), [a]),
+        ((A, C), [a, b]),
+        ((A, C), []),
+    ]:
+        assert guessed(world, 1, "job", *keys, places=places) == messages.Unlike(1)
+    world.say("f1", messages.Clear(9))
+    assert guessed(world, 1, "job", A, places=[a]) == messages.Unlike(1)
+    assert counted(world) == before
+    assert not world.core.ring.holders
+    assert not len(world.core.queues)
+
+
+def test_a_job_that_needs_only_plans_is_taken_where_they_are_known(world):
+    world.cached(A)
+    pull(world, credit=0)
+    assert guessed(world, 1, "of tensors", A) == messages.Posted(1, "of tensors")
+    world.offer("f0", 2, B, need="plan")
+    (want,) = world.wants("f0", 2)
+    world.put("f0", want.flight)
+    world.lane(world.lane_of(want.flight), messages.Planned(want.flight), b"a plan")
+    world.tasks.pop(world.lane_of(want.flight))
+    assert guessed(world, 3, "of a plan", A, B) == messages.Posted(3, "of a plan")
+    assert not world.core.ring.holders
+    assert guessed(world, 4, "unknown", C) == messages.Unlike(4)
+
+
+def test_a_job_that_is_said_twice_is_one_also_where_its_items_have_gone_meanwhile(world):
+    world.cached(A)
+    pull(world, credit=0)
+    place, before = place_of(world, A), counted(world)
+    assert guessed(world, 1, "job", A, places=[place]) == messages.Posted(1, "job")
+    world.say("f1", messages.Clear(9))
+    assert guessed(world, 2, "job", A, places=[place]) == messages.Posted(2, "job")
+    assert counted(world) == (before[0] + 1, before[1] + 1)
+    assert len(world.core.queues) == 1
+
+
+def test_a_job_that_is_refused_was_looked_for_and_holds_nothing(world):
+    world.cached(A)
+    pull(world, credit=0)
+    before = counted(world)
+    refused = guessed(world, 1, "job", A, places=[place_of(world, A)], queue="nowhere")
+    assert refused.fault.kind == "NotFound"
+    assert counted(world) == (before[0] + 1, before[1] + 1)
+    assert not world.core.ring.holders
+
+
+def test_a_name_that_comes_with_a_job_stands_for_its_content_whatever_becomes_of_the_job(world):
+    name, variant = b"n" * 32, b"v" * 32
+    for digest, places in ((b"x" * 32, []), (b"y" * 32, [(3, 3)])):
+        guessed(world, 1, "job", item_key(variant, digest), places=places, alias=messages.Alias(name, digest))
+        assert world.core.aliases.get(name) == digest

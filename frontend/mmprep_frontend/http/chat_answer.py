@@ -10,7 +10,7 @@ from mmprep_frontend.model import ServedModel
 from mmprep_frontend.render.answer import features, generate_request, kwargs_data, mm_metadata
 from mmprep_frontend.render.encodings import Encoding
 from mmprep_frontend.render.written import Encoded, Packed
-from mmprep_frontend.service import RenderedChat, RenderedItem
+from mmprep_frontend.rendered import RenderedChat, RenderedItem
 
 
 def encode_chat_answer(chat: RenderedChat, model: ServedModel, request_id: str, encoding: Encoding) -> Encoded:

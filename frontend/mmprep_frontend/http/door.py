@@ -26,8 +26,9 @@ from mmprep_frontend.injection.service import Injecting
 from mmprep_frontend.posting import once, post
 from mmprep_frontend.render.encodings import JSON
 from mmprep_frontend.render.explain import decode
+from mmprep_frontend.rendered import RenderedChat
 from mmprep_frontend.resets import Resets
-from mmprep_frontend.service import Form, RenderedChat, Service
+from mmprep_frontend.service import Form, Service
 from mmprep_frontend.texts import Texts
 
 _log = logging.getLogger("mmprep.requests")

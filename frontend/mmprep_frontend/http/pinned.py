@@ -12,7 +12,8 @@ from contextlib import contextmanager
 
 from mmprep.errors import ServiceUnavailable
 from mmprep_frontend.render.written import Encoded, written
-from mmprep_frontend.service import RenderedChat, Service
+from mmprep_frontend.rendered import RenderedChat
+from mmprep_frontend.service import Service
 from mmprep_frontend.tracing.spans import recording
 
 

@@ -14,11 +14,12 @@ import msgspec
 from mmprep.digest import Hasher
 from mmprep.errors import Busy, NotFound, ProtocolError
 from mmprep.items import unpack_meta
-from mmprep_frontend.dispatch import InjectedItem, WriterLink
+from mmprep_frontend.dispatch import WriterLink
 from mmprep_frontend.injection.body import Injection, read_injection
 from mmprep_frontend.injection.item import PackedItem, pack
 from mmprep_frontend.media.keys import alias, injected_hash, injected_key, scope
 from mmprep_frontend.model import ServedModel
+from mmprep_frontend.offered import InjectedItem
 from mmprep_frontend.room import Held
 from mmprep_frontend.service import Body, Service, now
 

@@ -1,7 +1,8 @@
 """Every message between mmprep's processes, by link.
 
 Each is a tagged array. A comment behind a type names the frames that follow its header frame, where there are any.
-Calls are numbered by the asking side, unique within one connection (an incarnation of the peer).
+Calls are numbered by the asking side, unique within one connection (an incarnation of the peer). Those about jobs and those
+of lanes have modules of their own, and are here by name like all others.
 """
 
 from __future__ import annotations
@@ -10,103 +11,72 @@ from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
-from mmprep import errors
 from mmprep.items import Generation, Natural
-
-Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
-LeaseId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
-Epoch = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
-Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}\Z")]
-ShortText = Annotated[str, msgspec.Meta(max_length=2048)]
-Modality = Annotated[str, msgspec.Meta(max_length=16)]
-JobId = Annotated[str, msgspec.Meta(min_length=1, max_length=160)]
-#: Of :data:`mmprep_worker.scheduling.job.TOKEN_SIZE` bytes.
-Token = Annotated[bytes, msgspec.Meta(min_length=12, max_length=12)]
-Call = Natural
-#: Items of one offer.
-MAX_ITEMS = 256
-#: Deliveries that one backend may have at a time: those that it holds are told in one message.
-MAX_CREDITS = 128
-#: Queues that one backend pulls from.
-MAX_PULLED = 32
-#: Ids of jobs in one message.
-MAX_FINISHED = 256
-#: Bytes of one frame of a job's content, and of all of them: what has more is no job.
-JOB_PIECE = 48 * 1024
-JOB_LIMIT = 4 << 20
-#: Estimated pixels of an item from which it is slow work, which one lane never takes.
-HEAVY_COST = 16_000_000
-#: Entries of the ring in one message; about 32 KiB.
-MAX_INSPECTED = 512
-Need = Literal["tensors", "plan"]
-Work = Literal["tensors", "plan", "injected"]
-LeaseKind = Literal["copy", "view"]
-Cache = Literal["mm", "media"]
-
-
-class Wire(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """What all messages share: a tagged array, closed to unknown fields."""
-
-
-class Fault(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """An error of the tree as data."""
-
-    kind: Annotated[str, msgspec.Meta(max_length=64)]
-    message: ShortText
-    param: ShortText | None = None
-    retry_after_ms: Natural | None = None
-
-    @classmethod
-    def of(cls, error: errors.MmprepError) -> Fault:
-        """Return ``error`` as data."""
-        plain = errors.to_plain(error)
-        return cls(plain["kind"], plain["message"][:2048], plain["param"], plain["retry_after_ms"])
-
-    def error(self) -> errors.MmprepError:
-        """Return the error that this describes."""
-        return errors.from_plain(self.kind, self.message, self.param, self.retry_after_ms)
-
-
-# --- handshake, on every link ---------------------------------------------------------------------------------------
-
-
-class Hello(Wire, frozen=True):
-    """The first message of a connection.
-
-    ``instance`` is random, the same for all connections under one hold of the process lock: another one under the same
-    id means that the former process is gone. ``connection`` counts its connections, so that a hello that was on its way
-    when its connection broke is not taken for the newest. Leases that are granted to a backend are tagged for its
-    ``instance`` and ``turn``: see :mod:`mmprep.lease_id`.
-    """
-
-    protocol: int
-    version: ShortText
-    role: Literal["frontend", "backend", "lane", "writer", "client", "control", "remote"]
-    id: Name
-    pid: Natural
-    instance: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
-    connection: Natural = 0
-    turn: Natural = 0
-
-
-class Refused(Wire, frozen=True):
-    """The handshake failed, or a message broke the protocol; nothing else follows on this connection."""
-
-    fault: Fault
-
-
-class Failed(Wire, frozen=True):
-    """The call has failed; its one final answer."""
-
-    call: Call
-    fault: Fault
-
-
-class Done(Wire, frozen=True):
-    """The call has succeeded and has nothing to say; its one final answer."""
-
-    call: Call
-
+from mmprep.wire.job_messages import (
+    Ack as Ack,
+    Delivery as Delivery,
+    Finished as Finished,
+    GiveBack as GiveBack,
+    HeldJob as HeldJob,
+    Holding as Holding,
+    Kept as Kept,
+    Once as Once,
+    Post as Post,
+    Posted as Posted,
+    Pull as Pull,
+    Unlike as Unlike,
+)
+from mmprep.wire.lane_messages import (
+    AskExtent as AskExtent,
+    Denied as Denied,
+    Filled as Filled,
+    FromLane as FromLane,
+    Granted as Granted,
+    GrantedInline as GrantedInline,
+    GrantedSpill as GrantedSpill,
+    Inlined as Inlined,
+    LaneBroken as LaneBroken,
+    LaneReady as LaneReady,
+    NoSpill as NoSpill,
+    Planned as Planned,
+    Task as Task,
+    TaskFailed as TaskFailed,
+    ToLane as ToLane,
+)
+from mmprep.wire.parts import (
+    HEAVY_COST as HEAVY_COST,
+    JOB_LIMIT as JOB_LIMIT,
+    JOB_PIECE as JOB_PIECE,
+    MAX_CREDITS as MAX_CREDITS,
+    MAX_FINISHED as MAX_FINISHED,
+    MAX_INSPECTED as MAX_INSPECTED,
+    MAX_ITEMS as MAX_ITEMS,
+    MAX_PULLED as MAX_PULLED,
+    Alias as Alias,
+    Cache as Cache,
+    Call as Call,
+    Digest as Digest,
+    Done as Done,
+    Epoch as Epoch,
+    Failed as Failed,
+    Fault as Fault,
+    Hello as Hello,
+    Injected as Injected,
+    Item as Item,
+    JobId as JobId,
+    LeaseId as LeaseId,
+    LeaseKind as LeaseKind,
+    Modality as Modality,
+    Name as Name,
+    Need as Need,
+    Offered as Offered,
+    Recalled as Recalled,
+    Refused as Refused,
+    ShortText as ShortText,
+    Token as Token,
+    Wire as Wire,
+    Work as Work,
+)
 
 # --- frontend and backend to writer (control) -------------------------------------------------------------------------
 
@@ -145,70 +115,6 @@ class NotWarm(Wire, frozen=True):
     why: ShortText
 
 
-class Alias(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A caller's name for content, from :func:`mmprep_frontend.media.keys.alias`, and the digest of that content.
-
-    ``injected`` is the key of what may have been injected under this name, of which the content takes the place.
-    """
-
-    id: Digest
-    digest: Digest
-    injected: Digest | None = None
-
-
-class Offered(Wire, frozen=True):
-    """One item of an offer whose medium the frontend has.
-
-    ``cost`` is the estimated work in pixels, ``nbytes`` the size of the encoded medium. ``alias`` stands for the medium
-    from now on.
-    """
-
-    key: Digest
-    modality: Modality
-    cost: Natural
-    nbytes: Natural
-    alias: Alias | None = None
-
-
-class Recalled(Wire, frozen=True):
-    """One item of an offer whose medium the frontend does not have: the content that ``alias`` stands for.
-
-    Its key is that of ``variant`` with the content's digest; where the alias stands for none, it is ``injected``, the key
-    of what was injected under the name. It is never what a flight is opened for.
-    """
-
-    alias: Digest
-    variant: Digest
-    modality: Modality
-    injected: Digest | None = None
-
-    @property
-    def cost(self) -> int:
-        """Nothing is computed for it."""
-        return 0
-
-    @property
-    def nbytes(self) -> int:
-        """There are none."""
-        return 0
-
-
-class Injected(Wire, frozen=True):
-    """One item of an offer that was processed elsewhere; the frontend has it, laid out as :mod:`mmprep.injected` says.
-
-    Its key is that of its name, not of its content: what is there may be another than the one that is offered, and its
-    metadata tell. ``replace``: it is put in the place of what is there, whatever that is. ``alias`` stands for no content
-    any more once it is there.
-    """
-
-    key: Digest
-    modality: Modality
-    cost: Natural
-    nbytes: Natural
-    alias: Digest
-    replace: bool
-
-
 class LeaseTo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """The answer's addresses are to be leased to a registered backend."""
 
@@ -227,7 +133,7 @@ class Offer(Wire, frozen=True):
     need: Need
     deadline_ms: Natural
     priority: int
-    items: Annotated[tuple[Offered | Recalled | Injected, ...], msgspec.Meta(min_length=1, max_length=MAX_ITEMS)]
+    items: Annotated[tuple[Item, ...], msgspec.Meta(min_length=1, max_length=MAX_ITEMS)]
     lease: LeaseTo | None = None
     traced: bool = False
 
@@ -446,113 +352,6 @@ class InspectedEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknow
     spill: bool
 
 
-# --- queues -----------------------------------------------------------------------------------------------------------
-
-
-class Once(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A request that its client may send again: digests of the client's key for it, in the client's scope, and of its body."""
-
-    key: Digest
-    body: Digest
-
-
-class Post(Wire, frozen=True):
-    """A frontend posts a job. Answered by :class:`Posted` or Failed. Frames: its content, in pieces of :data:`JOB_PIECE`.
-
-    The frontend keeps it until :class:`Finished`, and posts it to each writer that welcomes it meanwhile; ``again``: one
-    has accepted it before. ``places`` are slots and generations of its tensors; the writer pins them. ``releases``: the offer
-    whose pins end with it, as by :class:`Unpin`, unless it is refused.
-    """
-
-    call: Call
-    job: JobId
-    queue: Name
-    producer: Annotated[str, msgspec.Meta(max_length=256)]
-    priority: int
-    cost: Natural
-    expires_ms: Natural
-    places: Annotated[tuple[tuple[Natural, Generation], ...], msgspec.Meta(max_length=MAX_ITEMS)]
-    once: Once | None = None
-    again: bool = False
-    releases: Call | None = None
-
-
-class Posted(Wire, frozen=True):
-    """The job is in its queue. ``job``: its id, another one where an equal request was posted before under that id."""
-
-    call: Call
-    job: JobId
-
-
-class Finished(Wire, frozen=True):
-    """These jobs of the frontend have ended, however: it need not keep them any more."""
-
-    jobs: Annotated[tuple[JobId, ...], msgspec.Meta(max_length=MAX_FINISHED)]
-
-
-class Pull(Wire, frozen=True):
-    """A backend takes jobs of these queues from now on, and of no others, so many at a time. Answered by Done or Failed."""
-
-    call: Call
-    queues: Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_PULLED)]
-    credits: Annotated[int, msgspec.Meta(ge=0, le=MAX_CREDITS)]
-
-
-class HeldJob(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A delivery that a backend has."""
-
-    token: Token
-    queue: Name
-    job: JobId
-    attempt: Natural
-
-
-class Holding(Wire, frozen=True):
-    """What this backend has, told to each writer that welcomes it, before anything else. Answered by :class:`Kept`."""
-
-    call: Call
-    jobs: Annotated[tuple[HeldJob, ...], msgspec.Meta(max_length=MAX_CREDITS)]
-
-
-class Kept(Wire, frozen=True):
-    """The deliveries that are over, of those that the backend has."""
-
-    call: Call
-    lost: tuple[Token, ...]
-
-
-class Delivery(Wire, frozen=True):
-    """A job for this backend. Frames: its content. ``leases`` are views, one for each of the places it was posted with.
-
-    ``left_ms``: until it is delivered again if it is not acknowledged. ``fault``: what has become of it instead, and then
-    it has no leases.
-    """
-
-    token: Token
-    queue: Name
-    job: JobId
-    attempt: Natural
-    left_ms: Natural
-    lease_ms: Natural
-    leases: Annotated[tuple[LeaseId, ...], msgspec.Meta(max_length=MAX_ITEMS)]
-    fault: Fault | None = None
-
-
-class Ack(Wire, frozen=True):
-    """The job is done. Answered by :class:`Done`, or by Failed where the delivery is over."""
-
-    call: Call
-    token: Token
-
-
-class GiveBack(Wire, frozen=True):
-    """The job is not done: ``failed`` says why it failed, ``None`` that it was not begun. Answered as :class:`Ack`."""
-
-    call: Call
-    token: Token
-    failed: ShortText | None
-
-
 ToWriter: TypeAlias = (
     Hello
     | Offer
@@ -588,6 +387,7 @@ FromWriter: TypeAlias = (
     | Cleared
     | Inspected
     | Posted
+    | Unlike
     | Finished
     | Kept
     | Delivery
@@ -624,122 +424,6 @@ class Tensors(Wire, frozen=True):
 
 
 FromTensors: TypeAlias = Tensors | Failed
-
-
-# --- lane and writer --------------------------------------------------------------------------------------------------
-
-
-class LaneReady(Wire, frozen=True):
-    """The lane is warm. ``token`` proves that it is the child that the writer started."""
-
-    lane: Natural
-    token: Digest
-    card: bytes
-
-
-class LaneBroken(Wire, frozen=True):
-    """The lane cannot start; the message is for the person who runs the service.
-
-    ``lasting``: the next start would meet the same, as a file that is missing. Else its warm-up has failed.
-    """
-
-    lane: Natural
-    token: Digest
-    fault: Fault
-    lasting: bool
-
-
-class Task(Wire, frozen=True):
-    """One medium to process. Frames: the medium, or, for ``injected``, an item that only has to be checked and copied."""
-
-    task: Natural
-    need: Work
-    modality: str
-    hasher: Literal["blake3", "sha256"]
-    digest: Digest
-    options: bytes
-
-
-class AskExtent(Wire, frozen=True):
-    """The lane knows the item's size. Frames: the packed metadata."""
-
-    task: Natural
-    tensor_length: Natural
-
-
-class Granted(Wire, frozen=True):
-    """The lane may write ``[offset, offset + length)`` of the segment until it answers the task."""
-
-    task: Natural
-    offset: Natural
-    length: Natural
-
-
-class GrantedSpill(Wire, frozen=True):
-    """The lane is to make the segment ``name`` with one slot and to fill it.
-
-    It writes the header (``epoch``, ``incarnation``), the item, and last the READY record (``key``, ``generation``), then
-    answers the task; where there is no memory for the segment, :class:`NoSpill`. ``length`` bytes are used of its arena.
-    """
-
-    task: Natural
-    name: ShortText
-    epoch: Epoch
-    incarnation: Natural
-    key: Digest
-    generation: Generation
-    length: Natural
-
-
-class GrantedInline(Wire, frozen=True):
-    """The lane is to send the item's tensors, as :class:`Inlined`."""
-
-    task: Natural
-
-
-class NoSpill(Wire, frozen=True):
-    """The segment could not be made; nothing of it is left. Answered like :class:`AskExtent`."""
-
-    task: Natural
-
-
-class Denied(Wire, frozen=True):
-    """No extent for this task; the task is over."""
-
-    task: Natural
-
-
-class Filled(Wire, frozen=True):
-    """The extent holds the item. Stage times in microseconds."""
-
-    task: Natural
-    decode_us: Natural
-    process_us: Natural
-
-
-class Inlined(Wire, frozen=True):
-    """The item, computed outside of any segment; on the socket for tensors. Frames: its tensor region."""
-
-    task: Natural
-    decode_us: Natural
-    process_us: Natural
-
-
-class Planned(Wire, frozen=True):
-    """The plan that was asked for. Frames: the packed metadata."""
-
-    task: Natural
-
-
-class TaskFailed(Wire, frozen=True):
-    """The medium could not be processed; the lane writes no more for this task."""
-
-    task: Natural
-    fault: Fault
-
-
-FromLane: TypeAlias = LaneReady | LaneBroken | AskExtent | NoSpill | Filled | Planned | TaskFailed
-ToLane: TypeAlias = Granted | GrantedSpill | GrantedInline | Denied
 
 
 # --- client and frontend ----------------------------------------------------------------------------------------------

@@ -62,9 +62,14 @@ class LanePool:
         starting = (child.due for child in self._children.values())
         return min([*self._start_at.values(), *starting], default=math.inf)
 
-    def pidfds(self) -> dict[int, int]:
-        """Return the pidfd of each living lane to its number; readable means exited."""
-        return {child.pidfd: number for number, child in self._children.items()}
+    @property
+    def running(self) -> list[int]:
+        """The numbers of the lanes that were started and whose end :meth:`exited` has not been told."""
+        return list(self._children)
+
+    def pidfd(self, number: int) -> int:
+        """Return the descriptor of a running lane that is readable when it has exited."""
+        return self._children[number].pidfd
 
     def pid(self, number: int) -> int:
         """Return the lane's process id, 0 where it does not run."""

@@ -24,7 +24,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 from mmprep.keys import item_key
-from mmprep.wire.messages import Injected, Offered, Recalled
+from mmprep.wire.messages import Item, Offered, Recalled
 from mmprep_worker.scheduling.flight import nobody_has_it
 from mmprep_worker.writer.state import PendingCall, failed
 
@@ -84,7 +84,7 @@ class Aliases:
                 else:
                     pending.answers[position] = failed(nobody_has_it())
 
-    def note(self, items: Iterable[Offered | Recalled | Injected]) -> None:
+    def note(self, items: Iterable[Item]) -> None:
         """Let the aliases in an offer stand for what they came with."""
         for item in items:
             if isinstance(item, Offered) and item.alias is not None:

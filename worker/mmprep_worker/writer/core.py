@@ -8,8 +8,9 @@ What found no shared memory travels inline: the answer names it, the frontend fe
 
 A finished request can become a job in a queue, which backends pull.
 
-The parts: :mod:`.tasks` (uploaded media, queue, lanes), :mod:`.holds` (pins and the answers about them), :mod:`.leasing`,
-:mod:`.transfers` (what travels inline), :mod:`.jobs` (queues), :mod:`.aliases` (what a frontend names without having it).
+The parts: :mod:`.calls` (offers and their answers), :mod:`.tasks` (uploaded media, queue, lanes), :mod:`.holds` (pins and
+the answers about them), :mod:`.leasing`, :mod:`.transfers` (what travels inline), :mod:`.jobs` (queues), :mod:`.aliases`
+(what a frontend names without having it).
 
 WARNING: the shell must write ``ring.take_writes()`` into the directory before it carries out the actions of a step.
 """
@@ -20,22 +21,20 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import msgspec
-
 from mmprep import errors
 from mmprep.metrics import Metrics
 from mmprep.segment import sibling_name
 from mmprep.wire import messages
-from mmprep.wire.codec import PROTOCOL, pack
+from mmprep.wire.codec import PROTOCOL
 from mmprep_worker.ring.ring import Ring
-from mmprep_worker.scheduling import flight as flight_events
 from mmprep_worker.scheduling.admission import Admission, Quarantine
-from mmprep_worker.scheduling.flight import Call, nobody_has_it
+from mmprep_worker.scheduling.flight import Call
 from mmprep_worker.scheduling.flights import Flights
 from mmprep_worker.scheduling.job import Limits
 from mmprep_worker.scheduling.queue import FairQueue
 from mmprep_worker.scheduling.queues import Queues
 from mmprep_worker.writer.aliases import MOST_ALIASES, Aliases
+from mmprep_worker.writer.calls import Calls
 from mmprep_worker.writer.holds import Holds
 from mmprep_worker.writer.inspection import clear, inspect
 from mmprep_worker.writer.jobs import JobMessage, Jobs
@@ -43,44 +42,45 @@ from mmprep_worker.writer.leasing import Leasing
 from mmprep_worker.writer.plans import PlanStore
 from mmprep_worker.writer.state import (
     Action,
-    Ended,
     Peer,
     PendingCall,
     ReadersSilent,
     RemoveSegment,
-    Result,
     Send,
-    failed,
 )
-from mmprep_worker.writer.tasks import LaneState, Step, Tasks
-from mmprep_worker.writer.transfers import Transfer, Transfers
+from mmprep_worker.writer.tasks import LaneState, Tasks
+from mmprep_worker.writer.transfers import Transfers
 
 #: What each role may send after its hello.
-_MAY_SEND: dict[str, tuple[type, ...]] = {
-    "frontend": (
-        messages.Offer,
-        messages.Cancel,
-        messages.Unpin,
-        messages.Repin,
-        messages.Reassert,
-        messages.Renew,
-        messages.Release,
-        messages.Clear,
-        messages.Post,
+_MAY_SEND: dict[str, frozenset[type]] = {
+    "frontend": frozenset(
+        {
+            messages.Offer,
+            messages.Cancel,
+            messages.Unpin,
+            messages.Repin,
+            messages.Reassert,
+            messages.Renew,
+            messages.Release,
+            messages.Clear,
+            messages.Post,
+        }
     ),
-    "backend": (
-        messages.Acquire,
-        messages.Reassert,
-        messages.Renew,
-        messages.Release,
-        messages.Upgrade,
-        messages.Retag,
-        messages.Pull,
-        messages.Holding,
-        messages.Ack,
-        messages.GiveBack,
+    "backend": frozenset(
+        {
+            messages.Acquire,
+            messages.Reassert,
+            messages.Renew,
+            messages.Release,
+            messages.Upgrade,
+            messages.Retag,
+            messages.Pull,
+            messages.Holding,
+            messages.Ack,
+            messages.GiveBack,
+        }
     ),
-    "control": (messages.Clear, messages.Inspect),
+    "control": frozenset({messages.Clear, messages.Inspect}),
 }
 
 #: Control processes that are remembered. They hold no process lock, so nothing tells when they are gone.
@@ -94,9 +94,6 @@ _SILENT_AGAIN = 5.0
 
 #: Leases in one question to a backend.
 _ASKED_BATCH = 512
-
-#: Calls of one frontend that are under way or not let go of.
-_MOST_CALLS = 65_536
 
 
 class WriterCore:
@@ -165,7 +162,7 @@ class WriterCore:
         self.cold = ""
         self.peers: dict[bytes, Peer] = {}
         #: Calls without an answer yet.
-        self._calls: dict[Call, PendingCall] = {}
+        self._waiting: dict[Call, PendingCall] = {}
         self._out: list[Action] = []
         self._awaited = set(awaited)
         self._silent_at = silent_at if self._awaited else math.inf
@@ -184,19 +181,45 @@ class WriterCore:
             metrics=metrics,
             task_seconds=task_seconds,
             holds=self._holds,
-            calls=self._calls,
+            calls=self._waiting,
             new_id=new_id,
             spill_name=self._spill_name,
+            out=self._out,
+        )
+        self._calls = Calls(
+            self._waiting,
+            peers=self.peers,
+            flights=flights,
+            queue=queue,
+            admission=admission,
+            quarantine=quarantine,
+            metrics=metrics,
+            aliases=self.aliases,
+            transfers=self.transfers,
+            holds=self._holds,
+            leasing=self._leasing,
+            tasks=self._tasks,
             out=self._out,
         )
         self._jobs = Jobs(
             Queues(queue_limits, incarnation=ring.incarnation, declared=declared_queues),
             ring,
+            self._holds,
             self._leasing,
             metrics,
             peers=self.peers,
             out=self._out,
         )
+        #: Who takes what peers say; the others are about leases.
+        self._takers: dict[type, Callable[[Peer, Any, float], None]] = {
+            messages.Offer: self._calls.offer,
+            messages.Unpin: lambda peer, unpin, _: self._calls.unpin(peer, unpin.call),
+            messages.Cancel: self._calls.cancel,
+            messages.Repin: self._calls.repin,
+            messages.Clear: self._operate,
+            messages.Inspect: self._operate,
+            **dict.fromkeys((messages.Pull, messages.Holding, messages.Ack, messages.GiveBack), self._about_jobs),
+        }
         if self._awaited:
             self._tasks.paused = True
         else:
@@ -287,7 +310,7 @@ class WriterCore:
         peer = self.peers.get(flight.uploader[0].encode("latin-1"))
         if flight.state != "wanted" or peer is None or peer.id != message.frontend:
             return
-        self._carry_out(self._tasks.upload(flight, message, medium, nbytes, now), now)
+        self._calls.carry_out(self._tasks.upload(flight, message, medium, nbytes, now), now)
         self._tasks.dispatch(now)
 
     def lane_ready(self, number: int, pid: int, card: bytes, now: float) -> None:
@@ -310,7 +333,7 @@ class WriterCore:
 
     def from_lane(self, number: int, message: Any, frames: Sequence[Any], now: float) -> None:
         """Take a lane's message about its task; one about another task is passed over."""
-        self._carry_out(self._tasks.message(number, message, frames, now), now)
+        self._calls.carry_out(self._tasks.message(number, message, frames, now), now)
         self._tasks.dispatch(now)
 
     def lane_broke_protocol(self, number: int) -> None:
@@ -319,14 +342,14 @@ class WriterCore:
 
     def lane_exited(self, number: int, now: float) -> None:
         """A lane's exit is confirmed: its extent is free again, its item is tried once more or quarantined."""
-        self._carry_out(self._tasks.exited(number, now), now)
+        self._calls.carry_out(self._tasks.exited(number, now), now)
         self._tasks.dispatch(now)
 
     def peer_gone(self, role: str, peer_id: str, now: float) -> None:
         """A peer's process lock has fallen: its calls, pins and leases end."""
         for peer in [peer for peer in self.peers.values() if (peer.role, peer.id) == (role, peer_id)]:
             del self.peers[peer.identity]
-            self._end_calls(peer, now)
+            self._calls.end(peer, now)
         if role == "backend":
             self.ring.owner_gone(peer_id)
             self._jobs.gone(peer_id, now)
@@ -347,13 +370,13 @@ class WriterCore:
         self._jobs.away(peer, now)
         if peer.role != "backend":
             del self.peers[identity]
-        self._end_calls(peer, now)
+        self._calls.end(peer, now)
         self._tasks.dispatch(now)
         self._jobs.dispatch(now)
 
     def tick(self, now: float) -> None:
         """Time has passed."""
-        self._carry_out(self.flights.tick(now), now)
+        self._calls.carry_out(self.flights.tick(now), now)
         overdue = self.ring.leases.overdue_count
         self.ring.tick(now)
         if self.ring.leases.overdue_count > overdue:
@@ -391,7 +414,7 @@ class WriterCore:
             else:
                 self._jobs.away(peer, now)
                 del self.peers[peer.identity]
-                self._end_calls(peer, now)
+                self._calls.end(peer, now)
         controls = [peer for peer in self.peers.values() if peer.role == "control"]
         if hello.role == "control" and len(controls) >= _MOST_CONTROLS:
             del self.peers[controls[0].identity]
@@ -413,11 +436,6 @@ class WriterCore:
         self.unreachable(identity, now)
         self._out.append(Send(identity, messages.Refused(messages.Fault.of(error))))
 
-    def _end_calls(self, peer: Peer, now: float) -> None:
-        for call in list(peer.calls.values()):
-            self._drop(call)
-        self._carry_out(self.flights.peer_gone(peer.name, now), now)
-
     def _spill_name(self, epoch: bytes) -> str | None:
         name = sibling_name(self.segment.name, epoch)
         return None if name == self.segment.name else name
@@ -426,35 +444,31 @@ class WriterCore:
         self._out.append(Send(peer.identity, message, frames))
 
     def _from_peer(self, peer: Peer, message: Any, frames: Sequence[bytes], now: float) -> None:
-        if not isinstance(message, _MAY_SEND[peer.role]):
-            raise errors.InvalidRequest(f"a {peer.role} does not send a {type(message).__name__}")
-        match message:
-            case messages.Offer():
-                self._offer(peer, message, now)
-            case messages.Unpin():
-                self._unpin(peer, message.call)
-            case messages.Cancel():
-                self._cancel(peer, message.call, now)
-            case messages.Repin():
-                self._repin(peer, message)
-            case messages.Release() if peer.role == "frontend":
-                self._give_back(peer, message)
-            case messages.Clear() | messages.Inspect():
-                self._operate(peer, message)
-            case messages.Post() | messages.Pull() | messages.Holding() | messages.Ack() | messages.GiveBack():
-                self._about_jobs(peer, message, frames, now)
-            case _:
-                self._about_leases(peer, message, now)
+        kind = type(message)
+        if kind not in _MAY_SEND[peer.role]:
+            raise errors.InvalidRequest(f"a {peer.role} does not send a {kind.__name__}")
+        if kind is messages.Post:
+            self._post(peer, message, frames, now)
+        else:
+            self._takers.get(kind, self._about_leases)(peer, message, now)
 
-    def _about_jobs(self, peer: Peer, message: JobMessage, frames: Sequence[bytes], now: float) -> None:
-        answer = self._jobs.answer(peer, message, frames, now)
-        if isinstance(message, messages.Post) and message.releases is not None:
-            self._unpin(peer, message.releases)
-        if isinstance(message, messages.Ack | messages.GiveBack):
-            self._jobs.dispatch(now)  # before the answer: a backend that hears it has its next job already
-        self._send(peer, answer)
+    def _post(self, peer: Peer, post: messages.Post, content: Sequence[bytes], now: float) -> None:
+        if post.items:
+            self.aliases.note(post.items)
+            self._calls.supersede(post.items)
+        self._send(peer, self._jobs.post(peer, post, tuple(content), now))
+        if post.releases is not None:
+            self._calls.unpin(peer, post.releases)
+
+    def _about_jobs(self, peer: Peer, message: JobMessage, now: float) -> None:
+        answer = self._jobs.answer(peer, message, now)
+        if answer is not None:
+            self._send(peer, answer)
 
     def _about_leases(self, peer: Peer, message: Any, now: float) -> None:
+        if isinstance(message, messages.Release) and peer.role == "frontend":
+            self._give_back(peer, message)
+            return
         answer = self._leasing.answer(peer, message, now)
         if answer is not None:
             self._send(peer, answer)
@@ -462,7 +476,7 @@ class WriterCore:
             self._heard_of(peer.role, peer.id)
             self._ask_about_overdue(peer)
 
-    def _operate(self, peer: Peer, message: messages.Clear | messages.Inspect) -> None:
+    def _operate(self, peer: Peer, message: messages.Clear | messages.Inspect, _: float) -> None:
         """Do what the operator asks."""
         if isinstance(message, messages.Inspect):
             self._send(peer, inspect(self.ring, message))
@@ -502,229 +516,6 @@ class WriterCore:
             self.ring.settle()
             self._tasks.paused = False
 
-    # --- calls ----------------------------------------------------------------------------------------------------
-
-    def _repin(self, peer: Peer, message: messages.Repin) -> None:
-        """Pin again what an answer of an earlier writer pinned; what is not there any more is passed over."""
-        if message.call in peer.calls:
-            raise errors.ProtocolError("the call's number is in use")
-        pending = PendingCall(peer, messages.Offer(message.call, "tensors", 1, 0, ()))
-        self._holds.repin(pending, message.places)
-        if pending.pinned:
-            pending.answered = True
-            peer.calls[pending.number] = pending
-
-    def _offer(self, peer: Peer, offer: messages.Offer, now: float) -> None:
-        if len(peer.calls) >= _MOST_CALLS:
-            raise errors.Busy("too many calls are under way", retry_after=1.0)
-        if offer.lease is not None:
-            self._backend(offer.lease)
-        pending = PendingCall(peer, offer)
-        self.aliases.recall(pending)
-        self.aliases.note(offer.items)
-        try:
-            for position, key in enumerate(pending.keys):
-                if pending.answers[position] is None:
-                    pending.answers[position] = self._holds.hit(pending, key)
-            self._supersede(offer)
-            self._wait_for_misses(pending, offer, now)
-        except errors.MmprepError:
-            self._holds.let_go(pending)
-            raise
-        self._count(pending)
-        if pending.missing:
-            peer.calls[pending.number] = self._calls[pending.call] = pending
-        else:
-            self._finish(pending, now)
-
-    def _supersede(self, offer: messages.Offer) -> None:
-        """Take out what was injected under the names that came with other content now; its own call may have pinned it."""
-        for item in offer.items:
-            if isinstance(item, messages.Offered) and item.alias is not None and item.alias.injected is not None:
-                self._holds.forget(item.alias.injected)
-
-    def _backend(self, to: messages.LeaseTo) -> Peer:
-        for peer in self.peers.values():
-            if peer.role == "backend" and peer.id == to.backend:
-                return peer
-        raise errors.NotFound(
-            f"no living backend is registered as {to.backend!r}; register it before asking for addresses",
-            param="backend_id",
-        )
-
-    def _wait_for_misses(self, pending: PendingCall, offer: messages.Offer, now: float) -> None:
-        """Let the call wait for flights for what is missing; ask its frontend for what nobody has asked for.
-
-        All that may be refused is refused before the first flight is joined. What is recalled and nobody has fails, and the
-        rest goes on without it.
-        """
-        misses = self._misses(pending, now)
-        needs = self._holds.needs(pending, misses)
-        found = self.flights.openings([(pending.keys[p], need) for p, need in zip(misses, needs, strict=True)])
-        openings = [misses[index] for index in found]
-        if nowhere := {pending.keys[position] for position in openings if position in pending.recalled}:
-            for position in misses:
-                if pending.keys[position] in nowhere:
-                    pending.answers[position] = failed(nobody_has_it())
-            self._wait_for_misses(pending, offer, now)
-            return
-        self.admission.check(pending.peer.id, [pending.offered[position].nbytes for position in openings])
-        wants = []
-        for position, need in zip(misses, needs, strict=True):
-            item = pending.offered[position]
-            joined = self.flights.join(
-                pending.keys[position],
-                need,
-                pending.call,
-                modality=item.modality,
-                cost=item.cost,
-                priority=offer.priority,
-                deadline=now + offer.deadline_ms / 1000,
-                now=now,
-                sends=position not in pending.recalled,
-            )
-            if joined.ask:
-                self.admission.add(joined.flight_id, pending.peer.id, item.nbytes, now)
-                pending.opened.add(joined.flight_id)
-                wants.append(messages.Want(position, joined.flight_id))
-            if joined.priority is not None:
-                self.queue.reprioritise(joined.flight_id, joined.priority)
-            pending.by_flight.setdefault(joined.flight_id, []).append(position)
-            pending.missing += 1
-        if wants:
-            self._send(pending.peer, messages.Wants(pending.number, tuple(wants)))
-
-    def _misses(self, pending: PendingCall, now: float) -> list[int]:
-        """Return the positions without an answer, those whose bytes the frontend has first; refuse what is quarantined.
-
-        The first of several positions of one key is the one that opens its flight, and that is asked for its bytes.
-        """
-        misses = []
-        for position, key in enumerate(pending.keys):
-            if pending.answers[position] is None:
-                refusal = self.quarantine.refusal(key, now)
-                if refusal is None:
-                    misses.append(position)
-                else:
-                    pending.answers[position] = failed(refusal)
-        return sorted(misses, key=pending.recalled.__contains__)
-
-    def _count(self, pending: PendingCall) -> None:
-        """Count a call that was taken on: every item is a query, and a hit unless it has to be computed for it."""
-        computed = {positions[0] for flight, positions in pending.by_flight.items() if flight in pending.opened}
-        if pending.injected:
-            return  # nobody has looked for something
-        for position, item in enumerate(pending.offered):
-            answer = pending.answers[position]
-            self.metrics.count("mmprep_mm_cache_queries_total", modality=item.modality)
-            if position not in computed and (answer is None or answer.outcome != "failed"):
-                self.metrics.count("mmprep_mm_cache_hits_total", modality=item.modality)
-        if joined := len(pending.by_flight.keys() - pending.opened):
-            self.metrics.count("mmprep_singleflight_joins_total", joined)
-
-    def _finish(self, pending: PendingCall, now: float) -> None:
-        """Send the one answer; pins become leases, or stay until the frontend lets go, as transfers always do."""
-        pending.answered = True
-        self._calls.pop(pending.call, None)
-        try:
-            if pending.lease is not None and not pending.failed:
-                self._leasing.lease_out(pending, self._backend(pending.lease), pending.lease.kind, now)
-        except errors.MmprepError as error:
-            self._fail(pending, error)
-            return
-        if not pending.failed:
-            for item in pending.injected:
-                self.aliases.forget(item.alias)
-        if pending.failed:
-            self._drop(pending)
-        elif pending.lease is not None:
-            self._holds.unpin(pending)
-        if pending.pinned or pending.transfers:
-            pending.peer.calls[pending.number] = pending
-        else:
-            self._drop(pending)
-        frames = tuple(map(pack, pending.told()))
-        owner = pending.lease.backend if pending.lease is not None and not pending.failed else None
-        self._send(pending.peer, messages.Answer(pending.number, self._leasing.milliseconds, owner), frames)
-
-    def _fail(self, pending: PendingCall, error: errors.MmprepError) -> None:
-        """Answer a call as a whole with an error."""
-        self._drop(pending)
-        self._send(pending.peer, messages.Failed(pending.number, messages.Fault.of(error)))
-
-    def _unpin(self, peer: Peer, number: int) -> None:
-        pending = peer.calls.get(number)
-        if pending is not None and pending.answered:
-            self._drop(pending)
-
-    def _cancel(self, peer: Peer, number: int, now: float) -> None:
-        pending = peer.calls.get(number)
-        if pending is not None:
-            self._drop(pending)
-            self._carry_out(self.flights.cancel(pending.call, now), now)
-
-    def _drop(self, pending: PendingCall) -> None:
-        """Forget a call and let go of what it pinned."""
-        self._holds.let_go(pending)
-        pending.peer.calls.pop(pending.number, None)
-        self._calls.pop(pending.call, None)
-
-    # --- flights --------------------------------------------------------------------------------------------------
-
-    def _carry_out(self, steps: Sequence[Step], now: float) -> None:
-        for step in steps:
-            match step:
-                case flight_events.Ask():
-                    self._ask(step)
-                case flight_events.Expire():
-                    self._expire(step)
-                case flight_events.Fail():
-                    if step.ended:
-                        self._tasks.drop(step.flight_id, now)
-                    self._settle(step.flight_id, step.calls, step.error, now)
-                case flight_events.Abandon():
-                    if step.lane is None:
-                        self._tasks.drop(step.flight_id, now)
-                case flight_events.Reprioritise():
-                    self.queue.reprioritise(step.flight_id, step.priority)
-                case Ended():
-                    self._tasks.drop(step.flight_id, now)
-                    self._settle(step.flight_id, step.calls, step.result, now, step.times)
-
-    def _ask(self, action: flight_events.Ask) -> None:
-        pending = self._calls[action.call]
-        position = pending.by_flight[action.flight_id][0]
-        self._send(pending.peer, messages.Wants(pending.number, (messages.Want(position, action.flight_id),)))
-
-    def _expire(self, action: flight_events.Expire) -> None:
-        """The call's time is over. It is over for all its flights at once, so the first of them ends the call."""
-        pending = self._calls.get(action.call)
-        if pending is not None:
-            late = errors.DeadlineExceeded("the request's time was over before its media were processed")
-            self._fail(pending, late)
-
-    def _settle(
-        self,
-        flight_id: int,
-        calls: Sequence[Call],
-        result: Result,
-        now: float,
-        times: messages.StageTimes | None = None,
-    ) -> None:
-        """Give waiting calls what a flight ended with."""
-        for call in calls:
-            pending = self._calls[call]
-            for position in pending.by_flight.pop(flight_id):
-                answer = self._holds.outcome(pending, position, flight_id, result)
-                if pending.traced:
-                    answer = msgspec.structs.replace(answer, times=times)
-                pending.answers[position] = answer
-                pending.missing -= 1
-            if not pending.missing:
-                self._finish(pending, now)
-        if isinstance(result, Transfer):
-            self.transfers.landed(result)
-
     # --- invariants -----------------------------------------------------------------------------------------------
 
     def validate(self) -> None:
@@ -739,7 +530,7 @@ class WriterCore:
         for part in (*parts, self.aliases, self._tasks, self._jobs):
             part.validate()
         calls = [call for peer in self.peers.values() for call in peer.calls.values()]
-        assert self._calls == {call.call: call for call in calls if not call.answered}, "the indices of calls differ"
+        assert self._waiting == {call.call: call for call in calls if not call.answered}, "the indices of calls differ"
         for call in calls:
             call.validate()
             self._holds.validate(call)
@@ -748,7 +539,9 @@ class WriterCore:
                 assert call.call in self.flights[flight_id].waiters, f"call {call.call} waits for a flight in vain"
         for flight in self.flights:
             for waiter in flight.waiters:
-                assert flight.id in self._calls[waiter].by_flight, f"flight {flight.id} would answer what is not asked"
+                assert flight.id in self._waiting[waiter].by_flight, (
+                    f"flight {flight.id} would answer what is not asked"
+                )
         assert bool(self._awaited) == (self._silent_at < math.inf), "readers are awaited without end, or none is"
         assert bool(self._awaited) == (not self.ring.settled), "the ring is settled before all readers were heard"
         holders = {call.holder for call in calls}

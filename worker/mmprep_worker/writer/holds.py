@@ -68,6 +68,21 @@ class Holds:
             self._plans.put(key, answer.meta)
         return answer
 
+    def there(self, keys: Iterable[bytes], places: Iterable[tuple[int, int]]) -> bool:
+        """Whether one who asks for items is answered at once, and with these slots and generations; without any: with plans."""
+        wanted = set(places)
+        if not wanted:
+            return all(self._plans.get(key) is not None or self._ring.lookup(key) is not None for key in keys)
+        found: dict[tuple[int, int], int] = {}
+        for key in keys:
+            entry = self._ring.lookup(key)
+            if entry is not None and _place(entry) not in found and not self._fits(entry, found.values()):
+                entry = self._ring.lookup_spill(key)
+            if entry is None or _place(entry) not in wanted:
+                return False
+            found[_place(entry)] = 0 if isinstance(entry, Spill) else entry.extent
+        return found.keys() == wanted
+
     def outcome(self, pending: PendingCall, position: int, flight_id: int, result: Result) -> ItemAnswer:
         """Answer with what a flight ended with.
 
@@ -158,9 +173,13 @@ class Holds:
         pending.pinned.clear()
 
     def _may_pin(self, pending: PendingCall, entry: Entry) -> bool:
-        if pending.need == "plan" or entry.generation in pending.pinned or isinstance(entry, Spill):
+        if pending.need == "plan" or entry.generation in pending.pinned:
             return True
-        return sum(pending.pinned.values()) + entry.extent <= self._limit
+        return self._fits(entry, pending.pinned.values())
+
+    def _fits(self, entry: Entry, pinned: Iterable[int]) -> bool:
+        """Whether one who pins so many bytes of the ring may pin another entry."""
+        return isinstance(entry, Spill) or sum(pinned) + entry.extent <= self._limit
 
     def _inline(self, pending: PendingCall, transfer: Transfer, outcome: Literal["computed", "joined"]) -> ItemAnswer:
         if pending.need == "plan":
@@ -177,8 +196,9 @@ class Holds:
         meta = self.metadata(entry)
         if pending.need == "plan":
             return ItemAnswer(outcome, meta=meta)
-        slot, epoch = (SPILL_SLOT, spill.epoch) if spill else (entry.slot, None)
-        return ItemAnswer(outcome, slot, entry.offset, entry.length, entry.generation, None, meta, None, epoch)
+        slot, generation = _place(entry)
+        epoch = spill.epoch if spill else None
+        return ItemAnswer(outcome, slot, entry.offset, entry.length, generation, None, meta, None, epoch)
 
     def validate(self, pending: PendingCall) -> None:
         """Check what the ring holds for a call; raises AssertionError."""
@@ -198,3 +218,8 @@ class Holds:
         )
         held_by_it = {transfer.number for transfer in self._transfers if pending.holder in transfer.holders}
         assert held_by_it == pending.transfers, f"call {pending.call} holds other transfers than it knows of"
+
+
+def _place(entry: Entry) -> tuple[int, int]:
+    """Return an entry's slot, as answers and addresses tell it, and its generation."""
+    return SPILL_SLOT if isinstance(entry, Spill) else entry.slot, entry.generation

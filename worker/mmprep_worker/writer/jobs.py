@@ -6,13 +6,15 @@ A part of the writer's state machine. Rules:
   to the backend that gets the job, as views, and end by that backend's word, as all leases do.
 * While a writer that takes over waits for readers, nothing new is posted, and nothing is delivered: what was accepted
   before has its place first, and those who hold jobs have said so.
+* A job that its frontend has made without an offer is taken where its items are what one would be answered with now. It is
+  one step, so nothing of them can go in between; where they are something else, nothing is done.
 * A job that comes from an earlier writer's time and whose tensors are gone stays a job, with an error in their place.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from mmprep import errors
@@ -23,11 +25,12 @@ from mmprep_worker.ring.spills import Spill
 from mmprep_worker.scheduling.job import Delivery, Held, Job, Place
 from mmprep_worker.scheduling.once import Requests
 from mmprep_worker.scheduling.queues import Queues
+from mmprep_worker.writer.holds import Holds
 from mmprep_worker.writer.leasing import Leasing
 from mmprep_worker.writer.state import Peer, Send
 
-#: Messages about jobs.
-JobMessage = messages.Post | messages.Pull | messages.Holding | messages.Ack | messages.GiveBack
+#: What backends say about jobs.
+JobMessage = messages.Pull | messages.Holding | messages.Ack | messages.GiveBack
 #: What metrics and the status call the queue before the lanes.
 MEDIA = "media"
 #: Seconds until a frontend is told of jobs that have ended, several at a time.
@@ -62,6 +65,7 @@ class Jobs:
         self,
         queues: Queues,
         ring: Ring,
+        holds: Holds,
         leasing: Leasing,
         metrics: Metrics,
         *,
@@ -71,6 +75,7 @@ class Jobs:
         self.queues = queues
         self.requests = Requests()
         self._ring = ring
+        self._holds = holds
         self._leasing = leasing
         self._metrics = metrics
         self._peers = peers
@@ -80,6 +85,8 @@ class Jobs:
         #: Ids of ended jobs by the frontend that keeps them.
         self._finished: dict[tuple[str, bytes], list[str]] = {}
         self._tell_at = math.inf
+        #: The backend and the call that the first job which it gets now answers.
+        self._owed: tuple[str, int] = ("", 0)
 
     @property
     def wake_at(self) -> float:
@@ -91,8 +98,8 @@ class Jobs:
         """Who pins something of the ring."""
         return {_holder(job) for job in self.queues.jobs if job.places}
 
-    def answer(self, peer: Peer, message: JobMessage, content: Sequence[bytes], now: float) -> Any:
-        """Do what a message about jobs asks for, and return its answer.
+    def answer(self, peer: Peer, message: JobMessage, now: float) -> Any:
+        """Do what a backend asks for, and return the answer; ``None`` where a delivery has brought it.
 
         Raises
         ------
@@ -100,8 +107,12 @@ class Jobs:
             What the call is to be answered with.
         """
         match message:
-            case messages.Post():
-                return self._post(peer, message, tuple(content), now)
+            case messages.Ack():
+                self.queues.ack(peer.id, message.token, now)
+                return self._deliver_with(peer, message.call, now)
+            case messages.GiveBack():
+                self.queues.give_back(peer.id, message.token, now, failed=message.failed)
+                return self._deliver_with(peer, message.call, now)
             case messages.Pull():
                 if MEDIA in message.queues:
                     raise errors.InvalidRequest(f"{MEDIA!r} is not a queue of jobs; choose another name", param="queue")
@@ -110,10 +121,6 @@ class Jobs:
             case messages.Holding():
                 held = [Held(one.token, one.queue, one.job, one.attempt) for one in message.jobs]
                 return messages.Kept(message.call, tuple(self.queues.resume(peer.id, held, now)))
-            case messages.Ack():
-                self.queues.ack(peer.id, message.token, now)
-            case messages.GiveBack():
-                self.queues.give_back(peer.id, message.token, now, failed=message.failed)
         return messages.Done(message.call)
 
     def away(self, peer: Peer, now: float) -> None:
@@ -148,7 +155,16 @@ class Jobs:
 
     # --- posting --------------------------------------------------------------------------------------------------
 
-    def _post(self, peer: Peer, post: messages.Post, content: tuple[bytes, ...], now: float) -> messages.Posted:
+    def post(
+        self, peer: Peer, post: messages.Post, content: tuple[bytes, ...], now: float
+    ) -> messages.Posted | messages.Unlike:
+        """Take a frontend's job and return the answer.
+
+        Raises
+        ------
+        MmprepError
+            Why it is not taken.
+        """
         if post.once is not None and (made := self.requests.find(post.once.key, post.once.body, now)) is not None:
             return messages.Posted(post.call, made)
         poster = (peer.id, peer.instance)
@@ -161,6 +177,8 @@ class Jobs:
             return messages.Posted(post.call, post.job)
         if not self._ring.settled and not post.again:
             raise errors.ServiceUnavailable(_TAKING_OVER, retry_after=_TELL_SECONDS)
+        if post.items and not self._finds(post):
+            return messages.Unlike(post.call)
         job = self._job(post, poster, content, now)
         self.queues.post(job, now, again=post.again)
         for place in job.places:
@@ -170,6 +188,15 @@ class Jobs:
         if post.once is not None:
             self.requests.note(post.once.key, post.once.body, job.id, now)
         return messages.Posted(post.call, job.id)
+
+    def _finds(self, post: messages.Post) -> bool:
+        """Whether the items of a job that was made without an offer are there; those that are count as found."""
+        if not self._holds.there([item.key for item in post.items], post.places):
+            return False
+        for item in post.items:
+            self._metrics.count("mmprep_mm_cache_queries_total", modality=item.modality)
+            self._metrics.count("mmprep_mm_cache_hits_total", modality=item.modality)
+        return True
 
     def _job(self, post: messages.Post, poster: tuple[str, bytes], content: tuple[bytes, ...], now: float) -> Job:
         places: dict[int, Place] = {}
@@ -198,17 +225,21 @@ class Jobs:
 
     # --- delivering -----------------------------------------------------------------------------------------------
 
+    def _deliver_with(self, peer: Peer, call: int, now: float) -> messages.Done | None:
+        """Deliver what can be; return the answer to a backend's call, unless a job for it has brought that along."""
+        self._owed = peer.id, call
+        self.dispatch(now)
+        (_, owed), self._owed = self._owed, ("", 0)
+        return messages.Done(owed) if owed else None
+
     def _deliver(self, delivery: Delivery, now: float) -> None:
         job, peer = delivery.job, self._backends[delivery.backend]
         assert job is not None, "what is delivered is a job"
         places, content = job.content
         try:
             # Whether a backend may get leases does not change between two of them, so the first decides for all.
-            leases = (
-                ()
-                if job.error
-                else tuple(self._leasing.grant(peer, slot, generation, "view", now) for slot, generation in places)
-            )
+            leases = (self._leasing.grant(peer, slot, generation, "view", now) for slot, generation in places)
+            granted = [] if job.error else list(leases)
         except errors.Busy:
             self.queues.put_off(delivery.token, now + _PAUSE_SECONDS, now)
             return
@@ -221,10 +252,19 @@ class Jobs:
             delivery.attempt,
             int((delivery.deadline - now) * 1000),
             self._leasing.milliseconds,
-            leases,
+            tuple(granted),
             job.error,
+            self._done_with(peer),
         )
         self._out.append(Send(peer.identity, told, content))
+
+    def _done_with(self, peer: Peer) -> int:
+        """Return the call of this backend that is done and not answered; 0: there is none."""
+        backend, owed = self._owed
+        if backend != peer.id:
+            return 0
+        self._owed = "", 0
+        return owed
 
     # --- ends -----------------------------------------------------------------------------------------------------
 
@@ -250,6 +290,7 @@ class Jobs:
 
     def validate(self) -> None:
         """Check every invariant; raises AssertionError."""
+        assert self._owed == ("", 0), "a call has no answer"
         self.queues.validate()
         self.requests.validate()
         for job in self.queues.jobs:

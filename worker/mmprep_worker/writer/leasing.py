@@ -55,7 +55,7 @@ class Leasing:
             case messages.Upgrade():
                 return self._upgrade(peer, message)
             case messages.Retag():
-                peer.turn = max(peer.turn, message.turn)
+                peer.retag(message.turn)
                 return messages.Done(message.call)
         raise errors.InvalidRequest(f"a {type(message).__name__} is not about leases")
 

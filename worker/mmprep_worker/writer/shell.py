@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import socket as unix
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from mmprep.runtime import RuntimeDir
 from mmprep.segment import sibling_name, unlink
 from mmprep.settings import WriterSettings
 from mmprep.wire import messages
-from mmprep.wire.codec import CONTROL_LIMIT, MAX_FRAMES, PROTOCOL, pack, unpack
+from mmprep.wire.codec import CONTROL_LIMIT, MAX_FRAMES, PROTOCOL, pack, unpack, unpacker
 from mmprep.wire.configured import configure, router
 from mmprep.wire.frames import readable, recv_frames, send_frames
 from mmprep.wire.outbox import Outbox
@@ -46,6 +46,7 @@ from mmprep_worker.writer.pauses import Pauses
 from mmprep_worker.writer.plans import PlanStore
 from mmprep_worker.writer.report import report
 from mmprep_worker.writer.state import KillLane, ReadersSilent, RemoveSegment, Send, ToLane
+from mmprep_worker.writer.waiting import Waiting
 
 _log = logging.getLogger("mmprep.writer")
 
@@ -68,6 +69,8 @@ _START_TRIES = 4
 _WAITERS = 16
 
 
+_unpack_control = unpacker(messages.ToWriter)
+
 #: Queued jobs may hold this part of the ring.
 _QUEUES_SHARE = 2
 
@@ -86,6 +89,8 @@ class WriterShell:
         configure(self._supervisor)
         self._supervisor.sndtimeo = _SUPERVISOR_MS
         self._supervisor.connect(self._runtime.supervisor)
+        self._waiting = Waiting()
+        self._supervisor_fd = self._read_from(self._supervisor, self._supervisor_message)
         self._tell(messages.Hello(PROTOCOL, mmprep.__version__, "writer", "0", os.getpid()))
         self._tell(messages.StateChange(False, "the ring is being made"))
         self._geometry = layout.Geometry.for_ring(settings.cache_size)
@@ -103,6 +108,11 @@ class WriterShell:
         self._lane_tensors = router(
             self._context, self._runtime.lanes_bulk, frame_limit=max(CONTROL_LIMIT, settings.inline_size)
         )
+        self._lanes_fd = self._read_from(self._lanes, self._lane_message)
+        self._control_fd = self._read_from(self._control, self._control_message)
+        self._read_from(self._bulk, self._bulk_message, copy=False)
+        self._read_from(self._lane_tensors, self._inlined, copy=False)
+        self._tensors_fd = self._read_from(self._tensors, self._fetch)
         self._outbox = Outbox(max_messages=4096, max_bytes=16 << 20)
         self._pool = LanePool(settings.lanes, self._lane_config, time.monotonic())
         self._lane_peers: dict[bytes, int] = {}
@@ -110,6 +120,7 @@ class WriterShell:
         self._said: tuple[bool, str] | None = None
         #: Lanes that have told why they do not get warm, and are about to end.
         self._explained: set[int] = set()
+        self._stopped = False
         self._locks_checked = 0.0
         #: As it was before this turn; what this turn brings is seen in the next one, which then comes at once.
         self._core_wakes_at = 0.0
@@ -195,51 +206,42 @@ class WriterShell:
         signal.set_wakeup_fd(wake_w.fileno())
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        poller = zmq.Poller()
-        for source in (*self._sockets(), wake_r, _INPUT):
-            poller.register(source, zmq.POLLIN)
-        watched: dict[int, int] = {}
+        self._waiting.add(wake_r.fileno(), self._stop)
+        self._waiting.add(_INPUT, self._stop)
         while True:
             now = time.monotonic()
-            self._pool.start_due(now)
-            pidfds = self._pool.pidfds()
-            for fd in watched.keys() - pidfds.keys():
-                poller.unregister(fd)
-            for fd in pidfds.keys() - watched.keys():
-                poller.register(fd, zmq.POLLIN)
-            watched = pidfds
-            ready = dict(poller.poll(self._timeout(now)))
-            if _INPUT in ready or wake_r.fileno() in ready:
+            if self._pool.wake_at <= now:
+                self._start_lanes(now)
+            ready = self._waiting.wait(self._timeout(now))
+            now = time.monotonic()
+            self._pauses.turned(now, input_ready=bool(ready))
+            for handle in ready:
+                handle()
+            if self._stopped:
                 return
-            self._pauses.turned(time.monotonic(), input_ready=bool(ready))
-            self._turn(ready, watched)
+            self._end_turn(now)
+
+    def _stop(self) -> None:
+        self._stopped = True
 
     def _sockets(self) -> tuple[zmq.Socket[bytes], ...]:
         return self._control, self._bulk, self._tensors, self._lanes, self._lane_tensors, self._supervisor
 
-    def _timeout(self, now: float) -> int:
+    def _read_from(self, socket: zmq.Socket[bytes], handle: Callable[[list[Any]], None], *, copy: bool = True) -> int:
+        """Let ``handle`` take the messages of a socket from now on; return what the socket is called in ``_waiting``."""
+        fd = self._waiting.add_socket(socket, lambda: self._drain(fd, socket, handle, copy=copy))
+        return fd
+
+    def _timeout(self, now: float) -> float:
         self._core_wakes_at = self._core.wake_at
         if self._pauses.behind:
-            return 0
+            return 0.0
         wake = min(self._core_wakes_at, self._pool.wake_at, self._locks_checked + _CHECK_LOCKS_EVERY)
         if self._outbox:
             wake = min(wake, now + 0.005)
-        return max(0, math.ceil((wake - now) * 1000))
+        return max(0.0, wake - now)
 
-    def _turn(self, ready: dict[Any, int], watched: dict[int, int]) -> None:
-        now = time.monotonic()
-        if self._lanes in ready:
-            self._drain(self._lanes, self._lane_message)
-        if self._control in ready:
-            self._drain(self._control, self._control_message)
-        if self._bulk in ready:
-            self._drain(self._bulk, self._bulk_message, copy=False)
-        self._move_tensors(ready)
-        if self._supervisor in ready:
-            self._drain(self._supervisor, self._supervisor_message)
-        for fd, number in watched.items():
-            if fd in ready:
-                self._lane_exited(number, now)
+    def _end_turn(self, now: float) -> None:
         if self._core_wakes_at <= now and not self._pauses.behind:
             self._core.tick(now)
             self._carry_out()
@@ -249,12 +251,20 @@ class WriterShell:
             self._flush_outbox()
         self._say_state()
 
-    def _drain(self, socket: zmq.Socket[bytes], handle: Any, *, copy: bool = True) -> None:
+    def _start_lanes(self, now: float) -> None:
+        for number in self._pool.start_due(now):
+            self._waiting.add(self._pool.pidfd(number), partial(self._lane_exited, number))
+
+    def _drain(
+        self, fd: int, socket: zmq.Socket[bytes], handle: Callable[[list[Any]], None], *, copy: bool = True
+    ) -> None:
         for _ in range(_BATCH):
-            if not readable(socket):
-                return
             handle(recv_frames(socket, copy=copy))
             self._carry_out()
+            if not readable(socket):
+                self._waiting.emptied(fd)
+                return
+        self._waiting.used(fd)
 
     # --- what comes in --------------------------------------------------------------------------------------------
 
@@ -263,7 +273,7 @@ class WriterShell:
         try:
             if len(frames) < 2:
                 raise ProtocolError("a control message has a header")
-            message = unpack(frames[1], messages.ToWriter)
+            message = _unpack_control(frames[1])
             _check_frames(message, frames[2:])
             if isinstance(message, messages.Hello):
                 self._check_hello(message)
@@ -324,12 +334,6 @@ class WriterShell:
         if number is not None:
             self._core.from_lane(number, message, frames[2:], now)
 
-    def _move_tensors(self, ready: dict[Any, int]) -> None:
-        if self._lane_tensors in ready:
-            self._drain(self._lane_tensors, self._inlined, copy=False)
-        if self._tensors in ready:
-            self._drain(self._tensors, self._fetch)
-
     def _inlined(self, frames: list[zmq.Frame]) -> None:
         """A lane sends tensors that found no shared memory."""
         number = self._lane_peers.get(frames[0].bytes)
@@ -359,6 +363,7 @@ class WriterShell:
             fetch.call, messages.Fault.of(StaleAddress("the tensors are gone; ask for the item again"))
         )
         answer = [pack(gone)] if tensors is None else [pack(messages.Tensors(fetch.call)), tensors]
+        self._waiting.used(self._tensors_fd)
         with contextlib.suppress(zmq.ZMQError):
             send_frames(self._tensors, [frames[0], *answer])
 
@@ -390,7 +395,9 @@ class WriterShell:
         self._carry_out()
         self._pool.kill(number)
 
-    def _lane_exited(self, number: int, now: float) -> None:
+    def _lane_exited(self, number: int) -> None:
+        now = time.monotonic()
+        self._waiting.remove(self._pool.pidfd(number))
         status = self._pool.exited(number, now)
         explained = number in self._explained
         self._explained.discard(number)
@@ -417,6 +424,7 @@ class WriterShell:
         message = unpack(frames[0], messages.FromSupervisor)
         if isinstance(message, messages.Collect):
             encoded = msgspec.json.encode(report(self._core, self._segment.name, time.monotonic()))
+            self._waiting.used(self._supervisor_fd)
             with contextlib.suppress(zmq.Again):
                 self._supervisor.send_multipart([pack(messages.Report(message.call)), encoded], zmq.NOBLOCK)
 
@@ -466,6 +474,8 @@ class WriterShell:
             self._carry_out()
             return False
         _log.warning("the cache starts anew, because these processes do not say what they hold: %s", names)
+        for number in self._pool.running:
+            self._waiting.remove(self._pool.pidfd(number))
         self._pool.stop()
         self._lane_peers.clear()
         self._lane_identities.clear()
@@ -494,6 +504,7 @@ class WriterShell:
 
     def _try_send(self, peer: bytes, frames: Sequence[bytes]) -> bool:
         """Send if the socket takes it; a peer that is gone takes everything."""
+        self._waiting.used(self._control_fd)
         try:
             send_frames(self._control, [peer, *frames])
         except zmq.Again:
@@ -522,28 +533,32 @@ class WriterShell:
         frames: list[Any] = [identity, pack(action.message)]
         if action.medium is not None:
             frames.append(action.medium)
+        self._waiting.used(self._lanes_fd)
         try:
             send_frames(self._lanes, frames)
         except zmq.ZMQError:
             self._pool.kill(action.lane)
 
     def _tell(self, message: msgspec.Struct) -> None:
+        self._waiting.used(self._supervisor_fd)
         try:
             self._supervisor.send(pack(message))
         except zmq.Again:
             raise SystemExit("mmprep: the writer's supervisor is gone") from None
 
     def _say_state(self) -> None:
-        warm = sum(lane.ready for lane in self._core.lanes)
-        ready = bool(self._core.card)
-        state = (ready, "" if ready else self._core.cold or f"{warm} of {len(self._core.lanes)} lanes are warm")
+        state = (True, "") if self._core.card else (False, self._core.cold or self._warmth())
         if state != self._said:
             self._said = state
             self._tell(messages.StateChange(*state))
 
+    def _warmth(self) -> str:
+        return f"{sum(lane.ready for lane in self._core.lanes)} of {len(self._core.lanes)} lanes are warm"
+
     def close(self) -> None:
         """Stop the lanes, then unlink the segment."""
         self._pool.stop()
+        self._waiting.close()
         for socket in self._sockets():
             socket.close(0)
         self._context.destroy(linger=0)

@@ -72,12 +72,24 @@ class Peer:
     name: its connection's identity as text, one to one.
     instance: the same for all connections of one process under its id.
     connection: which one of its process it is; a later one has a higher number.
-    turn: of the leases that are granted to it.
+    turn, mark: of the leases that are granted to it: what they are tagged for, and with.
     connected: false once its connection is gone. Only backends are remembered then, for their leases.
     calls: its offers that have no answer yet, or whose entries are still pinned or transfers still held.
     """
 
-    __slots__ = ("calls", "connected", "connection", "id", "identity", "instance", "name", "pid", "role", "turn")
+    __slots__ = (
+        "calls",
+        "connected",
+        "connection",
+        "id",
+        "identity",
+        "instance",
+        "mark",
+        "name",
+        "pid",
+        "role",
+        "turn",
+    )
 
     def __init__(self, identity: bytes, hello: messages.Hello) -> None:
         self.identity = identity
@@ -88,13 +100,14 @@ class Peer:
         self.instance = hello.instance
         self.connection = hello.connection
         self.turn = hello.turn
+        self.mark = mark_of(hello.instance, hello.turn)
         self.connected = True
         self.calls: dict[int, PendingCall] = {}
 
-    @property
-    def mark(self) -> bytes:
-        """What the leases that are granted to it are tagged with."""
-        return mark_of(self.instance, self.turn)
+    def retag(self, turn: int) -> None:
+        """Tag leases for a later turn from now on; an earlier one changes nothing."""
+        self.turn = max(self.turn, turn)
+        self.mark = mark_of(self.instance, self.turn)
 
 
 class PendingCall:
