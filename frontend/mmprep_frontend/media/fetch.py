@@ -264,21 +264,25 @@ class Fetcher:
         return reply() if reply is not None and in_time else None
 
     async def _fly(self, target: Target, flight: _Flight, condition: Condition | None) -> Reply:
-        failed = 0
+        failed, lost = 0, False
         hops: tuple[Target, ...] = (target,)
         while True:
             try:
                 flight.queued = True
                 async with self._slots.hold(hops[-1].host):
                     flight.queued = False
-                    answer = await self._exchange.ask(hops, condition, flight.grew)
+                    answer = await self._exchange.ask(hops, condition, flight.grew, anew=lost)
             except PassingError as passing:
                 failed += 1
                 flight.error = passing.error
+                # A connection that was kept may have ended while nobody used it, which says nothing about its host; the
+                # others may have, too.
+                at_once = passing.lost and not lost
+                lost |= passing.lost
                 pause = self._retry.pause(
                     failed,
                     left=flight.deadline - asyncio.get_running_loop().time(),
-                    chance=self._chance(),
+                    chance=0.0 if at_once else self._chance(),
                     retry_after=passing.retry_after,
                 )
                 if pause is None:
