@@ -31,6 +31,7 @@ from mmprep_frontend.media.intake import SMALL, TINY, Intake, Medium, Source, at
 from mmprep_frontend.media.keys import scope, variant
 from mmprep_frontend.model import ServedModel
 from mmprep_frontend.offered import Offered, OfferItem
+from mmprep_frontend.pace import Pace
 from mmprep_frontend.render.answer import check_length
 from mmprep_frontend.render.conversation import MediaPart
 from mmprep_frontend.render.expansion import Expanded, expand
@@ -127,6 +128,7 @@ class Service:
         self.trusts_templates = trusts_templates
         self._injection = injection
         self._known = KnownItems(_KNOWN_BYTES)
+        self._pace = Pace()
 
     async def on_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         """Return what ``work`` returns on a thread; awaits its end also when cancelled.
@@ -436,6 +438,11 @@ class Service:
             lease=terms.lease,
             traced=trace is not None,
         )
+        try:
+            await self._pace.step()  # the writer answers many at once
+        except BaseException:
+            offered.give_back()
+            raise
         if trace is not None:
             told = [(part.modality, answer) for part, answer in zip(parts, offered.items, strict=True)]
             record_lookup(trace, started, time.monotonic(), told)
@@ -483,7 +490,8 @@ class Service:
         return arrived + seconds
 
     async def parse_body(self, body: Body, work: Callable[[], T]) -> T:
-        """Return what ``work`` makes of ``body``; off the loop where it is large."""
+        """Return what ``work`` makes of ``body``, when it is the request's turn; off the loop where it is large."""
+        await self._pace.step()
         if len(body) <= _LARGE_BODY:
             return work()
         async with _within(now() + self._request_timeout):

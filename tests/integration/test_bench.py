@@ -97,6 +97,9 @@ def test_fetching_is_measured_with_what_the_media_host_was_asked(run):
     (distinct,) = part["distinct"]
     assert distinct["downloads"] == distinct["urls"] > 0
     assert min(distinct["per_second"], distinct["frontend_cpu_ms"], distinct["rss_peak"]) > 0
+    # Fetching is a part of the request around it.
+    assert 0 < distinct["in_loop_cpu_ms"] < distinct["frontend_cpu_ms"]
+    assert distinct["in_loop_per_second"] > 0
     assert [row["frontends"] for row in part["same"]] == [1, 2]
     assert all(0 < row["downloads"] <= row["requests"] for row in part["same"])
     hits = part["hits"]

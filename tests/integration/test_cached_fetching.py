@@ -384,6 +384,34 @@ def test_a_disk_that_hangs_costs_a_moment_and_no_request(world):
     check(world, main, kind=Hanging)
 
 
+def test_uses_are_written_down_together_in_their_order_before_more_is_kept_and_at_the_end(world):
+    touched, kept = [], []
+
+    class Told(CacheDisk):
+        def touch(self, names):
+            touched.append([name.partition("-")[0] for name in names])
+            super().touch(names)
+
+        def keep(self, medium, data, **options):
+            kept.append((medium.key.hex(), len(touched)))
+            return super().keep(medium, data, **options)
+
+    async def main():
+        await world.get("/a")
+        await world.get("/b")
+        for path in ("/a", "/b", "/a") * 10:
+            assert not (await world.get(path)).asked
+        await world.get("/c")
+        (a, _), (b, _), (_, writes) = kept
+        assert 0 < writes < 30
+        uses = [name for names in touched[:writes] for name in names]
+        assert (b in uses, uses[-1]) == (True, a)
+        await world.get("/b")
+
+    check(world, main, kind=Told)
+    assert touched[-1] == [kept[1][0]]
+
+
 def test_hits_take_their_part_of_the_memory_and_are_refused_where_there_is_none(world):
     async def main():
         await world.get()

@@ -1188,3 +1188,70 @@ def test_a_fetch_between_two_tries_holds_no_connection_from_others(run: Run) -> 
             assert await pausing == MEDIUM
 
     run(main())
+
+
+class Fickle:
+    """A raw server that keeps connections, ends some of them when it is asked, and counts both.
+
+    Parameters
+    ----------
+    lost:
+        The numbers of the requests, from 0, that get no answer.
+    """
+
+    def __init__(self, lost: range) -> None:
+        self.lost = lost
+        self.asked = self.connections = 0
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            while True:
+                await drain_head(reader)
+                self.asked += 1
+                if self.asked - 1 in self.lost:
+                    break
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
+        except asyncio.IncompleteReadError:
+            pass
+        finally:
+            writer.close()
+
+
+def test_a_host_is_asked_and_dialled_no_more_often_than_there_are_tries_where_it_loses_kept_connections(
+    run: Run,
+) -> None:
+    async def main() -> None:
+        host = Fickle(lost=range(1, 99))
+        async with serving_raw(host) as port, fetching() as (fetcher, _, dialled):
+            url = f"http://media.test:{port}/"
+            assert await get(fetcher, url) == b"hello"
+            assert type(await refused(fetcher, url)) is FetchBadGateway
+            # The first of the three tries went over the connection that was kept.
+            assert (host.asked, host.connections, len(dialled.addresses)) == (1 + 3, 1 + 2, 1 + 2)
+            assert type(await refused(fetcher, url)) is FetchBadGateway
+            assert (host.asked, len(dialled.addresses)) == (1 + 3 + 3, 1 + 2 + 3)
+
+    run(main())
+
+
+def test_a_kept_connection_that_ends_when_it_is_used_costs_a_try_and_no_pause(run: Run) -> None:
+    async def main() -> None:
+        host = Fickle(lost=range(2, 3))
+        async with (
+            serving_raw(host) as port,
+            # A pause would be longer than there is time.
+            fetching(retry=RetryPolicy(tries=2, first=1e6, longest=1e6), chance=lambda: 0.9) as (fetcher, _, dialled),
+        ):
+            urls = [f"http://media.test:{port}/{number}" for number in range(2)]
+            assert await asyncio.gather(*(get(fetcher, url) for url in urls)) == [b"hello"] * 2
+            assert len(dialled.addresses) == 2
+            # Of the two that are kept, one is lost; the other one might be, too, and is not tried.
+            assert await get(fetcher, urls[0]) == b"hello"
+            assert (host.asked, len(dialled.addresses)) == (4, 3)
+            # What is lost anew is tried again after a pause only.
+            host.lost = range(4, 99)
+            assert type(await refused(fetcher, urls[0])) is FetchBadGateway
+            assert (host.asked, len(dialled.addresses)) == (6, 4)
+
+    run(main())

@@ -39,7 +39,8 @@ async def main():
             fetched = await cache.fetch(url + path, scope=bytes(32), param="p", timeout=60.0)
             if fetched.keepable is not None:
                 cache.keep(fetched.keepable, fetched.data, Hasher("blake3").content_digest(fetched.data), "blake3")
-            while cache._keeping or cache._touching:
+            cache._uses.write_down()
+            while cache._keeping or cache._uses._writing:
                 await asyncio.sleep(0.001)
             return fetched
 

@@ -18,6 +18,7 @@ from mmprep.errors import ServiceUnavailable
 from mmprep_frontend.caller import Caller
 from mmprep_frontend.http.connection import Connection
 from mmprep_frontend.http.ports import Kept, Rendered
+from mmprep_frontend.pace import Pace
 
 _log = logging.getLogger(__name__)
 #: Bytes of an answer up to which it is left to the library.
@@ -40,7 +41,7 @@ class Sender:
     def __init__(self, sign: Callable[[web.Request, web.StreamResponse], None], *, seconds: float) -> None:
         self._sign = sign
         self._seconds = seconds
-        self._turn = asyncio.Lock()
+        self._pace = Pace(1)
 
     async def send(self, request: web.Request, rendered: Rendered, caller: Caller) -> web.StreamResponse:
         """Return the answer; it is sent already if it is large, or if somebody has to know who read it.
@@ -80,9 +81,8 @@ class Sender:
         return answer
 
     async def _next(self, pieces: Iterator[bytes]) -> bytes | None:
-        async with self._turn:
-            await asyncio.sleep(0)
-            return next(pieces, None)
+        await self._pace.step()
+        return next(pieces, None)
 
     async def _write(
         self, request: web.Request, answer: web.StreamResponse, piece: bytes | None, more: Iterator[bytes]

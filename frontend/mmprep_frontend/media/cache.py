@@ -28,6 +28,7 @@ from mmprep.metrics import Metrics
 from mmprep_frontend.media.allowance import Hold
 from mmprep_frontend.media.cache_disk import CacheDisk, Damaged, Found
 from mmprep_frontend.media.cache_index import Change, Kept
+from mmprep_frontend.media.cache_uses import Uses
 from mmprep_frontend.media.claims import Claim, Claims
 from mmprep_frontend.media.exchange import Condition, Reply
 from mmprep_frontend.media.fetch import Fetcher
@@ -42,11 +43,10 @@ _PATIENCE: Final = 1.0
 #: Seconds for what is still to be written when the frontend ends.
 _LAST: Final = 1.0
 _READERS: Final = 2
-#: Lookups under way, media that wait to be written, their bytes, and hits that wait to be noted, at most.
+#: Lookups under way, media that wait to be written, and their bytes, at most.
 _LOOKUPS: Final = 512
 _BACKLOG: Final = 64
 _BACKLOG_BYTES: Final = 256 << 20
-_TOUCHES: Final = 4096
 #: Seconds to wait for another frontend that downloads the same, and between two looks; at most half of a fetch's time.
 _TURN: Final = 5.0
 _LOOKS: Final = (0.005, 0.05)
@@ -151,8 +151,7 @@ class MediaCache:
         self._keeping: dict[bytes, int] = {}
         #: Keys of what was written last.
         self._written: deque[bytes] = deque(maxlen=_BACKLOG)
-        self._touched: dict[str, None] = {}
-        self._touching = False
+        self._uses = Uses(lambda names, done: self._later(partial(disk.touch, names), done))
         self._closed = False
         self._warned = False
         self._resets = 0
@@ -243,6 +242,7 @@ class MediaCache:
                 if change.evicted:
                     self._metrics.count("mmprep_media_cache_evictions_total", change.evicted)
 
+        self._uses.write_down()  # their order decides what makes room for it
         self._later(write, done)
 
     async def forget(self) -> None:
@@ -271,6 +271,7 @@ class MediaCache:
 
     async def close(self) -> None:
         """Write what waits, within a second, and let go of the disk."""
+        self._uses.write_down()
         self._closed = True
         end = self._loop.run_in_executor(self._writer, self._disk.close)
         await asyncio.wait([end], timeout=_LAST)
@@ -361,21 +362,8 @@ class MediaCache:
 
     def _hit(self, found: Found, *, asked: bool) -> Fetched:
         self._metrics.count("mmprep_media_cache_hits_total", 1)
-        name = found.kept.name
-        if name in self._touched or len(self._touched) < _TOUCHES:
-            self._touched.pop(name, None)
-            self._touched[name] = None
-            if not self._touching:
-                self._note_use(None)
+        self._uses.note(found.kept.name)
         return Fetched(found.data, found.kept.digest, found.kept.hash_name, asked, None, found.share)
-
-    def _note_use(self, _done: object) -> None:
-        """Write down what was used since the last time, in its order; then again, where more was used meanwhile."""
-        self._touching = bool(self._touched)
-        if self._touching:
-            names = list(self._touched)
-            self._touched.clear()
-            self._later(partial(self._disk.touch, names), self._note_use)
 
     def _renew(self, kept: Kept, reply: Reply) -> None:
         if reply.keeping == "never":

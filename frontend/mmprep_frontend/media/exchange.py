@@ -1,8 +1,9 @@
 """One HTTP exchange with a media host: ask once, read the answer within its bounds, say in our words what went wrong.
 
 What opens the sockets judges each address once more: whatever the client library does, nothing is dialled that was not
-judged. No proxy from the environment, no cookies, no credentials. A connection is kept for the next exchange with the same
-scheme, host and port, for a short time: it leads to an address that was judged when it was made.
+judged. What a host is asked is sent once: to try again is up to who asks here. No proxy from the environment, no cookies,
+no credentials. A connection is kept for the next exchange with the same scheme, host and port, for a short time: it leads
+to an address that was judged when it was made.
 """
 
 from __future__ import annotations
@@ -76,12 +77,14 @@ class PassingError(Exception):
     ----------
     error: what the client is told if there is no other try.
     retry_after: seconds for which the host asks to be left alone.
+    lost: whether the connection ended before there was an answer, as one that was kept may do at any time.
     """
 
-    def __init__(self, error: MmprepError, retry_after: float | None = None) -> None:
+    def __init__(self, error: MmprepError, retry_after: float | None = None, *, lost: bool = False) -> None:
         super().__init__(error.message)
         self.error = error
         self.retry_after = retry_after
+        self.lost = lost
 
 
 class Exchange:
@@ -144,6 +147,7 @@ class Exchange:
             trust_env=False,
             auto_decompress=False,
             read_bufsize=2**18,
+            middlewares=(_without_another_try,),
         )
 
     async def close(self) -> None:
@@ -152,9 +156,9 @@ class Exchange:
         await self._closing.close()
 
     async def ask(
-        self, hops: tuple[Target, ...], condition: Condition | None, grew: Callable[[int], None]
+        self, hops: tuple[Target, ...], condition: Condition | None, grew: Callable[[int], None], *, anew: bool = False
     ) -> Reply | Target:
-        """Ask one host once; return the medium, or where it redirects to.
+        """Ask one host once, over one connection; return the medium, or where it redirects to.
 
         Parameters
         ----------
@@ -164,6 +168,8 @@ class Exchange:
             What is at hand. Nobody but who gave it is told.
         grew:
             Told how many bytes the medium has at least: as the host announces them, and as they come.
+        anew:
+            Not over a connection that was kept.
 
         Raises
         ------
@@ -177,7 +183,7 @@ class Exchange:
         if condition is not None and condition.source == url_digest(target.url):
             headers = condition.validators.condition()
         try:
-            session = self._keeping if self._open_sockets() < self._most_open else self._closing
+            session = self._closing if anew or self._is_full() else self._keeping
             async with session.get(URL(target.url, encoded=True), allow_redirects=False, headers=headers) as response:
                 if response.status in _REDIRECTS:
                     return self._policy.judge_redirect(target, response.headers.get("Location", ""))
@@ -198,9 +204,7 @@ class Exchange:
         except aiohttp.ClientResponseError:
             raise FetchBadGateway("the medium's host did not answer with valid HTTP") from None
         except (aiohttp.ClientError, OSError):
-            raise PassingError(
-                FetchBadGateway("the connection to the medium's host broke before the medium was complete")
-            ) from None
+            raise PassingError(_broken()) from None
 
     async def _read(self, response: aiohttp.ClientResponse, grew: Callable[[int], None]) -> Loaded:
         undo = inflater(response.headers.get("Content-Encoding", "identity"))
@@ -234,11 +238,29 @@ class Exchange:
         self._sockets.add(opened)
         return opened
 
-    def _open_sockets(self) -> int:
-        """Return the number of connections, idle ones included."""
+    def _is_full(self) -> bool:
+        """Return whether there are as many connections as there may be, idle ones included."""
+        if len(self._sockets) < self._most_open:
+            return False
         for closed in [known for known in self._sockets if known.fileno() < 0]:
             self._sockets.discard(closed)
-        return len(self._sockets)
+        return len(self._sockets) >= self._most_open
+
+
+async def _without_another_try(
+    request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType
+) -> aiohttp.ClientResponse:
+    """Let no loss of a connection reach the client library, which would ask once more by itself, and nobody would count it."""
+    try:
+        return await send(request)
+    except aiohttp.ClientConnectorError:
+        raise  # there was no connection
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
+        raise PassingError(_broken(), lost=True) from None
+
+
+def _broken() -> FetchBadGateway:
+    return FetchBadGateway("the connection to the medium's host broke before the medium was complete")
 
 
 def silence() -> FetchTimeout:

@@ -204,28 +204,22 @@ class Fetcher:
             flight.task.add_done_callback(lambda _: self._landed(course, flight))
         else:
             self._metrics.count("mmprep_fetch_joins_total")
-        flight.waiting += 1
         flight.deadline = max(flight.deadline, deadline)
-        beyond: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[None] = loop.create_future()
+        end = loop.call_at(deadline, _wake, waiter)
         try:
-            if hold is not None:
-                flight.watch(beyond, hold)
-            await asyncio.wait(
-                (flight.task, beyond),
-                timeout=deadline - asyncio.get_running_loop().time(),
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+            flight.join(waiter, hold)
+            await waiter
         finally:
-            flight.waiting -= 1
-            flight.watching.pop(beyond, None)
-            if beyond.done():
-                beyond.exception()  # looked at, even where who waited was cancelled
+            end.cancel()
+            flight.waiting.pop(waiter, None)
+            if waiter.done() and not waiter.cancelled():
+                waiter.exception()  # looked at, even where who waited was cancelled
             if not flight.waiting and not flight.task.done():
                 # Who comes now must not join what is being given up.
                 self._landed(course, flight)
                 flight.task.cancel()
-        if beyond.done():
-            beyond.result()
         if not flight.task.done():
             raise flight.too_late()
         if flight.task.cancelled():
@@ -242,6 +236,7 @@ class Fetcher:
         if not flight.task.done():
             return
         self._former.discard(flight)
+        flight.wake_all()
         outcome = _outcome(flight.task)
         self._metrics.count("mmprep_fetches_total", outcome=outcome)
         if outcome == "ok" and current:
@@ -264,21 +259,25 @@ class Fetcher:
         return reply() if reply is not None and in_time else None
 
     async def _fly(self, target: Target, flight: _Flight, condition: Condition | None) -> Reply:
-        failed = 0
+        failed, lost = 0, False
         hops: tuple[Target, ...] = (target,)
         while True:
             try:
                 flight.queued = True
                 async with self._slots.hold(hops[-1].host):
                     flight.queued = False
-                    answer = await self._exchange.ask(hops, condition, flight.grew)
+                    answer = await self._exchange.ask(hops, condition, flight.grew, anew=lost)
             except PassingError as passing:
                 failed += 1
                 flight.error = passing.error
+                # A connection that was kept may have ended while nobody used it, which says nothing about its host; the
+                # others may have, too.
+                at_once = passing.lost and not lost
+                lost |= passing.lost
                 pause = self._retry.pause(
                     failed,
                     left=flight.deadline - asyncio.get_running_loop().time(),
-                    chance=self._chance(),
+                    chance=0.0 if at_once else self._chance(),
                     retry_after=passing.retry_after,
                 )
                 if pause is None:
@@ -299,46 +298,54 @@ class _Flight:
     ----------
     task: gives the medium, or how it failed.
     deadline: the latest of those who wait, in the loop's time.
-    waiting: how many wait.
+    waiting: who waits, by what wakes him, and what he is told of the size by, which raises where it is too large for him.
     queued: whether it has no connection yet.
     error: how the last try failed.
-    watching: who is told how large it is, by what tells him that it is too large for him.
     """
 
     task: asyncio.Task[Reply]
 
     def __init__(self, deadline: float) -> None:
         self.deadline = deadline
-        self.waiting = 0
+        self.waiting: dict[asyncio.Future[None], Hold | None] = {}
         self.queued = True
         self.error: MmprepError | None = None
-        self.watching: dict[asyncio.Future[None], Hold] = {}
         self._size = 0
 
-    def watch(self, beyond: asyncio.Future[None], hold: Hold) -> None:
-        """Tell ``hold`` of the size from now on; what it raises becomes the exception of ``beyond``."""
-        self.watching[beyond] = hold
-        self._tell(beyond, hold)
+    def join(self, waiter: asyncio.Future[None], hold: Hold | None) -> None:
+        """Wake ``waiter`` at the end, or with what ``hold`` raises at the size that is known until then."""
+        self.waiting[waiter] = hold
+        self._tell(waiter, hold)
 
     def grew(self, size: int) -> None:
         """The medium has so many bytes at least."""
         self._size = size
-        for beyond, hold in self.watching.items():
-            self._tell(beyond, hold)
+        for waiter, hold in self.waiting.items():
+            self._tell(waiter, hold)
 
-    def _tell(self, beyond: asyncio.Future[None], hold: Hold) -> None:
-        if beyond.done():
+    def _tell(self, waiter: asyncio.Future[None], hold: Hold | None) -> None:
+        if hold is None or waiter.done():
             return
         try:
             hold(self._size)
         except MmprepError as error:
-            beyond.set_exception(error)
+            waiter.set_exception(error)
+
+    def wake_all(self) -> None:
+        """It is over."""
+        for waiter in self.waiting:
+            _wake(waiter)
 
     def too_late(self) -> BaseException:
         """Return what to tell one whose time is over: what the host said, where it has said something."""
         if self.error is not None:
             return _own(self.error)
         return no_slot() if self.queued else silence()
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 def _outcome(task: asyncio.Task[Reply]) -> str:

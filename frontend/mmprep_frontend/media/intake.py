@@ -2,6 +2,7 @@
 
 Small data URLs are decoded and hashed in the request's one hop to the executor, together with the template; large ones in
 a hop of their own beside it, on other threads. Fetches start at once, on the loop; files are read on threads of their own.
+Of what was fetched or read, little is hashed on the loop: a hop costs as much.
 What all media of a request have together is bounded by its :mod:`allowance <mmprep_frontend.media.allowance>`.
 """
 
@@ -32,7 +33,7 @@ _ATTACHMENT = "attachment:"
 #: Bytes of all data URLs of a request up to which they are hashed in the hop that renders.
 SMALL = 4 << 20
 
-#: Bytes that are decoded and hashed on the loop where nothing else needs a hop: 0.2 ms, as much as the hop costs.
+#: Bytes that are decoded and hashed on the loop where nothing else needs a hop: 0.2 ms, about what the hop costs.
 TINY = 1 << 20
 
 #: Seconds before a request's deadline at which its fetches end, and say what the host did.
@@ -214,8 +215,11 @@ class Intake:
         if fetched.digest is not None and fetched.hash_name == self._hasher.name:
             pixels = allowance.take_pixels(fetched.data, param)
             return Medium(fetched.data, fetched.digest, 0.0, held=fetched.held, pixels=pixels)
-        hashing = loop.run_in_executor(self._threads, self._hashed, fetched.data, allowance, param)
-        return replace(await hashing, keepable=fetched.keepable, held=fetched.held)
+        if len(fetched.data) <= TINY:
+            hashed = self._hashed(fetched.data, allowance, param)
+        else:
+            hashed = await loop.run_in_executor(self._threads, self._hashed, fetched.data, allowance, param)
+        return replace(hashed, keepable=fetched.keepable, held=fetched.held)
 
     async def _fetched(
         self, source: HttpSource | FileSource, param: str | None, reading: _Reading, hold: Hold

@@ -1,5 +1,7 @@
 """Fetching: URLs a second with a frontend on one core, one URL wanted by many at once, and hits of the disk cache.
 
+Downloads and hits are also measured in a loop of their own, without the requests that they are part of.
+
 Media host and load are processes of their own. Where there are several cores, frontends get one of them and everything
 else the others, so that what is measured is one core's worth of fetching.
 """
@@ -73,32 +75,44 @@ def _distinct(model: Path, picture: Path, size: Size, amount: Amount) -> dict[st
     urls = amount.urls
     cores = sorted(os.sched_getaffinity(0))
     alone, others = (cores[:1], cores[1:]) if len(cores) > 1 else (cores, cores)
-    with (
-        _media_host(picture, others) as host,
-        service(model, frontends=1, lanes=_LANES, cache_size=amount.ring, options=_PRIVATE) as running,
-    ):
-        pids = running.pids()
-        for role, of_role in pids.items():
-            for pid in of_role:
-                pin(pid, alone if role == "frontends" else others)
-        (frontend,) = pids["frontends"]
-        forget_peak(frontend)
-        before, busy = cpu_seconds(frontend), memory(frontend).rss
-        loaded = _load(running, host, "distinct", cores=others, urls=urls, requests=urls, in_flight=_IN_FLIGHT)
-        used = cpu_seconds(frontend) - before
+    with _media_host(picture, others) as host:
+        in_loop = _in_loop(
+            {"what": "downloads", "url": f"{host.url}/loop", "warm_up": _WARM_UP, "requests": urls}, alone
+        )
+        with service(model, frontends=1, lanes=_LANES, cache_size=amount.ring, options=_PRIVATE) as running:
+            loaded = _distinct_requests(running, host, urls, alone, others)
         asked = host.stop()["distinct"]
-        return {
-            "size": size.name,
-            "bytes": picture.stat().st_size,
-            "urls": urls,
-            "downloads": asked["asked"],
-            "cores": {"frontend": len(alone), "others": len(others)},
-            "per_second": round(urls / loaded["seconds"], 1),
-            "frontend_cpu_ms": round(1000 * used / urls, 3),
-            "rss_before": busy,
-            "rss_peak": peak(frontend),
-            **loaded["figures"],
-        }
+    return {
+        "size": size.name,
+        "bytes": picture.stat().st_size,
+        "urls": urls,
+        "downloads": asked["asked"],
+        "cores": {"frontend": len(alone), "others": len(others)},
+        "in_loop_per_second": round(urls / in_loop["seconds"], 1),
+        "in_loop_cpu_ms": round(1000 * in_loop["cpu_seconds"] / urls, 3),
+        **loaded,
+    }
+
+
+def _distinct_requests(
+    running: Service, host: _MediaHost, urls: int, alone: Sequence[int], others: Sequence[int]
+) -> dict[str, Any]:
+    pids = running.pids()
+    for role, of_role in pids.items():
+        for pid in of_role:
+            pin(pid, alone if role == "frontends" else others)
+    (frontend,) = pids["frontends"]
+    forget_peak(frontend)
+    before, busy = cpu_seconds(frontend), memory(frontend).rss
+    loaded = _load(running, host, "distinct", cores=others, urls=urls, requests=urls, in_flight=_IN_FLIGHT)
+    used = cpu_seconds(frontend) - before
+    return {
+        "per_second": round(urls / loaded["seconds"], 1),
+        "frontend_cpu_ms": round(1000 * used / urls, 3),
+        "rss_before": busy,
+        "rss_peak": peak(frontend),
+        **loaded["figures"],
+    }
 
 
 def _same(model: Path, picture: Path, frontends: int, ring: str) -> dict[str, Any]:
@@ -117,11 +131,8 @@ def _hits(model: Path, directory: Path, amount: Amount) -> dict[str, Any]:
     hits = amount.hits
     cached = directory / "media-cache"
     with _media_host(_picture(directory, _HIT)) as host:
-        orders = {"directory": str(cached / "loop"), "url": f"{host.url}/loop/0", "requests": hits}
-        with Child("mmprep_frontend.bench", orders) as child:
-            child.wait_ready()
-            child.go()
-            in_loop = child.answer()
+        orders = {"what": "hits", "directory": str(cached / "loop"), "url": f"{host.url}/loop/0", "requests": hits}
+        in_loop = _in_loop(orders)
         options = (*_PRIVATE, "--media-cache-dir", str(cached / "service"))
         with service(model, frontends=1, lanes=_LANES, cache_size=amount.ring, options=options) as running:
             # Kept is only what was decoded.
@@ -160,6 +171,16 @@ def _media_host(picture: Path, cores: Sequence[int] = ()) -> Iterator[_MediaHost
         if cores:
             pin(child.pid, cores)
         yield _MediaHost(f"http://127.0.0.1:{child.answer()['port']}", child)
+
+
+def _in_loop(orders: dict[str, Any], cores: Sequence[int] = ()) -> Any:
+    """Return what is measured in a loop like a frontend's."""
+    with Child("mmprep_frontend.bench", orders) as child:
+        if cores:
+            pin(child.pid, cores)
+        child.wait_ready()
+        child.go()
+        return child.answer()
 
 
 def _load(running: Service, host: _MediaHost, name: str, *, cores: Sequence[int] = (), **orders: Any) -> dict[str, Any]:
