@@ -139,8 +139,10 @@ class Queues:
                 wake_at = puller.paused_until
         return wake_at
 
-    def take_ended(self) -> list[Ended]:
+    def take_ended(self) -> Sequence[Ended]:
         """Return the jobs that have ended since the last call."""
+        if not self._ended:
+            return ()
         ended, self._ended = self._ended, []
         return ended
 
@@ -213,7 +215,7 @@ class Queues:
     def _check_all(self, job: Job) -> None:
         if self.nbytes + job.nbytes > self.limits.nbytes:
             raise Busy("the queues are full; post again later", param="queue", retry_after=RETRY_AFTER)
-        if self.holding.nbytes + self.holding.more(job.places) > self.holding.most:
+        if not self.holding.has_room(job.places):
             raise Busy(
                 "the tensors of queued jobs fill their part of the cache; post again later",
                 param="queue",
@@ -377,9 +379,10 @@ class Queues:
         name = ""
         for puller in self._pullers.values():
             if (chosen is None or len(puller.held) < len(chosen.held)) and puller.may_take(now):
-                found = next((name for name in puller.queues if self._queues[name].depth), None)
-                if found is not None:
-                    chosen, name = puller, found
+                for found in puller.queues:
+                    if self._queues[found].depth:
+                        chosen, name = puller, found
+                        break
         if chosen is None:
             self._stirred = False
             return None
@@ -388,8 +391,9 @@ class Queues:
             others = (self._pullers[backend] for backend in self._queues[name].backends if backend != job.avoid)
             chosen = next((puller for puller in others if puller.may_take(now)), chosen)
         self._pullers.move_to_end(chosen.id)
-        chosen.queues.remove(name)
-        chosen.queues.append(name)
+        if len(chosen.queues) > 1:
+            chosen.queues.remove(name)
+            chosen.queues.append(name)
         self._queues[name].counts["delivered"] += 1
         self._tokens += 1
         job.attempt += 1

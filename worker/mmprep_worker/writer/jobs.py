@@ -238,7 +238,11 @@ class Jobs:
         places, content = job.content
         try:
             # Whether a backend may get leases does not change between two of them, so the first decides for all.
-            granted = [] if job.error else [self._leasing.grant(peer, *place, "view", now) for place in places]
+            granted = (
+                []
+                if job.error
+                else [self._leasing.grant(peer, slot, generation, "view", now) for slot, generation in places]
+            )
         except errors.Busy:
             self.queues.put_off(delivery.token, now + _PAUSE_SECONDS, now)
             return

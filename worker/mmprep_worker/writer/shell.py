@@ -259,12 +259,18 @@ class WriterShell:
         self, fd: int, socket: zmq.Socket[bytes], handle: Callable[[list[Any]], None], *, copy: bool = True
     ) -> None:
         for _ in range(_BATCH):
-            handle(recv_frames(socket, copy=copy))
+            try:
+                frames = recv_frames(socket, copy=copy)
+            except zmq.Again:  # something else has happened to it
+                break
+            handle(frames)
             self._carry_out()
             if not readable(socket):
-                self._waiting.emptied(fd)
-                return
-        self._waiting.used(fd)
+                break
+        else:
+            self._waiting.used(fd)
+            return
+        self._waiting.emptied(fd)
 
     # --- what comes in --------------------------------------------------------------------------------------------
 
@@ -273,8 +279,8 @@ class WriterShell:
         try:
             if len(frames) < 2:
                 raise ProtocolError("a control message has a header")
-            message = _unpack_control(frames[1])
-            _check_frames(message, frames[2:])
+            message, content = _unpack_control(frames[1]), frames[2:]
+            _check_frames(message, content)
             if isinstance(message, messages.Hello):
                 self._check_hello(message)
         except MmprepError as error:
@@ -283,7 +289,7 @@ class WriterShell:
             self._send_frames(identity, [pack(messages.Refused(messages.Fault.of(error)))])
             return
         failpoints.reach("writer.message.before", message)
-        self._core.message(identity, message, time.monotonic(), frames[2:])
+        self._core.message(identity, message, time.monotonic(), content)
         failpoints.reach("writer.message.after", message)
 
     def _check_hello(self, hello: messages.Hello) -> None:
