@@ -27,39 +27,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from mmprep.errors import Busy, NotFound, StaleDelivery
 from mmprep_worker.scheduling.job import Delivery, Ended, Held, Job, Limits, Outcome, token, token_incarnation
 from mmprep_worker.scheduling.job_queue import RETRY_AFTER, Holding, JobQueue
+from mmprep_worker.scheduling.puller import Puller
 
 _OVERDUE = "no acknowledgement in time"
 _GONE = "the backend's process ended"
 _LATE = "nobody took it in its time"
 #: Outdated elements of the heap of expiries that are tolerated beyond as many as there are jobs.
 _SLACK = 64
-
-
-class Puller:
-    """A backend as the queues know it.
-
-    Attributes
-    ----------
-    queues: the names that it pulls from, the one that was served longest ago first.
-    credits: deliveries that it may have at a time; 0 while it is away or drains.
-    held: its deliveries by token.
-    silent: a delivery ran out of time, and it has not said a word since.
-    paused_until: it gets nothing before, in seconds of ``now``.
-    """
-
-    __slots__ = ("credits", "held", "id", "paused_until", "queues", "silent")
-
-    def __init__(self, backend: str) -> None:
-        self.id = backend
-        self.queues: list[str] = []
-        self.credits = 0
-        self.held: dict[bytes, Delivery] = {}
-        self.silent = False
-        self.paused_until = -math.inf
-
-    def may_take(self, now: float) -> bool:
-        """Whether it may get a job now."""
-        return len(self.held) < self.credits and not self.silent and self.paused_until <= now
 
 
 class Queues:
