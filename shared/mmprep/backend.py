@@ -21,7 +21,7 @@ import zmq
 from mmprep.address import Address, parse_address
 from mmprep.errors import InvalidRequest
 from mmprep.item import Item, Runner
-from mmprep.job import AsyncJob, Job
+from mmprep.job import Asker, AsyncJob, Job
 from mmprep.loop_thread import LoopThread
 from mmprep.pulling import Pulling
 from mmprep.reading import LocalReader, Reader
@@ -96,6 +96,7 @@ class AsyncBackend:
         transport: Transport = "auto",
         receive_limit: int = _RECEIVE_LIMIT,
         _run: Runner | None = None,
+        _ask: Asker | None = None,
     ) -> None:
         self.id = id or f"backend-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._keys = RemoteKeys.read(curve_key_file, curve_server_key_file, allow_plain=allow_plain)
@@ -107,6 +108,7 @@ class AsyncBackend:
         self._queues = (queue,) if isinstance(queue, str) else queue
         self._credits = credits
         self._run = _run
+        self._ask = _ask
         self._context: zmq.Context[Any] | None = None
         self._reader: Reader | None = None
         self._pulling: Pulling | None = None
@@ -142,7 +144,7 @@ class AsyncBackend:
 
     def _new_pulling(self) -> Pulling | None:
         if self._queues is not None:
-            self._pulling = Pulling(self._queues, self._credits, self._run)
+            self._pulling = Pulling(self._queues, self._credits, self._run, ask=self._ask)
         return self._pulling
 
     def _remote(self, context: zmq.Context[Any], endpoint: TcpEndpoint, pulls: Pulling | None) -> RemoteReader:
@@ -336,6 +338,7 @@ class Backend:
                 transport=transport,
                 receive_limit=receive_limit,
                 _run=self._thread.run,
+                _ask=self._thread.ask,
             )
             self._thread.run(self._backend.connect())
         except BaseException:

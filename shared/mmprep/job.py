@@ -8,8 +8,9 @@ ends, the job is delivered again, here or elsewhere. So a job may come twice: ``
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack, ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
@@ -18,11 +19,16 @@ from mmprep.errors import MmprepError
 from mmprep.item import Item, Runner, features_of
 from mmprep.job_content import JobContent
 from mmprep.result import ids_from_bytes
+from mmprep.wire.calls import WriterLostError
 
 if TYPE_CHECKING:
     from mmprep.pulling import Held, Pulling
 
 Arrays = dict[str, NDArray[Any]]
+#: From :meth:`mmprep.loop_thread.LoopThread.ask`.
+Asker = Callable[..., Any]
+#: Seconds for the word that a job is done; then it is said again with all that may take.
+_SECONDS = 10.0
 
 
 class JobView:
@@ -138,13 +144,19 @@ class AsyncJob(_Job):
 class Job(_Job):
     """A job of a :class:`~mmprep.backend.Backend`; may be used from any thread."""
 
-    def __init__(self, pulling: Pulling, held: Held, content: JobContent, items: Iterable[Item], run: Runner) -> None:
+    def __init__(  # noqa: PLR0917 -- of one place
+        self, pulling: Pulling, held: Held, content: JobContent, items: Iterable[Item], run: Runner, ask: Asker
+    ) -> None:
         super().__init__(pulling, held, content, items)
         self._run = run
+        self._ask = ask
 
     def ack(self) -> None:
         """Say that the job is done, and give its tensors up; see :meth:`AsyncJob.ack`."""
-        self._run(self._pulling.ack(self._held))
+        try:
+            self._ask(partial(self._pulling.ack_now, self._held), seconds=_SECONDS)
+        except (WriterLostError, TimeoutError):
+            self._run(self._pulling.ack(self._held))
 
     def nack(self, why: str = "the backend failed over it") -> None:
         """Say that the job failed here; see :meth:`AsyncJob.nack`."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
-from concurrent.futures import CancelledError
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError, Future
 from typing import Any
 
 from mmprep.errors import InvalidRequest
@@ -44,12 +44,69 @@ class LoopThread:
             future.cancel()
             raise
 
+    def ask(self, begin: Callable[[Callable[[Any], None]], Callable[[], object]], *, seconds: float) -> Any:
+        """Return what is told, with one hop to the loop and one back, and no task between them.
+
+        Parameters
+        ----------
+        begin:
+            Called on the loop with what takes the outcome, an error too, on the loop and once. Returns what ends the wait.
+        seconds:
+            For how long the outcome is waited for.
+
+        Raises
+        ------
+        TimeoutError
+            There was none in that time.
+        InvalidRequest
+            The thread was stopped.
+        """
+        if self._loop.is_closed():
+            raise InvalidRequest("this client is closed")
+        outcome: Future[Any] = Future()
+        ends: list[Callable[[], object]] = []
+        self._loop.call_soon_threadsafe(_begin, begin, outcome, ends)
+        try:
+            return outcome.result(seconds)
+        except BaseException as error:
+            if outcome.cancel():
+                self._loop.call_soon_threadsafe(_end, ends)
+            elif isinstance(error, TimeoutError):
+                return outcome.result()  # it came in this moment
+            raise
+
     def stop(self) -> None:
         """Cancel what is under way, whose callers on other threads are told, end the thread and close the loop."""
         asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def _begin(
+    begin: Callable[[Callable[[Any], None]], Callable[[], object]],
+    outcome: Future[Any],
+    ends: list[Callable[[], object]],
+) -> None:
+    def told(what: Any) -> None:
+        if not outcome.set_running_or_notify_cancel():
+            return
+        if isinstance(what, BaseException):
+            outcome.set_exception(what)
+        else:
+            outcome.set_result(what)
+
+    if outcome.cancelled():
+        return
+    try:
+        ends.append(begin(told))
+    except Exception as error:  # noqa: BLE001 -- it is the caller's
+        told(error)
+
+
+def _end(ends: list[Callable[[], object]]) -> None:
+    for end in ends:
+        end()
 
 
 async def _cancel_all() -> None:

@@ -23,7 +23,7 @@ from mmprep.address import Address, address_fields
 from mmprep.errors import InvalidRequest, MmprepError, ProtocolError, ServiceUnavailable, StaleDelivery
 from mmprep.item import Item, Runner, Source
 from mmprep.items import ItemMeta, unpack_meta
-from mmprep.job import AsyncJob, Job
+from mmprep.job import Asker, AsyncJob, Job
 from mmprep.job_content import JobContent, read_content
 from mmprep.reading import Reader
 from mmprep.result import HeadItem
@@ -77,6 +77,8 @@ class Pulling:
         How many jobs may be here at a time.
     run:
         How other threads run coroutines on the loop, ``None`` where the program is on it.
+    ask:
+        How they ask without a coroutine, where ``run`` is given.
     make_job:
         What a delivery becomes for the program; by default a job that it can use.
     """
@@ -87,6 +89,8 @@ class Pulling:
         credits: int,  # noqa: A002 -- the word for it
         run: Runner | None,
         make_job: Callable[[Pulling, Held, JobContent], Any] | None = None,
+        *,
+        ask: Asker | None = None,
     ) -> None:
         if not 0 < len(queues) <= messages.MAX_PULLED:
             raise InvalidRequest(f"a backend pulls from 1 to {messages.MAX_PULLED} queues", param="queue")
@@ -101,6 +105,7 @@ class Pulling:
         self._queues = tuple(queues)
         self._credits = credits
         self._run = run
+        self._ask = ask
         self._make_job = make_job or self._job
         self._reader: Reader | None = None
         self._held: dict[bytes, Held] = {}
@@ -164,43 +169,54 @@ class Pulling:
         failpoints.reach("backend.job.received")
         self._drop_late()
         held = self._held[delivery.token] = Held(delivery)
-        task = asyncio.get_running_loop().create_task(self._take_in(held, delivery, content))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        if not self._take_in_now(held, delivery, content):
+            task = asyncio.get_running_loop().create_task(self._take_in(held, delivery, content))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
-    async def _take_in(self, held: Held, delivery: messages.Delivery, pieces: list[bytes]) -> None:
+    def _take_in_now(self, held: Held, delivery: messages.Delivery, pieces: list[bytes]) -> bool:
+        """Take a job in if that takes no wait; so whoever hears of the last one's end by it has it already."""
+        assert self._reader is not None
         try:
             content = read_content(pieces)
-            await self._take_charge(held, content, delivery.leases)
+            wanted = _wanted(held, content, delivery.leases)
+            sources = self._reader.sources_now([one for one in wanted if one is not None])
+        except MmprepError:
+            return False  # it is met again, and said
+        if sources is not None:
+            self._have(held, content, wanted, sources)
+        return sources is not None
+
+    async def _take_in(self, held: Held, delivery: messages.Delivery, pieces: list[bytes]) -> None:
+        assert self._reader is not None
+        try:
+            content = read_content(pieces)
+            wanted = _wanted(held, content, delivery.leases)
+            sources = await self._reader.sources([one for one in wanted if one is not None])
         except MmprepError as error:
             with contextlib.suppress(MmprepError):
                 await self.give_back(held, f"its content could not be had: {error}")
             return
+        self._have(held, content, wanted, sources)
+
+    def _have(
+        self,
+        held: Held,
+        content: JobContent,
+        wanted: Sequence[tuple[Address, ItemMeta] | None],
+        sources: Sequence[tuple[Address, Source]],
+    ) -> None:
+        found = iter(sources)
+        for item, one in zip(content.items, wanted, strict=True):
+            held.items.append(self._item(item, _meta(item), *((None, None) if one is None else next(found))))
         held.job = self._make_job(self, held, content)
         self._ready.append(held)
         self._more.set()
 
     def _job(self, pulling: Pulling, held: Held, content: JobContent) -> AsyncJob | Job:
-        if self._run is None:
+        if self._run is None or self._ask is None:
             return AsyncJob(pulling, held, content, held.items)
-        return Job(pulling, held, content, held.items, self._run)
-
-    async def _take_charge(self, held: Held, content: JobContent, leases: Sequence[bytes]) -> None:
-        granted = iter(leases)
-        metas = [_meta(item) for item in content.items]
-        placed = [item.place is not None and held.error is None for item in content.items]
-        assert self._reader is not None
-        found = iter(
-            await self._reader.sources(
-                [
-                    (_address(content, item, meta, next(granted, b"")), meta)
-                    for item, meta, there in zip(content.items, metas, placed, strict=True)
-                    if there
-                ]
-            )
-        )
-        for item, meta, there in zip(content.items, metas, placed, strict=True):
-            held.items.append(self._item(item, meta, *(next(found) if there else (None, None))))
+        return Job(pulling, held, content, held.items, self._run, self._ask)
 
     def _item(self, item: HeadItem, meta: ItemMeta, address: Address | None, source: Source | None) -> Item:
         return Item(
@@ -249,6 +265,32 @@ class Pulling:
         failpoints.reach("backend.ack.before")
         await self._end(held, "acknowledged", partial(messages.Ack, token=held.token))
 
+    def ack_now(self, held: Held, told: Callable[[Any], None]) -> Callable[[], None]:
+        """Say that a job is done to the writer that is there; ``told`` is called with the answer or the error, as of :meth:`ack`.
+
+        Returns what gives up waiting. Raises, as ``told`` may be called with, WriterLostError where it takes :meth:`ack`.
+        """
+        self._check_open(held)
+        assert self._reader is not None
+        failpoints.reach("backend.ack.before")
+
+        def answered(outcome: Any) -> None:
+            if isinstance(outcome, StaleDelivery):
+                held.end = "over"
+            elif isinstance(outcome, MmprepError):
+                held.end = None
+            if held.end is not None:
+                self._drop(held)
+            told(outcome)
+
+        def give_up() -> None:
+            if forget():
+                held.end = None
+
+        forget = self._reader.tell(partial(messages.Ack, token=held.token), answered)
+        held.end = "acknowledged"
+        return give_up
+
     async def give_back(self, held: Held, failed: str | None) -> None:
         """Say that a job is not done; ``failed``: why, ``None``: it was not begun."""
         why = None if failed is None else failed[:2048]
@@ -257,10 +299,7 @@ class Pulling:
     async def _end(
         self, held: Held, end: Literal["acknowledged", "given back"], make: Callable[[int], msgspec.Struct]
     ) -> None:
-        if held.end == "over":
-            raise StaleDelivery(_OVER)
-        if held.end is not None:
-            raise InvalidRequest(f"the job was {held.end} already; each job ends once")
+        self._check_open(held)
         assert self._reader is not None
         held.end = end
         try:
@@ -273,6 +312,13 @@ class Pulling:
             held.end = None
             raise
         self._drop(held)
+
+    @staticmethod
+    def _check_open(held: Held) -> None:
+        if held.end == "over":
+            raise StaleDelivery(_OVER)
+        if held.end is not None:
+            raise InvalidRequest(f"the job was {held.end} already; each job ends once")
 
     async def drain(self) -> None:
         """Take no more jobs, and give back those that the program does not have. Again is no error."""
@@ -317,6 +363,17 @@ class Pulling:
             if not held.taken:
                 held.end = "over"
                 self._drop(held)
+
+
+def _wanted(held: Held, content: JobContent, leases: Sequence[bytes]) -> list[tuple[Address, ItemMeta] | None]:
+    """Return the leased address of each item of a job, ``None`` for one without tensors; raises ProtocolError."""
+    granted = iter(leases)
+    wanted: list[tuple[Address, ItemMeta] | None] = []
+    for item in content.items:
+        meta = _meta(item)
+        there = item.place is not None and held.error is None
+        wanted.append((_address(content, item, meta, next(granted, b"")), meta) if there else None)
+    return wanted
 
 
 def _meta(item: HeadItem) -> ItemMeta:

@@ -7,6 +7,7 @@ on the service's host; :class:`mmprep.remote.reader.RemoteReader` is the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -33,6 +34,12 @@ class Reader(Protocol):
     async def call(self, make: Callable[[int], msgspec.Struct]) -> Any:
         """Say something to the service and return its answer."""
 
+    def tell(self, make: Callable[[int], msgspec.Struct], told: Callable[[Any], None]) -> Callable[[], bool]:
+        """Say something to the service, if it is there, once; ``told`` is called with the answer or the error.
+
+        Returns what gives up waiting, and says whether there was no outcome yet. Raises WriterLostError where nobody is there.
+        """
+
     def open_now(self, address: Address) -> Item | None:
         """Return the item at a leased address where that takes no word with the service. May be called from any thread."""
 
@@ -44,6 +51,9 @@ class Reader(Protocol):
 
     async def sources(self, wanted: Sequence[tuple[Address, ItemMeta]]) -> list[tuple[Address, Source]]:
         """Return the addresses as they are leased, and the tensors, of all items of a job; raises StaleAddress."""
+
+    def sources_now(self, wanted: Sequence[tuple[Address, ItemMeta]]) -> list[tuple[Address, Source]] | None:
+        """Return what :meth:`sources` does where that is sure to take no wait, else ``None``; raises StaleAddress."""
 
     async def renew(self, leases: tuple[bytes, ...]) -> tuple[bytes, ...]:
         """Prolong leases from now and return those that are over."""
@@ -111,6 +121,9 @@ class LocalReader:
     async def call(self, make: Callable[[int], msgspec.Struct]) -> Any:
         return await self.registration.call(make)
 
+    def tell(self, make: Callable[[int], msgspec.Struct], told: Callable[[Any], None]) -> Callable[[], bool]:
+        return partial(self.registration.forget, self.registration.tell(make, told))
+
     def open_now(self, address: Address) -> Item | None:
         held = self.registration.hold_now(address, None)
         return None if held is None else self._item(address, *held)
@@ -125,10 +138,20 @@ class LocalReader:
     async def sources(self, wanted: Sequence[tuple[Address, ItemMeta]]) -> list[tuple[Address, Source]]:
         return [await self._source(address) for address, _ in wanted]
 
+    def sources_now(self, wanted: Sequence[tuple[Address, ItemMeta]]) -> list[tuple[Address, Source]] | None:
+        if len(wanted) > 1:
+            return None  # one of them may need a word, and the leases of the others would end with this try
+        held = [self.registration.hold_now(address, None) for address, _ in wanted]
+        if None in held:
+            return None
+        return [self._held(address, *found) for (address, _), found in zip(wanted, held, strict=True) if found]
+
     async def _source(self, address: Address) -> tuple[Address, Source]:
-        found = self.registration.hold_now(address, None) or await self.registration.hold(address, None)
-        address = msgspec.structs.replace(address, lease=found[1].id.hex())
-        return address, Shared(self.registration, found[0], address, found[1])
+        return self._held(address, *await self.registration.hold(address, None))
+
+    def _held(self, address: Address, mapping: Mapping, lease: Lease) -> tuple[Address, Source]:
+        address = msgspec.structs.replace(address, lease=lease.id.hex())
+        return address, Shared(self.registration, mapping, address, lease)
 
     async def renew(self, leases: tuple[bytes, ...]) -> tuple[bytes, ...]:
         return await self.registration.renew(leases)

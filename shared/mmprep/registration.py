@@ -385,6 +385,22 @@ class Registration:
             silence="the writer did not answer",
         )
 
+    def tell(self, make: Callable[[int], msgspec.Struct], told: Callable[[Any], None]) -> int:
+        """Ask the writer that is there, once; ``told`` is called with the answer or the error. Returns the call's number.
+
+        Raises
+        ------
+        WriterLostError
+            None is there.
+        """
+        if not self._up:
+            raise WriterLostError("no writer is there")
+        return self._calls.tell(lambda number: self._link.send([pack(make(number))]), told)
+
+    def forget(self, number: int) -> bool:
+        """Let nobody be told of a call's outcome; say whether it had none."""
+        return self._calls.forget(number)
+
     async def _connected(self) -> None:
         if not self._standing.closed:
             await self._standing.until(lambda: self._up)

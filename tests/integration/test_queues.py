@@ -116,6 +116,31 @@ def test_a_job_is_what_rendering_answers_with_the_tensors_by_address(service, cl
         assert queue_of(service, "engine-0")["jobs"] == {"posted": 2, "delivered": 2, "acked": 2}
 
 
+def test_a_job_of_remembered_items_is_taken_whether_they_are_still_there_or_not(service, pixels):
+    """The second one is posted without asking for its picture first; that of the third has gone meanwhile."""
+    named = {**photo("cat.png"), "uuid": "the cat"}
+
+    def counted():
+        metrics = service.metrics()
+        return [metrics.get(f'mmprep_mm_cache_{name}_total{{modality="image"}}', 0) for name in ("queries", "hits")]
+
+    with Backend(service.endpoint, queue="engine-0", credits=1) as backend:
+        for hits, empties in ((1, False), (1, False), (0, True)):
+            if empties:
+                assert service.post("/reset_mm_cache", {}).status == 200
+            before = counted()
+            assert service.chat(user(named, text("What is it?")), queue="engine-0").status == 202
+            assert [after - then for after, then in zip(counted(), before, strict=True)] == [1, hits]
+            job = backend.pull()
+            (item,) = job.items["image"]
+            assert item.cached == bool(hits)
+            with job.view() as items:
+                assert equal(items["image"][0], pixels[1])
+            job.ack()
+        nameless = user({"type": "image_url", "image_url": None, "uuid": "the cat"}, text("What is it?"))
+        assert service.render(nameless)["features"]["mm_hashes"]["image"] == [item.hash]
+
+
 def test_a_job_may_have_no_tensors_and_no_media(service, client):
     with Backend(service.endpoint, queue="engine-0") as backend:
         client.post(CHAT, queue="engine-0", mm_payload="none")

@@ -10,14 +10,16 @@ from mmprep.wire import messages
 from mmprep_frontend.offers import Offers, Settle
 from mmprep_worker.ring.spills import Spill
 from mmprep_worker.writer.core import WriterCore
-from mmprep_worker.writer.state import RemoveSegment
+from mmprep_worker.writer.state import RemoveSegment, Send
 
 
 class AnswersTwice(WriterCore):
-    def _send(self, peer, message, frames=()):
-        super()._send(peer, message, frames)
-        if isinstance(message, messages.Answer):
-            super()._send(peer, message, frames)
+    def take_actions(self):
+        actions = []
+        for action in super().take_actions():
+            twice = isinstance(action, Send) and isinstance(action.message, messages.Answer)
+            actions += [action, action] if twice else [action]
+        return actions
 
 
 class ForgetsReassert(WriterCore):
@@ -41,8 +43,9 @@ class EndsOverdueViews(WriterCore):
 
 
 class NeverUnpins(WriterCore):
-    def _unpin(self, peer, number):
-        pass
+    def _from_peer(self, peer, message, frames, now):
+        if not isinstance(message, messages.Unpin):
+            super()._from_peer(peer, message, frames, now)
 
 
 class TakesSilenceForDeath(WriterCore):
@@ -102,10 +105,10 @@ class PublishesLeavings(WriterCore):
 
 
 class KeepsTensorsOfTheCancelled(WriterCore):
-    def _cancel(self, peer, number, now):
-        if (call := peer.calls.get(number)) is not None:
+    def _from_peer(self, peer, message, frames, now):
+        if isinstance(message, messages.Cancel) and (call := peer.calls.get(message.call)) is not None:
             call.transfers.clear()
-        super()._cancel(peer, number, now)
+        super()._from_peer(peer, message, frames, now)
 
 
 class MixesTensorsUp(WriterCore):

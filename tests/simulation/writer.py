@@ -21,7 +21,7 @@ from mmprep_worker.scheduling.admission import Admission, Quarantine
 from mmprep_worker.scheduling.flights import Flights
 from mmprep_worker.scheduling.job import Limits
 from mmprep_worker.scheduling.queue import FairQueue
-from mmprep_worker.writer import shell
+from mmprep_worker.writer import making, shell
 from mmprep_worker.writer.core import READERS
 from mmprep_worker.writer.pauses import Pauses
 from mmprep_worker.writer.plans import PlanStore
@@ -131,7 +131,7 @@ class Writer(Process):
             inline_bytes=settings.inline,
             queue_limits=Limits(jobs=64, nbytes=1 << 20, pinned=self.segments.geometry.arena_capacity // 2),
             awaited=awaited,
-            silent_at=now + shell._SILENT_SECONDS,
+            silent_at=now + making._SILENT_SECONDS,
         )
 
     # --- the loop -------------------------------------------------------------------------------------------------

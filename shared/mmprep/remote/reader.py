@@ -134,6 +134,14 @@ class RemoteReader:
     async def call(self, make: Callable[[int], msgspec.Struct]) -> Any:
         return await self._door.call(make)
 
+    def tell(
+        self,
+        make: Callable[[int], msgspec.Struct],  # noqa: ARG002 -- see below
+        told: Callable[[Any], None],  # noqa: ARG002
+    ) -> Callable[[], bool]:
+        """Refuse: on the way to another host a hop between threads counts for nothing; raises WriterLostError."""
+        raise WriterLostError("say it with call()")
+
     # --- items ----------------------------------------------------------------------------------------------------
 
     def open_now(self, address: Address) -> Item | None:  # noqa: ARG002 -- it has to be received
@@ -145,6 +153,9 @@ class RemoteReader:
 
     async def acquire(self, address: Address, kind: messages.LeaseKind) -> Item:
         return await self._open(msgspec.structs.replace(address, lease_kind=kind), None, kind)
+
+    def sources_now(self, wanted: Sequence[tuple[Address, ItemMeta]]) -> list[tuple[Address, Source]] | None:
+        return None if wanted else []
 
     async def sources(self, wanted: Sequence[tuple[Address, ItemMeta]]) -> list[tuple[Address, Source]]:
         """Return the received items of a job; room for all is taken at once, so that two jobs never wait for each other."""

@@ -20,12 +20,25 @@ def succeeded(future: asyncio.Future[Any]) -> bool:
     return future.done() and not future.cancelled() and future.exception() is None
 
 
+class _Told:
+    """In place of a future: a function that is called with the outcome, at once."""
+
+    __slots__ = ("set_exception", "set_result")
+
+    def __init__(self, told: Callable[[Any], None]) -> None:
+        self.set_result = self.set_exception = told
+
+    @staticmethod
+    def done() -> bool:
+        return False
+
+
 class CallTable:
     """Futures by call number, on one event loop."""
 
     def __init__(self, first: int = 1) -> None:
         self._next = first
-        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._waiting: dict[int, asyncio.Future[Any] | _Told] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -44,13 +57,29 @@ class CallTable:
         Busy
             Too many calls are under way.
         """
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        return self._enter(future), future
+
+    def _enter(self, future: asyncio.Future[Any] | _Told) -> int:
         if len(self._waiting) >= _MOST_CALLS:
             raise Busy("too many calls are under way", retry_after=1.0)
         number = self._next
         self._next += 1
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
-        return number, future
+        return number
+
+    def tell(self, say: Callable[[int], None], told: Callable[[Any], None]) -> int:
+        """Make a call whose outcome, an answer or an error, ``told`` is called with at once; return its number.
+
+        Raises as :meth:`open`, and what ``say`` raises; then nobody is told.
+        """
+        number = self._enter(_Told(told))
+        try:
+            say(number)
+        except BaseException:
+            self.forget(number)
+            raise
+        return number
 
     def begin(self, say: Callable[[int], None], answered: Callable[[asyncio.Future[Any]], None]) -> None:
         """Make a call for whose outcome nobody waits: ``answered`` is called with its future. Raises as :meth:`open`."""

@@ -59,7 +59,7 @@ class LanePool:
     @property
     def wake_at(self) -> float:
         """When :meth:`start_due` has something to do."""
-        starting = (child.due for child in self._children.values())
+        starting = [child.due for child in self._children.values()]
         return min([*self._start_at.values(), *starting], default=math.inf)
 
     @property

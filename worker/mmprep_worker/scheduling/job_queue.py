@@ -27,9 +27,13 @@ class Holding:
         #: ``{generation: [jobs, bytes]}``
         self._entries: dict[int, list[int]] = {}
 
-    def more(self, places: tuple[Place, ...]) -> int:
-        """Return how many bytes more these would be."""
-        return sum(place.extent for place in places if place.generation not in self._entries)
+    def has_room(self, places: tuple[Place, ...]) -> bool:
+        """Whether a job may hold these, too."""
+        nbytes = self.nbytes
+        for place in places:
+            if place.generation not in self._entries:
+                nbytes += place.extent
+        return nbytes <= self.most
 
     def add(self, places: tuple[Place, ...]) -> None:
         """A job holds these."""
@@ -83,16 +87,19 @@ class JobQueue:
         self._limits = limits
         self._max_bytes = limits.nbytes // 2
         self._producers: Counter[str] = Counter()
+        #: The one job that waits: without others there are no turns to take.
+        self._lone: Job | None = None
+        #: Those that wait, where they are several.
         self._waiting = FairQueue(max_items=limits.jobs, max_bytes=self._max_bytes)
 
     @property
     def depth(self) -> int:
         """How many jobs wait."""
-        return len(self._waiting)
+        return len(self._waiting) if self._lone is None else 1
 
     def waits(self, serial: int) -> bool:
         """Whether a job waits; else it is delivered, or not here."""
-        return serial in self._waiting
+        return serial in self._waiting if self._lone is None else self._lone.serial == serial
 
     def check(self, job: Job) -> None:
         """Refuse a job for which there is no room; nothing changes.
@@ -120,7 +127,7 @@ class JobQueue:
                 param="queue",
                 retry_after=RETRY_AFTER,
             )
-        if self.holding.nbytes + self.holding.more(job.places) > self.holding.most:
+        if not self.holding.has_room(job.places):
             raise Busy(
                 f"the tensors of the jobs in queue {self.name!r} fill its part of the cache; post again later",
                 param="queue",
@@ -135,26 +142,38 @@ class JobQueue:
         self.holding.add(job.places)
         self.counts["posted"] += 1
         if waits:
-            self._waiting.push(_entry(job))
+            self._wait(job)
+
+    def _wait(self, job: Job, *, first: bool = False) -> None:
+        if not self.depth:
+            self._lone = job
+            return
+        if self._lone is not None:
+            self._waiting.push(_entry(self._lone))
+            self._lone = None
+        self._waiting.push(_entry(job), first=first)
 
     def pop(self) -> Job:
         """Take the job whose turn it is; one must wait."""
+        if self._lone is not None:
+            job, self._lone = self._lone, None
+            return job
         entry = self._waiting.pop(heavy_allowed=True)
         assert entry is not None, f"queue {self.name} has no job that waits"
         return self.jobs[entry.flight_id]
 
     def take(self, job: Job) -> None:
         """Take this job, whose holder of an earlier writer's time has come back."""
-        self._waiting.remove(job.serial)
+        self._take(job)
 
     def put_back(self, job: Job) -> None:
         """A delivered job waits again, before its producer's others."""
         self.counts["returned"] += 1
-        self._waiting.push(_entry(job), first=True)
+        self._wait(job, first=True)
 
     def remove(self, job: Job, outcome: Outcome, why: str, now: float) -> None:
         """A job has ended."""
-        self._waiting.remove(job.serial)
+        self._take(job)
         del self.jobs[job.serial]
         self.nbytes -= job.nbytes
         self._producers[job.producer] -= 1
@@ -165,6 +184,13 @@ class JobQueue:
         if outcome != "acked":
             self.dead.append(DeadLetter(job.id, job.producer, job.attempt, why, now))
 
+    def _take(self, job: Job) -> None:
+        """Let a job wait no more; nothing where it does not."""
+        if self._lone is job:
+            self._lone = None
+        elif self._lone is None:
+            self._waiting.remove(job.serial)
+
     def forgotten_at(self) -> float:
         """Return when the queue may be forgotten, if nothing happens until then; infinite where never."""
         if self.declared or self.backends or self.jobs:
@@ -174,6 +200,8 @@ class JobQueue:
     def validate(self) -> None:
         """Check every invariant; raises AssertionError."""
         self._waiting.validate()
+        assert self._lone is None or not len(self._waiting), "a job waits beside its queue's others"
+        assert self._lone is None or self.jobs.get(self._lone.serial) is self._lone, "a job waits that has ended"
         jobs = list(self.jobs.values())
         self.holding.validate(jobs)
         assert Counter(job.producer for job in jobs) == self._producers, "jobs by producer are miscounted"

@@ -27,39 +27,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from mmprep.errors import Busy, NotFound, StaleDelivery
 from mmprep_worker.scheduling.job import Delivery, Ended, Held, Job, Limits, Outcome, token, token_incarnation
 from mmprep_worker.scheduling.job_queue import RETRY_AFTER, Holding, JobQueue
+from mmprep_worker.scheduling.puller import Puller
 
 _OVERDUE = "no acknowledgement in time"
 _GONE = "the backend's process ended"
 _LATE = "nobody took it in its time"
 #: Outdated elements of the heap of expiries that are tolerated beyond as many as there are jobs.
 _SLACK = 64
-
-
-class Puller:
-    """A backend as the queues know it.
-
-    Attributes
-    ----------
-    queues: the names that it pulls from, the one that was served longest ago first.
-    credits: deliveries that it may have at a time; 0 while it is away or drains.
-    held: its deliveries by token.
-    silent: a delivery ran out of time, and it has not said a word since.
-    paused_until: it gets nothing before, in seconds of ``now``.
-    """
-
-    __slots__ = ("credits", "held", "id", "paused_until", "queues", "silent")
-
-    def __init__(self, backend: str) -> None:
-        self.id = backend
-        self.queues: list[str] = []
-        self.credits = 0
-        self.held: dict[bytes, Delivery] = {}
-        self.silent = False
-        self.paused_until = -math.inf
-
-    def may_take(self, now: float) -> bool:
-        """Whether it may get a job now."""
-        return len(self.held) < self.credits and not self.silent and self.paused_until <= now
 
 
 class Queues:
@@ -139,8 +113,10 @@ class Queues:
                 wake_at = puller.paused_until
         return wake_at
 
-    def take_ended(self) -> list[Ended]:
+    def take_ended(self) -> Sequence[Ended]:
         """Return the jobs that have ended since the last call."""
+        if not self._ended:
+            return ()
         ended, self._ended = self._ended, []
         return ended
 
@@ -213,7 +189,7 @@ class Queues:
     def _check_all(self, job: Job) -> None:
         if self.nbytes + job.nbytes > self.limits.nbytes:
             raise Busy("the queues are full; post again later", param="queue", retry_after=RETRY_AFTER)
-        if self.holding.nbytes + self.holding.more(job.places) > self.holding.most:
+        if not self.holding.has_room(job.places):
             raise Busy(
                 "the tensors of queued jobs fill their part of the cache; post again later",
                 param="queue",
@@ -377,9 +353,10 @@ class Queues:
         name = ""
         for puller in self._pullers.values():
             if (chosen is None or len(puller.held) < len(chosen.held)) and puller.may_take(now):
-                found = next((name for name in puller.queues if self._queues[name].depth), None)
-                if found is not None:
-                    chosen, name = puller, found
+                for found in puller.queues:
+                    if self._queues[found].depth:
+                        chosen, name = puller, found
+                        break
         if chosen is None:
             self._stirred = False
             return None
@@ -388,8 +365,9 @@ class Queues:
             others = (self._pullers[backend] for backend in self._queues[name].backends if backend != job.avoid)
             chosen = next((puller for puller in others if puller.may_take(now)), chosen)
         self._pullers.move_to_end(chosen.id)
-        chosen.queues.remove(name)
-        chosen.queues.append(name)
+        if len(chosen.queues) > 1:
+            chosen.queues.remove(name)
+            chosen.queues.append(name)
         self._queues[name].counts["delivered"] += 1
         self._tokens += 1
         job.attempt += 1

@@ -243,7 +243,7 @@ class WriterCore:
         The segments of spills that have ended go first: what is granted after them may need their memory.
         """
         removed = [RemoveSegment(sibling_name(self.segment.name, epoch)) for epoch in self.ring.take_removed()]
-        out = [*removed, *self._out]
+        out = removed + self._out
         self._out.clear()
         return out
 
@@ -453,9 +453,10 @@ class WriterCore:
             self._takers.get(kind, self._about_leases)(peer, message, now)
 
     def _post(self, peer: Peer, post: messages.Post, content: Sequence[bytes], now: float) -> None:
-        if post.items:
-            self.aliases.note(post.items)
-            self._calls.supersede(post.items)
+        for item in post.items:
+            if item.alias is not None:
+                self.aliases.note((item,))
+                self._calls.supersede((item,))
         self._send(peer, self._jobs.post(peer, post, tuple(content), now))
         if post.releases is not None:
             self._calls.unpin(peer, post.releases)

@@ -36,14 +36,10 @@ from mmprep.wire.outbox import Outbox
 from mmprep_worker.lanes.config import LaneConfig
 from mmprep_worker.lanes.pool import LanePool
 from mmprep_worker.models.family import MediaLimits
-from mmprep_worker.scheduling.admission import Admission, Quarantine
-from mmprep_worker.scheduling.flights import Flights
-from mmprep_worker.scheduling.job import Limits
-from mmprep_worker.scheduling.queue import FairQueue
-from mmprep_worker.writer.core import READERS, WriterCore
-from mmprep_worker.writer.opening import Opened, new_ring, open_ring
+from mmprep_worker.writer.core import READERS
+from mmprep_worker.writer.making import make_core
+from mmprep_worker.writer.opening import new_ring, open_ring
 from mmprep_worker.writer.pauses import Pauses
-from mmprep_worker.writer.plans import PlanStore
 from mmprep_worker.writer.report import report
 from mmprep_worker.writer.state import KillLane, ReadersSilent, RemoveSegment, Send, ToLane
 from mmprep_worker.writer.waiting import Waiting
@@ -55,24 +51,11 @@ _BATCH = 128
 #: Milliseconds after which a supervisor that takes no message is gone.
 _SUPERVISOR_MS = 5000
 _CHECK_LOCKS_EVERY = 0.25
-#: Seconds in which the readers of an earlier writer's ring have to say what they hold. Lanes take about as long to start.
-_SILENT_SECONDS = 2.0
-_PLAN_BYTES = 32 << 20
-_QUARANTINED = 1024
-#: A medium in quarantine is refused for at least this long, and for so many times of a lane's time for one medium: the
-#: strike of a first try that took all of it must still count when the second one has.
-_QUARANTINE_SECONDS = 60.0
-_QUARANTINE_TASKS = 3
 #: Starts of a lane that end before it was ever warm, after which the service gives up; later ones wait longer each time.
 _START_TRIES = 4
-#: Calls that may wait, for each medium that may be in work.
-_WAITERS = 16
 
 
 _unpack_control = unpacker(messages.ToWriter)
-
-#: Queued jobs may hold this part of the ring.
-_QUEUES_SHARE = 2
 
 
 class WriterShell:
@@ -97,7 +80,7 @@ class WriterShell:
         self._largest = min(settings.max_object_size, self._geometry.arena_capacity // 4)
         opened = open_ring(self._runtime, self._geometry, self._largest, settings.spill_size)
         self._segment = opened.segment
-        self._core = self._make_core(opened, time.monotonic(), Metrics())
+        self._core = make_core(self._settings, opened, self._geometry, time.monotonic(), Metrics(), self._read)
         self._control = router(self._context, self._runtime.writer)
         self._lanes = router(self._context, self._runtime.lanes)
         self._bulk: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
@@ -123,51 +106,10 @@ class WriterShell:
         self._stopped = False
         self._locks_checked = 0.0
         #: As it was before this turn; what this turn brings is seen in the next one, which then comes at once.
-        self._core_wakes_at = 0.0
+        self._core_wakes_at = self._pool_wakes_at = 0.0
         self._pauses = Pauses(time.monotonic(), turn_seconds=_CHECK_LOCKS_EVERY)
 
     # --- setting up -----------------------------------------------------------------------------------------------
-
-    def _make_core(self, opened: Opened, now: float, metrics: Metrics) -> WriterCore:
-        settings = self._settings
-        quarantined = max(_QUARANTINE_SECONDS, _QUARANTINE_TASKS * settings.task_seconds)
-        quarantine = Quarantine(max_keys=_QUARANTINED, seconds=quarantined)
-        return WriterCore(
-            ring=opened.ring,
-            flights=Flights(
-                max_waiting=settings.queue_limit * _WAITERS,
-                upload_seconds=settings.upload_seconds,
-                quarantine=quarantine,
-                after=int.from_bytes(os.urandom(5), "big"),
-            ),
-            quarantine=quarantine,
-            queue=FairQueue(max_items=settings.queue_limit, max_bytes=settings.queue_bytes),
-            admission=Admission(
-                max_items=settings.queue_limit,
-                max_bytes=settings.queue_bytes,
-                max_items_per_client=settings.queue_limit,
-            ),
-            plans=PlanStore(_PLAN_BYTES),
-            metrics=metrics,
-            segment=messages.SegmentInfo(opened.segment.name, opened.epoch, self._geometry.total_size),
-            lanes=settings.lanes,
-            lease_seconds=settings.lease_seconds,
-            task_seconds=settings.task_seconds,
-            read=self._read,
-            new_id=lambda: os.urandom(12),
-            inline_bytes=settings.inline_size,
-            awaited=opened.awaited,
-            silent_at=now + _SILENT_SECONDS,
-            queue_limits=Limits(
-                jobs=settings.queue_jobs,
-                nbytes=settings.queue_size,
-                pinned=self._geometry.arena_capacity // _QUEUES_SHARE,
-                attempts=settings.job_attempts,
-                seconds=settings.job_seconds,
-                idle_seconds=settings.job_expiry,
-            ),
-            declared_queues=settings.queues,
-        )
 
     def _read(self, offset: int, length: int) -> bytes:
         return bytes(self._segment.buffer[offset : offset + length])
@@ -210,7 +152,7 @@ class WriterShell:
         self._waiting.add(_INPUT, self._stop)
         while True:
             now = time.monotonic()
-            if self._pool.wake_at <= now:
+            if self._pool_wakes_at <= now:
                 self._start_lanes(now)
             ready = self._waiting.wait(self._timeout(now))
             now = time.monotonic()
@@ -233,10 +175,10 @@ class WriterShell:
         return fd
 
     def _timeout(self, now: float) -> float:
-        self._core_wakes_at = self._core.wake_at
+        self._core_wakes_at, self._pool_wakes_at = self._core.wake_at, self._pool.wake_at
         if self._pauses.behind:
             return 0.0
-        wake = min(self._core_wakes_at, self._pool.wake_at, self._locks_checked + _CHECK_LOCKS_EVERY)
+        wake = min(self._core_wakes_at, self._pool_wakes_at, self._locks_checked + _CHECK_LOCKS_EVERY)
         if self._outbox:
             wake = min(wake, now + 0.005)
         return max(0.0, wake - now)
@@ -259,12 +201,18 @@ class WriterShell:
         self, fd: int, socket: zmq.Socket[bytes], handle: Callable[[list[Any]], None], *, copy: bool = True
     ) -> None:
         for _ in range(_BATCH):
-            handle(recv_frames(socket, copy=copy))
+            try:
+                frames = recv_frames(socket, copy=copy)
+            except zmq.Again:  # something else has happened to it
+                break
+            handle(frames)
             self._carry_out()
             if not readable(socket):
-                self._waiting.emptied(fd)
-                return
-        self._waiting.used(fd)
+                break
+        else:
+            self._waiting.used(fd)
+            return
+        self._waiting.emptied(fd)
 
     # --- what comes in --------------------------------------------------------------------------------------------
 
@@ -273,8 +221,8 @@ class WriterShell:
         try:
             if len(frames) < 2:
                 raise ProtocolError("a control message has a header")
-            message = _unpack_control(frames[1])
-            _check_frames(message, frames[2:])
+            message, content = _unpack_control(frames[1]), frames[2:]
+            _check_frames(message, content)
             if isinstance(message, messages.Hello):
                 self._check_hello(message)
         except MmprepError as error:
@@ -283,7 +231,7 @@ class WriterShell:
             self._send_frames(identity, [pack(messages.Refused(messages.Fault.of(error)))])
             return
         failpoints.reach("writer.message.before", message)
-        self._core.message(identity, message, time.monotonic(), frames[2:])
+        self._core.message(identity, message, time.monotonic(), content)
         failpoints.reach("writer.message.after", message)
 
     def _check_hello(self, hello: messages.Hello) -> None:
@@ -484,7 +432,7 @@ class WriterShell:
         failpoints.reach("writer.anew.spills")
         previous, core = self._segment, self._core
         self._segment = opened.segment
-        self._core = self._make_core(opened, time.monotonic(), core.metrics)
+        self._core = make_core(self._settings, opened, self._geometry, time.monotonic(), core.metrics, self._read)
         self._core.succeed(core, time.monotonic())
         previous.unlink()
         previous.close()

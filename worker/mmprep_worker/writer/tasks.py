@@ -157,7 +157,7 @@ class Tasks:
     @property
     def wake_at(self) -> float:
         """When :meth:`tick` has something to do."""
-        return min((lane.deadline for lane in self.lanes), default=math.inf)
+        return min([lane.deadline for lane in self.lanes], default=math.inf)
 
     # --- media ----------------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ class Waiting:
         self._epoll.unregister(fd)
 
     def add_socket(self, socket: zmq.Socket[Any], handler: Callable[[], None]) -> int:
-        """Call ``handler`` when a socket has messages, until it was emptied; return what the socket is called here."""
+        """Call ``handler`` when a socket may have messages, until it was emptied; return what the socket is called here."""
         fd = int(socket.getsockopt(zmq.FD))
         self._sockets[fd] = socket
         self._used.add(fd)
@@ -59,15 +59,9 @@ class Waiting:
 
     def wait(self, seconds: float) -> list[Callable[[], None]]:
         """Wait for so long at most, and return the handlers of what has come."""
-        ready = {fd for fd in self._used if readable(self._sockets[fd])}
-        self._used = set(ready)
-        for fd, _ in self._epoll.poll(0 if ready else seconds):
-            socket = self._sockets.get(fd)
-            if socket is None:
-                ready.add(fd)
-            elif readable(socket):
-                ready.add(fd)
-                self._used.add(fd)
+        ready = {fd for fd in self._used if readable(self._sockets[fd])} if self._used else set()
+        self._used &= ready
+        ready.update([fd for fd, _ in self._epoll.poll(0 if ready else seconds)])
         if len(ready) > 1:
             return [handler for fd, handler in self._handlers.items() if fd in ready]
         return [self._handlers[fd] for fd in ready]
