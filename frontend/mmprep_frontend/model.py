@@ -190,7 +190,10 @@ def load_model(
     sentinels = Sentinels(card)
     tokenizer = Tokenizer(loaded, card, sentinels)
     sources = load_sources(directory) if template is None else {"default": template}
-    chat_template = ChatTemplate(sources, tokenizer.special_tokens, sentinels)
+    try:
+        chat_template = ChatTemplate(sources, tokenizer.special_tokens, sentinels)
+    except StartupError as error:
+        raise StartupError(f"{'MODEL' if template is None else '--chat-template'}: {error}") from None
     length = max_model_len or _context_length(directory)
     return ServedModel(
         name,

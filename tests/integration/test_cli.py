@@ -1,11 +1,12 @@
 """The commands beside ``serve``, as a person or a script runs them."""
 
 import json
+import signal
 import subprocess
 import sys
 
 import pytest
-from tests.integration.service import decode_item, image, mmprep, photo, serving, text, user
+from tests.integration.service import decode_item, environment, image, mmprep, photo, serving, text, user
 
 from mmprep import Backend, embedded
 from mmprep.runtime import RuntimeDir
@@ -35,6 +36,18 @@ def test_render_reads_standard_input_takes_a_model_and_tells_an_error_by_its_exi
     assert done.returncode == 1
     assert json.loads(done.stdout)["error"]["code"] == 415
     assert "Traceback" not in done.stderr
+
+
+def test_render_that_is_terminated_ends_its_service(tmp_path):
+    request = tmp_path / "request.json"
+    request.write_text("{}")
+    command = [sys.executable, "-m", "mmprep", "render", str(request), "--cache-size", "1MiB"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, env=environment()) as rendering:
+        assert "starting" in rendering.stderr.readline()
+        rendering.terminate()
+        assert rendering.stdout.read() == ""  # it is the service's, too, and ends with the last who has it
+    assert rendering.returncode == 128 + signal.SIGTERM
 
 
 def test_render_tells_of_a_file_that_is_not_there_before_it_starts_anything(tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny_tokenizer import build, card
 
-from mmprep.errors import InvalidRequest
+from mmprep.errors import InvalidRequest, StartupError
 from mmprep_frontend.model import load_model
 from mmprep_frontend.render.loaded_tokenizer import load_tokenizer
 from mmprep_frontend.render.requests import parse
@@ -18,6 +18,16 @@ def model(tmp_path_factory):
     directory = build(tmp_path_factory.mktemp("model"))
     loaded = load_tokenizer(directory)
     return load_model(directory, card(directory), loaded, name="tiny", max_model_len=None, template=None)
+
+
+@pytest.mark.parametrize(("given", "option"), [(None, "MODEL"), ("\n{% if %}", "--chat-template")])
+def test_a_template_that_cannot_be_compiled_is_an_error_that_names_where_it_is_from(tmp_path, given, option):
+    directory = build(tmp_path)
+    (directory / "chat_template.jinja").write_text("\n{{ broken")
+    with pytest.raises(StartupError, match=rf"{option}: the chat template cannot be compiled: line 2: \w+"):
+        load_model(
+            directory, card(directory), load_tokenizer(directory), name="tiny", max_model_len=None, template=given
+        )
 
 
 def pictures(count):

@@ -175,7 +175,7 @@ def check_wanted(request: ChatRequest | CompletionRequest, max_model_len: int) -
     wanted = getattr(request, param)
     if wanted is not None and wanted > max_model_len:
         raise InvalidRequest(
-            f"'{param}' is {wanted}, and the model takes at most {max_model_len} tokens, prompt and answer together.",
+            f"{wanted} tokens are asked for, and the model takes at most {max_model_len}, prompt and answer together.",
             param=param,
         )
 

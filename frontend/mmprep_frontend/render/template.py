@@ -184,7 +184,7 @@ class ChatTemplate:
         try:
             return self._compile(source)
         except jinja2.TemplateSyntaxError as error:
-            raise StartupError(f"The model's chat template cannot be compiled: line {error.lineno}.") from None
+            raise StartupError(f"the chat template cannot be compiled: line {error.lineno}: {error.message}") from None
 
     def _compile(self, source: str) -> _Compiled:
         hidden = self._sentinels.hide(source)

@@ -1,14 +1,20 @@
-"""The line with which ``mmprep serve`` says that it takes requests: written and read in one place."""
+"""The line with which ``mmprep serve`` says that it takes requests, written and read in one place; and not to leave one behind."""
 
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from collections.abc import Iterable
 
 from mmprep.errors import ServiceUnavailable
 
 _READY = re.compile(r"mmprep: ready after [0-9.]+ s: (http://\S+) and ipc://")
+
+
+def unwind_on_sigterm() -> None:
+    """Let SIGTERM unwind this process as an exit, so that it ends the service that it has started for itself."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def ready_line(seconds: float, url: str, runtime_dir: object) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from mmprep.cli.extra import require_server
 from mmprep.cli.options import parser, resolve
-from mmprep.cli.ready import url_when_ready
+from mmprep.cli.ready import unwind_on_sigterm, url_when_ready
 from mmprep.errors import InvalidRequest
 
 
@@ -26,6 +26,7 @@ def run(arguments: list[str]) -> int:
     body = _read(parsed.file)
     require_server()
     resolve(parsed, parsed.model)
+    unwind_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="mmprep-") as directory:
         passed = _passed_on(arguments, parsed.file)
         command = [sys.executable, "-m", "mmprep.cli", "serve", *passed]

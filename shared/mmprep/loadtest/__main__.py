@@ -7,7 +7,7 @@ import sys
 import tempfile
 import threading
 
-from mmprep.cli.ready import url_when_ready
+from mmprep.cli.ready import unwind_on_sigterm, url_when_ready
 from mmprep.errors import MmprepError
 from mmprep.loadtest import command
 
@@ -29,6 +29,7 @@ def main(arguments: list[str]) -> int:
         place = rest.index("--serve")
         options = rest[place + 1].split() if place + 1 < len(rest) else []
         del rest[place : place + 2]
+    unwind_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="mmprep-") as directory:
         serve = [sys.executable, "-m", "mmprep.cli", "serve", "--runtime-dir", directory, "--port", "0", *options]
         with subprocess.Popen(serve, stderr=subprocess.PIPE, text=True) as service:
