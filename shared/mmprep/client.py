@@ -369,7 +369,10 @@ class AsyncClient:
         beside = header(body, "traceparent"), header(body, "tracestate"), once
         if once is None:
             body.setdefault("deadline_ms", max(1, int(seconds * 1000)))
-        encoded = msgspec.json.encode(body)
+        try:
+            encoded = msgspec.json.encode(body)
+        except (TypeError, ValueError) as error:  # as for a number of NumPy's, or half a character
+            raise InvalidRequest(f"the request cannot be sent as JSON: {error}") from None
         if len(attachments) > MAX_FRAMES - _OTHER_FRAMES:
             raise InvalidRequest(f"a request has at most {MAX_FRAMES - _OTHER_FRAMES} media", param="messages")
         return await self._send(operation, encoded, attachments, seconds, beside)

@@ -180,6 +180,9 @@ def test_errors_are_of_the_tree_and_name_the_place(service):
         with pytest.raises(NotFound) as caught:
             client.chat(user(text("?")), model="other")
         assert (caught.value.param, caught.value.code) == ("model", 404)
+        for wrong in ({"max_tokens": np.int64(3)}, {"user": "\ud800"}):
+            with pytest.raises(InvalidRequest, match="cannot be sent as JSON"):
+                client.chat(user(text("?")), **wrong)
         assert client.chat(user(raw(CAT))).items["image"], "the client goes on"
 
 
