@@ -282,7 +282,10 @@ class AsyncBackend:
         return [lease not in lost for lease in leases]
 
     def release(self, *addresses: Address | Mapping[str, Any]) -> None:
-        """End leases; those that are over already are passed over. May be called from any thread."""
+        """End leases; those that are over already are passed over. May be called from any thread.
+
+        A view that an item has taken up ends with the item: an address may have come twice.
+        """
         for address in addresses:
             lease = parse_address(address).lease
             if lease is not None:

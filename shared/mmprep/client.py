@@ -397,7 +397,7 @@ class AsyncClient:
         with contextlib.suppress(ProtocolError):  # an answer without media is none
             for item in unpack_head(frames[0].buffer).items:
                 if item.place is not None and item.place.lease is not None:
-                    registration.drop(item.place.lease)
+                    registration.give_up(item.place.lease)
 
 
 def _only(frames: list[zmq.Frame]) -> Any:

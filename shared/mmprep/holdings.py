@@ -12,6 +12,9 @@ An address that comes from outside is believed about its lease without a word wi
 * such a lease is over for the writer only where it is over here too: this process has released it or been told that it is
   lost, or, of a copy, whose content is checked after reading, its time has passed.
 
+A lease that was taken up is its taker's to end. Who has only the address may end it as well (:meth:`Holdings.give_up`), but
+not while it is a view: the same address may have been handed to this process twice, and the other taker reads.
+
 So a lease that is over must never be taken up again. Those are remembered up to a bound; beyond it a new *turn* begins,
 whose mark no lease granted before has, so that there is nothing to remember of it.
 
@@ -78,6 +81,7 @@ class Holdings:
         self._mark = mark_of(instance, self.turn)
         self._held: dict[bytes, Holding] = {}
         self._dropped: deque[bytes] = deque()
+        self._given_up: deque[bytes] = deque()
         #: The writer was told that these are released, and has not said that it heard.
         self._releasing: dict[bytes, None] = {}
         self._over: set[bytes] = set()
@@ -91,6 +95,7 @@ class Holdings:
         if former is None or former.epoch != life.epoch:
             self._held.clear()
             self._dropped.clear()
+            self._given_up.clear()
             self._releasing.clear()
             self._over.clear()
             return ()
@@ -143,14 +148,18 @@ class Holdings:
         """Keep a lease of which the writer itself has told this process; return whether it is good, as :meth:`adopt`."""
         if self.life is None or self.life.epoch != epoch or lease_incarnation(lease) < self.life.incarnation:
             return False
-        if lease in self._held or lease in self._over or lease in self._dropped:
+        if lease in self._held or lease in self._over or lease in self._dropped or lease in self._given_up:
             return False
         self._held[lease] = Holding(slot, generation, kind, sent_at + self.seconds, sure)
         return True
 
     def drop(self, lease: bytes) -> None:
-        """End a lease; :meth:`take_dropped` hands it out. May be called from any thread."""
+        """End a lease that the caller has taken up; :meth:`take_dropped` hands it out. May be called from any thread."""
         self._dropped.append(lease)
+
+    def give_up(self, lease: bytes) -> None:
+        """End a lease of which the caller has the address, unless it is a view that was taken up; else as :meth:`drop`."""
+        self._given_up.append(lease)
 
     def drop_all(self) -> None:
         """Release every lease."""
@@ -161,6 +170,11 @@ class Holdings:
 
         Where the connection is lost before that, they are handed out again.
         """
+        while self._given_up:
+            lease = self._given_up.popleft()
+            holding = self._held.get(lease)
+            if holding is None or holding.kind == "copy":
+                self._dropped.append(lease)
         taken: list[bytes] = []
         while self._dropped and len(taken) < most:
             lease = self._dropped.popleft()

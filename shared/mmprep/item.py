@@ -121,6 +121,7 @@ class Shared:
                 except LeaseLost:
                     if not mapping.frozen:  # else a writer that does not know it has begun another segment meanwhile
                         raise
+                self._checked()  # it may have been released while the writer was asked
             self._views += 1
             return self._region(mapping)
 

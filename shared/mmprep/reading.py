@@ -157,7 +157,7 @@ class LocalReader:
         return await self.registration.renew(leases)
 
     def drop(self, lease: bytes) -> None:
-        self.registration.drop(lease)
+        self.registration.give_up(lease)
 
     def _item(self, address: Address, mapping: Mapping, lease: Lease) -> Item:
         try:

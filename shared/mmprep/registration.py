@@ -313,8 +313,12 @@ class Registration:
         return ring is not None and (ring.epoch == address.epoch or is_in_spill(address, ring=ring.name))
 
     def drop(self, lease_id: bytes) -> None:
-        """Release a lease soon; may be called from any thread."""
+        """Release a lease that was held here soon; may be called from any thread."""
         self._holdings.drop(lease_id)
+
+    def give_up(self, lease_id: bytes) -> None:
+        """Release the lease of an address soon, unless it is held here as a view; may be called from any thread."""
+        self._holdings.give_up(lease_id)
 
     def check_held(self, lease_id: bytes) -> None:
         """Raise LeaseLost where the lease is over, InvalidRequest where this is closed.

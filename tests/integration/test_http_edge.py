@@ -548,6 +548,37 @@ def test_an_answer_whose_memory_is_lost_halfway_is_broken_off(run: Run, caplog: 
     assert "broken off: the memory is gone" in caplog.text
 
 
+class SlowToEnd(Keeping):
+    """Takes its time once all is sent."""
+
+    async def detach(self) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.05)
+
+
+def test_a_client_that_leaves_as_soon_as_it_has_the_answer_has_read_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sending, "_KEPT_SECONDS", 0.0)
+
+    async def main() -> None:
+        async with serving() as edge:
+            edge.service.leased = True
+            for pieces in ([b"x" * 10], [b"x" * LARGE]):
+                edge.service.pieces, edge.service.kept = pieces, SlowToEnd()
+                async with asking(edge) as (reader, writer):
+                    assert await reader.readexactly(len(pieces[0])) == pieces[0]
+                    writer.close()
+                    await writer.wait_closed()
+                kept = edge.service.kept
+                await until(lambda kept=kept: kept.told == ["end"])
+            assert edge.service.unread == []
+
+    run(main())
+
+
 def test_who_reads_slowly_is_copied_for_and_still_gets_all(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sending, "_KEPT_SECONDS", 0.01)
 

@@ -420,6 +420,26 @@ def test_a_backend_opens_acquires_renews_and_releases_what_http_leased_to_it(ser
     assert leases_of(service, "engine-0") in {None, 0}
 
 
+def test_releasing_an_address_does_not_take_its_memory_from_who_reads_it(service):
+    with Backend(service.endpoint, id="engine-6") as backend:
+        address = addressed(service, backend)
+        item, other = backend.open(address), backend.acquire(address)
+        with item.view() as arrays:
+            before = arrays["pixel_values"].copy()
+            backend.release(address)  # by somebody to whom it came, too
+            other.release()
+            eventually(lambda: leases_of(service, "engine-6") == 1, "the end of the other lease")
+            assert backend.renew(address) == [True]
+            np.testing.assert_array_equal(arrays["pixel_values"], before)
+        item.release()
+        eventually(lambda: leases_of(service, "engine-6") == 0, "the end of the lease")
+        copied = backend.open(address := addressed(service, backend))
+        backend.release(address)
+        eventually(lambda: leases_of(service, "engine-6") == 0, "the end of the copy's lease")
+        with pytest.raises(LeaseLost):
+            copied.materialize()
+
+
 def test_http_callers_renew_and_release_leases_by_the_backends_name(service):
     with Backend(service.endpoint, id="engine-1") as backend:
         lease = addressed(service, backend)["lease"]

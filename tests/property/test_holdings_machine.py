@@ -33,6 +33,7 @@ class HoldingsMachine(RuleBasedStateMachine):
         self.table = {}
         self.addresses = []
         self.believed = set()
+        self.kinds = {}
         self.over = set()
         self.telling = []
         self.connect(epoch=1, incarnation=1)
@@ -80,6 +81,7 @@ class HoldingsMachine(RuleBasedStateMachine):
         assert good == (life == self.life and lease not in self.over | self.believed and lease == mine)
         if good:
             self.believed.add(lease)
+            self.kinds[lease] = kind
             if kind == "view":
                 assert self.table[lease][:2] == (slot, number), "a view was taken up that the writer does not keep"
 
@@ -108,6 +110,7 @@ class HoldingsMachine(RuleBasedStateMachine):
             self.tell_dropped(9)
         else:
             self.believed.add(lease)
+            self.kinds[lease] = kind
 
     @precondition(lambda self: self.believed)
     @rule(data=st.data())
@@ -121,8 +124,21 @@ class HoldingsMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def release_without_opening(self, data):
         lease = data.draw(st.sampled_from(sorted(set(self.table) - self.believed)))
-        self.holdings.drop(lease)
+        self.holdings.give_up(lease)
         self.over.add(lease)
+
+    @precondition(lambda self: self.believed)
+    @rule(data=st.data())
+    def release_what_somebody_has_opened(self, data):
+        """The address came twice. Who reads a view goes on; a copy's content is checked after it was read."""
+        lease = data.draw(st.sampled_from(sorted(self.believed)))
+        is_view = self.kinds[lease] == "view"
+        self.holdings.give_up(lease)
+        if not is_view:
+            self.believed.discard(lease)
+            self.over.add(lease)
+        self.tell_dropped(999)
+        assert self.holdings.lost(lease, self.now) != is_view
 
     @rule(most=st.integers(1, 3))
     def tell_dropped(self, most):
@@ -193,6 +209,7 @@ class HoldingsMachine(RuleBasedStateMachine):
             slot, generation, _ = self.table[lease]
             self.table[lease] = slot, generation, kind
             self.holdings.changed(lease, kind)
+            self.kinds[lease] = kind
 
     @rule(which=st.sampled_from(["the same writer", "the same writer", "the next writer", "another segment"]))
     def connect_to(self, which):
@@ -248,11 +265,24 @@ def test_a_lease_that_was_released_or_lost_is_not_taken_up_again(holdings):
 def test_a_lease_that_is_about_to_be_released_is_not_taken_up_again(holdings):
     unopened, opened = view(1), view(2)
     assert adopted(holdings, opened)
-    holdings.drop(unopened)  # as by Backend.release, of an address that was never opened
+    holdings.give_up(unopened)
     holdings.drop(opened)
     assert not adopted(holdings, unopened)
     assert not adopted(holdings, opened)
     assert set(holdings.take_dropped(9)) == {unopened, opened}
+
+
+def test_a_view_that_was_taken_up_does_not_end_with_its_address(holdings):
+    lease, unread = view(1), view(2)
+    assert adopted(holdings, lease)
+    holdings.give_up(lease)
+    holdings.give_up(unread)
+    assert [held.lease for held in holdings.welcomed(Life("0" * 32, 2), SECONDS)] == [lease]
+    assert holdings.take_dropped(9) == (unread,)
+    assert not holdings.lost(lease, 1e9)
+    holdings.changed(lease, "copy")
+    holdings.give_up(lease)
+    assert holdings.take_dropped(9) == (lease,)
 
 
 def test_a_lease_of_the_process_before_under_the_same_id_is_not_taken_up(holdings):

@@ -392,7 +392,7 @@ class Backend(Caller):
     def unwanted(self, _, outcome):
         if isinstance(outcome, Answered):
             for lease in outcome.leases:
-                self.registration.drop(lease)
+                self.registration.give_up(lease)
 
     def given(self, media, addresses):
         if self.registration is None:
@@ -434,7 +434,7 @@ class Backend(Caller):
             for *_, lease in items:
                 lease.release()
             for _, address in pairs[len(items) :]:  # Backend.open's callers have the addresses, and let go of them
-                self.registration.drop(bytes.fromhex(address.lease))
+                self.registration.give_up(bytes.fromhex(address.lease))
             if sent_at is not None and isinstance(error, StaleAddress):
                 raise
             return

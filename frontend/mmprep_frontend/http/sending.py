@@ -69,15 +69,15 @@ class Sender:
         answer.content_length = size
         self._sign(request, answer)
         sent = False
-        try:
-            async with _keeping(rendered.kept):
+        async with _keeping(rendered.kept):
+            try:
                 pieces = rendered.pieces()
                 # Before the status: an error that comes with the first piece can still be told.
                 first = await self._next(pieces)
                 sent = await self._write(request, answer, first, pieces)
-        finally:
-            if unread is not None:
-                _watch(request, unread) if sent else unread()
+            finally:
+                if unread is not None:
+                    _watch(request, unread) if sent else unread()
         return answer
 
     async def _next(self, pieces: Iterator[bytes]) -> bytes | None:
@@ -90,10 +90,13 @@ class Sender:
         """Return whether all was sent. Where half of an answer was, no other can follow it on this connection."""
         try:
             await answer.prepare(request)
+            left = answer.content_length or 0
             while piece is not None:
                 async with asyncio.timeout(self._seconds):
                     await answer.write(piece)
-                piece = await self._next(more)
+                left -= len(piece)
+                # Nothing waits behind the last one: a client that has it may go, and must not seem to have left early.
+                piece = await self._next(more) if left else None
             async with asyncio.timeout(self._seconds):
                 await answer.write_eof()
         except ConnectionError:  # nobody is there any more
