@@ -205,7 +205,7 @@ class Lax:
 @pytest.mark.parametrize(
     ("name", "owner", "attribute", "fault"),
     [
-        ("wire", codec, "_decoder", Lax),
+        ("wire", codec, "decoder", Lax),
         ("directory", recovery, "_overlapping", lambda _records: set()),
         ("address", layout.Record, "readable", property(lambda _record: True)),
         ("injections", item, "_check_bytes", lambda _name, _given: None),
@@ -218,7 +218,7 @@ def test_a_planted_fault_is_found(name, owner, attribute, fault, monkeypatch):
 
 
 def test_a_frame_that_claims_lists_within_lists_would_be_found(monkeypatch):
-    monkeypatch.setattr(codec, "_decoder", Lax)
+    monkeypatch.setattr(codec, "decoder", Lax)
     with pytest.raises(Finding, match="bytes"):
         execute(TARGETS["wire"], b"\0" + b"\xdc\x40\x00" * 600)
 
