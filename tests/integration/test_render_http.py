@@ -452,7 +452,7 @@ def test_metrics_count_for_all_frontends_whichever_is_asked(service):
         assert names[name], name
 
 
-STAGES = ("fetch", "hash", "template", "tokenize", "queue", "decode", "process", "expand", "serialize")
+STAGES = ("fetch", "hash", "template", "tokenize", "queue", "decode", "process", "publish", "expand", "serialize")
 #: Stages of the disk cache, which this service does not have.
 CACHE_STAGES = ("cache_lookup", "cache_read", "cache_write")
 
@@ -472,10 +472,10 @@ def test_each_stage_is_counted_where_it_happens_and_the_help_names_those_that_do
     parts = (image(into.getvalue(), "png"), photo("cat.png"), text("Which stage is this?"))
     service.render(user(photo("cat.png"), text("?")))
     # one new picture and one known, and a new text
-    assert grown(lambda: service.render(user(*parts))) == [0, 2, 1, 1, 1, 1, 1, 1, 1]
-    assert grown(lambda: service.post("/tokenize", {"prompt": "a text"})) == [0, 0, 0, 1, 0, 0, 0, 0, 1]
-    assert grown(lambda: service.post("/v1/completions/render", {"prompt": "a text"})) == [0, 0, 0, 1, 0, 0, 0, 0, 1]
-    assert grown(lambda: service.post("/detokenize", {"tokens": [1, 2]})) == [0, 0, 0, 0, 0, 0, 0, 0, 1]
+    assert grown(lambda: service.render(user(*parts))) == [0, 2, 1, 1, 1, 1, 1, 1, 1, 1]
+    assert grown(lambda: service.post("/tokenize", {"prompt": "a text"})) == [0, 0, 0, 1, 0, 0, 0, 0, 0, 1]
+    assert grown(lambda: service.post("/v1/completions/render", {"prompt": "a text"})) == [0, 0, 0, 1, 0, 0, 0, 0, 0, 1]
+    assert grown(lambda: service.post("/detokenize", {"tokens": [1, 2]})) == [0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
     lines = service.get("/metrics").body.decode().splitlines()
     (line,) = (line for line in lines if line.startswith("# HELP mmprep_stage_seconds "))
     named = (STAGES[0], *CACHE_STAGES, *STAGES[1:])
