@@ -27,7 +27,7 @@ from mmprep_frontend.http.exposition import expose
 from mmprep_frontend.http.keyring import Keyring
 from mmprep_frontend.http.ports import Rendered
 from mmprep_frontend.http.server import HttpServer, reserve_port, serve_http
-from mmprep_frontend.render.written import Encoded, Packed, written
+from mmprep_frontend.render.written import Base64, Encoded, Packed, written
 from mmprep_frontend.room import Room
 
 try:
@@ -472,6 +472,19 @@ def test_an_answer_counts_as_held_until_its_client_has_read_it(run: Run) -> None
                 assert room.answer_bytes == LARGE
             await until(lambda: room.requests == 0)
             assert room.answer_bytes == 0
+
+    run(main())
+
+
+def test_of_tensors_that_become_base64_their_own_bytes_count_as_held(run: Run) -> None:
+    async def main() -> None:
+        room = Room(max_answer_bytes=LARGE)
+        async with serving(room=room) as edge:
+            edge.service.pieces = [Base64(Packed([b"x" * LARGE]))]
+            async with asking(edge) as (reader, _):
+                assert room.answer_bytes == LARGE
+                assert len(await reader.readexactly(LARGE * 4 // 3)) == LARGE * 4 // 3
+            await until(lambda: room.answer_bytes == 0)
 
     run(main())
 

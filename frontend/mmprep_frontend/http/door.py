@@ -171,14 +171,15 @@ class HttpDoor:
             work = partial(encode_chat_answer, chat, self._service.served(), caller.request_id, caller.encoding)
             with pinned.timed():
                 answer = await self._service.encode(len(chat.expanded.token_ids), work)
-            held.hold_answer(sum(map(len, answer)))
+            travels = any(map(chat.travels, chat.items))
+            rendered = Rendered(answer, chat.lease_return(), kept=pinned if travels else None)
+            held.hold_answer(rendered.nbytes)
         except BaseException:
             chat.give_back()
             raise
-        if any(map(chat.travels, chat.items)):
-            return Rendered(answer, chat.lease_return(), kept=pinned)
-        pinned.end()
-        return Rendered(answer, chat.lease_return())
+        if not travels:
+            pinned.end()
+        return rendered
 
     async def _post(self, chat: RenderedChat, body: bytes, caller: Caller, form: Form) -> bytes:
         """Post a chat to its queue; who hangs up has posted it all the same, if it was accepted in this moment."""

@@ -51,6 +51,11 @@ class Rendered:
         """Bytes of the body."""
         return sum(map(len, self.body))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the body may take while it is sent: base64 is made as it is written."""
+        return sum(len(part) if isinstance(part, bytes) else part.nbytes for part in self.body)
+
     def pieces(self) -> Iterator[bytes]:
         """Yield the body, a piece at a time; raises as :meth:`Kept.written`."""
         return written(self.body) if self.kept is None else self.kept.written(self.body)

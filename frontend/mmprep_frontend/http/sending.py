@@ -54,7 +54,7 @@ class Sender:
             As :meth:`mmprep_frontend.http.ports.Kept.written`, and nothing is sent.
         """
         try:
-            caller.held.hold_answer(rendered.size)
+            caller.held.hold_answer(rendered.nbytes)
             return await self._sent(request, rendered, caller.encoding.media_type)
         finally:
             if rendered.kept is not None:

@@ -37,6 +37,11 @@ class Packed:
     def __len__(self) -> int:
         return self._nbytes
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes once it is detached; what is written of it takes little more."""
+        return self._nbytes
+
     def detach(self) -> None:
         """Copy what is borrowed; other threads may write from this meanwhile."""
         if self._borrowed:
@@ -85,6 +90,11 @@ class Base64:
 
     def __len__(self) -> int:
         return len('""') + (len(self._packed) + 2) // 3 * 4
+
+    @property
+    def nbytes(self) -> int:
+        """As :attr:`Packed.nbytes`."""
+        return self._packed.nbytes
 
     def detach(self) -> None:
         """As :meth:`Packed.detach`."""
