@@ -65,8 +65,8 @@ class LoopThread:
             raise InvalidRequest("this client is closed")
         outcome: Future[Any] = Future()
         ends: list[Callable[[], object]] = []
-        self._loop.call_soon_threadsafe(_begin, begin, outcome, ends)
-        try:
+        try:  # an interrupt may come at once
+            self._loop.call_soon_threadsafe(_begin, begin, outcome, ends)
             return outcome.result(seconds)
         except BaseException as error:
             if outcome.cancel():
