@@ -63,7 +63,7 @@ def test_an_interrupt_ends_the_wait(thread):
     ended = []
 
     def interrupts(_):
-        signal.raise_signal(signal.SIGINT)  # Python handles it on the main thread
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return lambda: ended.append(True)
 
     with pytest.raises(KeyboardInterrupt):
