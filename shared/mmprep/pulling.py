@@ -19,15 +19,14 @@ from typing import Any, Literal
 import msgspec
 
 from mmprep import failpoints
-from mmprep.address import Address, address_fields
+from mmprep.address import Address
 from mmprep.errors import InvalidRequest, MmprepError, ProtocolError, ServiceUnavailable, StaleDelivery
 from mmprep.item import Item, Runner, Source
 from mmprep.items import ItemMeta, unpack_meta
 from mmprep.job import Asker, AsyncJob, Job
 from mmprep.job_content import JobContent, read_content
 from mmprep.reading import Reader
-from mmprep.result import HeadItem
-from mmprep.segment import sibling_name
+from mmprep.result import HeadItem, leased_address
 from mmprep.wire import messages
 from mmprep.wire.calls import WriterLostError
 
@@ -371,8 +370,18 @@ def _wanted(held: Held, content: JobContent, leases: Sequence[bytes]) -> list[tu
     wanted: list[tuple[Address, ItemMeta] | None] = []
     for item in content.items:
         meta = _meta(item)
-        there = item.place is not None and held.error is None
-        wanted.append((_address(content, item, meta, next(granted, b"")), meta) if there else None)
+        if item.place is None or held.error is not None:
+            wanted.append(None)
+            continue
+        address = leased_address(
+            item,
+            meta,
+            segment=content.segment,
+            epoch=content.epoch,
+            lease=next(granted, b""),
+            lease_kind="view",
+        )
+        wanted.append((address, meta))
     return wanted
 
 
@@ -382,20 +391,3 @@ def _meta(item: HeadItem) -> ItemMeta:
         return unpack_meta(item.meta)
     except ValueError as error:
         raise ProtocolError(f"a job has an item without right metadata: {error}") from None
-
-
-def _address(content: JobContent, item: HeadItem, meta: ItemMeta, lease: bytes) -> Address:
-    place = item.place
-    assert place is not None
-    return Address(
-        segment=content.segment if place.spill is None else sibling_name(content.segment, place.spill),
-        epoch=(place.spill or content.epoch).hex(),
-        slot=place.slot,
-        offset=place.offset,
-        length=place.length,
-        generation=place.generation,
-        metadata_length=len(item.meta),
-        fields=address_fields(meta, len(item.meta)),
-        lease=lease.hex(),
-        lease_kind="view",
-    )

@@ -10,13 +10,12 @@ import msgspec
 import zmq
 from numpy.typing import NDArray
 
-from mmprep.address import Address, address_fields
+from mmprep.address import Address
 from mmprep.errors import ProtocolError
 from mmprep.item import Inline, Item, Runner, Shared, Source, features_of
-from mmprep.items import unpack_meta
+from mmprep.items import ItemMeta, unpack_meta
 from mmprep.registration import Registration
-from mmprep.result import Head, HeadItem, ids_from_bytes, unpack_head
-from mmprep.segment import sibling_name
+from mmprep.result import Head, HeadItem, ids_from_bytes, leased_address, unpack_head
 
 
 class Result:
@@ -98,9 +97,10 @@ async def read_result(
     items: dict[str, list[Item]] = {}
     try:
         for item in head.items:
-            source, address = await _source(item, head, frames, registration, sent_at)
+            meta = unpack_meta(item.meta)
+            source, address = await _source(item, meta, head, frames, registration, sent_at=sent_at)
             made = Item(
-                unpack_meta(item.meta),
+                meta,
                 source,
                 hash=item.hash.hex(),
                 offset=item.offset,
@@ -118,7 +118,13 @@ async def read_result(
 
 
 async def _source(
-    item: HeadItem, head: Head, frames: Sequence[zmq.Frame], registration: Registration | None, sent_at: float
+    item: HeadItem,
+    meta: ItemMeta,
+    head: Head,
+    frames: Sequence[zmq.Frame],
+    registration: Registration | None,
+    *,
+    sent_at: float,
 ) -> tuple[Source | None, Address | None]:
     """Return where an item's tensors come from, if from anywhere, and the address that they have."""
     if item.frame >= 0:
@@ -128,16 +134,12 @@ async def _source(
     place = item.place
     if place is None or place.lease is None or registration is None:
         return None, None
-    address = Address(
-        segment=head.segment if place.spill is None else sibling_name(head.segment, place.spill),
-        epoch=(place.spill or head.epoch).hex(),
-        slot=place.slot,
-        offset=place.offset,
-        length=place.length,
-        generation=place.generation,
-        metadata_length=len(item.meta),
-        fields=address_fields(unpack_meta(item.meta), len(item.meta)),
-        lease=place.lease.hex(),
+    address = leased_address(
+        item,
+        meta,
+        segment=head.segment,
+        epoch=head.epoch,
+        lease=place.lease,
         lease_kind=place.lease_kind,
         lease_seconds=head.lease_ms // 1000,
     )

@@ -14,7 +14,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from mmprep.items import Generation, Natural
+from mmprep.address import Address, address_fields
+from mmprep.items import Generation, ItemMeta, Natural
+from mmprep.segment import sibling_name
 from mmprep.wire.codec import unpack
 from mmprep.wire.messages import Digest, Epoch, LeaseId, LeaseKind
 
@@ -48,6 +50,44 @@ class HeadItem(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     meta: bytes
     place: Place | None = None
     frame: int = -1
+
+
+def leased_address(
+    item: HeadItem,
+    meta: ItemMeta,
+    *,
+    segment: str,
+    epoch: bytes,
+    lease: bytes,
+    lease_kind: LeaseKind,
+    lease_seconds: int | None = None,
+) -> Address:
+    """Return the address of an item that has a place.
+
+    Parameters
+    ----------
+    meta:
+        The item's, unpacked.
+    segment, epoch:
+        Of the ring that the place is in, or whose spill it is in.
+    lease, lease_kind, lease_seconds:
+        What the address is leased as.
+    """
+    place = item.place
+    assert place is not None, "an item without tensors has no address"
+    return Address(
+        segment=segment if place.spill is None else sibling_name(segment, place.spill),
+        epoch=(place.spill or epoch).hex(),
+        slot=place.slot,
+        offset=place.offset,
+        length=place.length,
+        generation=place.generation,
+        metadata_length=len(item.meta),
+        fields=address_fields(meta, len(item.meta)),
+        lease=lease.hex(),
+        lease_kind=lease_kind,
+        lease_seconds=lease_seconds,
+    )
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
