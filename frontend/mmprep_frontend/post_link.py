@@ -110,7 +110,11 @@ class PostLink:
     # --- the writer's ---------------------------------------------------------------------------------------------
 
     def welcomed(self) -> None:
-        """A writer has welcomed this frontend: it is told of every job again."""
+        """A writer has welcomed this frontend: it is told of every job again.
+
+        It is told of pins only after that. So no job ends them: whoever waits lets go when he hears of it.
+        """
+        self._waiting = {token: (None, future) for token, (_, future) in self._waiting.items()}
         self._carry_out(self._posts.welcomed(asyncio.get_running_loop().time()))
 
     def down(self) -> None:

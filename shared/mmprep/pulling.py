@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -111,7 +111,8 @@ class Pulling:
         #: What waits for the program; also read by other threads.
         self._ready: deque[Held] = deque()
         self._more = asyncio.Event()
-        self._begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._begun: asyncio.Future[None] = self._loop.create_future()
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
 
@@ -166,12 +167,12 @@ class Pulling:
     def delivered(self, delivery: messages.Delivery, content: list[bytes]) -> None:
         """Take a job."""
         failpoints.reach("backend.job.received")
+        if delivery.token in self._held:
+            return  # said twice
         self._drop_late()
         held = self._held[delivery.token] = Held(delivery)
         if not self._take_in_now(held, delivery, content):
-            task = asyncio.get_running_loop().create_task(self._take_in(held, delivery, content))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._keep(self._take_in(held, delivery, content))
 
     def _take_in_now(self, held: Held, delivery: messages.Delivery, pieces: list[bytes]) -> bool:
         """Take a job in if that takes no wait; so whoever hears of the last one's end by it has it already."""
@@ -205,6 +206,10 @@ class Pulling:
         wanted: Sequence[tuple[Address, ItemMeta] | None],
         sources: Sequence[tuple[Address, Source]],
     ) -> None:
+        if held.end is not None:  # it was over before it was here
+            for _, source in sources:
+                source.release()
+            return
         found = iter(sources)
         for item, one in zip(content.items, wanted, strict=True):
             held.items.append(self._item(item, _meta(item), *((None, None) if one is None else next(found))))
@@ -246,9 +251,25 @@ class Pulling:
                 held = self._ready.popleft()
             except IndexError:
                 return None
-            if held.end is None and held.deadline > time.monotonic():  # else it is somebody else's by now
+            if held.end is None and held.deadline > time.monotonic():
                 held.taken = True
                 return held.job
+            if held.end is None:  # it is somebody else's by now
+                self._loop.call_soon_threadsafe(self._too_late, held)
+
+    def _too_late(self, held: Held) -> None:
+        """Say that a job waited here for too long: until a backend says a word, no job follows one whose time was over."""
+        self._keep(self._give_back_unless_over(held))
+
+    async def _give_back_unless_over(self, held: Held) -> None:
+        with contextlib.suppress(MmprepError):
+            await self.give_back(held, None)
+
+    def _keep(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run something beside the program, until :meth:`close`."""
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def take(self) -> Any | None:
         """Wait for a job; ``None`` when this drains."""

@@ -249,6 +249,7 @@ class QueuesMachine(RuleBasedStateMachine):
                 self.queues.post(job, self.now, again=True)
             else:
                 held = [held for owner, held in [*former.values(), *over] if owner == name]
+                order.shuffle(held)
                 self.queues.resume(name, held, self.now)
         self.good = {d.token: (b, self.known[d.token]) for b in BACKENDS for d in self.queues.deliveries_of(b)}
         alive = {made for made, (backend, _) in former.items() if backend in BACKENDS[forgetful:]}

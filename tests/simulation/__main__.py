@@ -27,7 +27,7 @@ def main():
     options = parser.parse_args()
     seeds = [options.seed] if options.seed is not None else range(options.first, options.first + options.seeds)
     started, failed = time.process_time(), 0
-    calls, faults, reads, beside = Counter(), Counter(), Counter(), Counter()
+    calls, faults, reads, beside, jobs = Counter(), Counter(), Counter(), Counter(), Counter()
     for number, seed in enumerate(seeds):
         outcome = simulate(seed, harsh=options.harsh, log=options.log and options.seed is not None)
         if number % 20 == 0:
@@ -35,6 +35,7 @@ def main():
         calls += outcome.calls
         faults += outcome.faults
         beside += outcome.beside
+        jobs += outcome.jobs
         reads += Counter(right=outcome.reads, stale=outcome.stale, grants=outcome.grants, events=outcome.events)
         if outcome.lines is not None:
             tell("\n".join(outcome.lines))
@@ -44,7 +45,7 @@ def main():
             if not options.keep_going:
                 break
     seconds = time.process_time() - started
-    tell(f"{number + 1} seeds, {failed} failed, {seconds:.1f} s of CPU; {dict(reads)}; {dict(beside)}")
+    tell(f"{number + 1} seeds, {failed} failed, {seconds:.1f} s of CPU; {dict(reads)}; {dict(beside)}; {dict(jobs)}")
     tell(f"calls: {dict(calls)}; faults: {dict(faults)}")
     sys.exit(1 if failed else 0)
 

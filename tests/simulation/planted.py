@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from tests.simulation.run import SPILL
 
+from mmprep.errors import StaleDelivery
 from mmprep.holdings import Holdings
 from mmprep.segment import sibling_name
 from mmprep.wire import messages
+from mmprep_frontend import post_link
 from mmprep_frontend.offers import Offers, Settle
+from mmprep_frontend.posts import Posts
 from mmprep_worker.ring.spills import Spill
 from mmprep_worker.writer.core import WriterCore
 from mmprep_worker.writer.state import RemoveSegment, Send
@@ -117,6 +122,41 @@ class MixesTensorsUp(WriterCore):
         return found and next(transfer.frame for transfer in self.transfers if transfer.frame is not None)
 
 
+class DeliversTheDoneAgain(WriterCore):
+    def _about_jobs(self, peer, message, now):
+        if isinstance(message, messages.Ack):
+            message = messages.GiveBack(message.call, message.token, None)
+        super()._about_jobs(peer, message, now)
+
+
+class TakesLateWords(WriterCore):
+    """Takes what a backend says of a job for good, whoever has the job by now."""
+
+    def _about_jobs(self, peer, message, now):
+        try:
+            super()._about_jobs(peer, message, now)
+        except StaleDelivery:
+            self._send(peer, messages.Done(message.call))
+
+
+class LosesWhatIsGivenBack(WriterCore):
+    def _about_jobs(self, peer, message, now):
+        if isinstance(message, messages.GiveBack):
+            message = messages.Ack(message.call, message.token)
+        super()._about_jobs(peer, message, now)
+
+
+class PostsOnce(Posts):
+    """A frontend does not tell the next writer of its jobs."""
+
+    def welcomed(self, now):
+        kept, self._jobs = self._jobs, {job_id: kept for job_id, kept in self._jobs.items() if not kept.accepted}
+        try:
+            return super().welcomed(now)
+        finally:
+            self._jobs = kept
+
+
 class NeverSaysThatItFetched(Offers):
     """A frontend does not tell the writer that it has the tensors that came beside leases."""
 
@@ -164,6 +204,21 @@ def with_offers(kind):
     return spoil
 
 
+def posts_once(link):
+    link.jobs._posts = PostsOnce(1 << 20, first=post_link._FIRST_POST)
+
+
+def posts_end_pins_of_another_connection(link):
+    """Jobs that are posted anew end pins that the writer is told of after them."""
+    jobs = link.jobs
+    jobs.welcomed = lambda: jobs._carry_out(jobs._posts.welcomed(asyncio.get_running_loop().time()))
+
+
+def silent_over_lapsed_jobs(pulling):
+    """A backend says nothing of a job that has waited in it for longer than its time."""
+    pulling._too_late = lambda _: None
+
+
 def unchecked(registration):
     """A backend does not look, after copying, whether the content is still the same."""
     registration.checks_nothing = True
@@ -171,6 +226,8 @@ def unchecked(registration):
 
 #: With room beside the ring, for which there is much use.
 BESIDE = {"requests": 60, "spill": 2 * SPILL, "inline": 2500, "shortage": 0.0, "large": 0.6, "queue_limit": 32}
+#: Many jobs, and little time for each.
+JOBS = {"jobs": 60, "requests": 10, "queue_seconds": 1.0, "queue_limit": 32, "arena": 8192, "large": 0.0}
 SILENCE = ("stop", "stop", "partition", "break")
 RESTARTS = ("crash", "kill", *SILENCE)
 #: As much as a small ring can bear, with no room beside it: whatever is free by mistake is soon overwritten.
@@ -212,5 +269,18 @@ BUGS = {
     "a frontend does not say that it has fetched tensors": {
         "spoil_frontend": with_offers(NeverSaysThatItFetched),
         **BESIDE,
+    },
+    "a job that is done is delivered again": {"core": DeliversTheDoneAgain, **JOBS},
+    "a late word about a job is taken": {"core": TakesLateWords, **JOBS},
+    "a job that is given back is lost": {"core": LosesWhatIsGivenBack, **JOBS},
+    "a frontend does not tell the next writer of its jobs": {"spoil_frontend": posts_once, "kinds": RESTARTS, **JOBS},
+    "a job that is posted anew ends pins of before": {
+        "spoil_frontend": posts_end_pins_of_another_connection,
+        "kinds": SILENCE,
+        **JOBS,
+    },
+    "a backend says nothing of a job that has waited in it for too long": {
+        "spoil_pulling": silent_over_lapsed_jobs,
+        **JOBS,
     },
 }

@@ -1,9 +1,11 @@
-"""Simulated frontends, backends and clients, around the real :class:`WriterLink`, :class:`Registration` and :class:`Shared`.
+"""Simulated frontends, backends and clients, around the real :class:`WriterLink`, :class:`LocalReader`, :class:`Pulling` and
+:class:`Shared`.
 
 Frontends serve chats for tensors, for plans, and for addresses leased to a backend; what travels inline goes with the answer.
 Backends ask for themselves, or are handed what a client asked for in their name; they copy slowly, hold views and look again
 and again, let go, and look once more. A client hands an address over again and again, to whatever process has its backend's
-id then, and gives leases up that it has handed over.
+id then, and gives leases up that it has handed over. It posts jobs, too, which backends pull: see
+:mod:`tests.simulation.jobs`.
 """
 
 from __future__ import annotations
@@ -15,19 +17,26 @@ from itertools import count
 from typing import NamedTuple
 
 import msgspec
+from tests.simulation.jobs import QUEUES, Order, Work
+from tests.simulation.memory import offered as offered_as
 from tests.simulation.seams import Context, Runtime
 from tests.simulation.world import Loop, Process, Violation
 
 from mmprep.address import Address
-from mmprep.errors import DeadlineExceeded, LeaseLost, MmprepError, ServiceUnavailable, StaleAddress
+from mmprep.errors import Busy, DeadlineExceeded, LeaseLost, MmprepError, ServiceUnavailable, StaleAddress
 from mmprep.item import Shared
 from mmprep.items import align
+from mmprep.job_content import JobContent
 from mmprep.lease_id import lease_incarnation
-from mmprep.registration import Registration
+from mmprep.pulling import Pulling
+from mmprep.reading import LocalReader
+from mmprep.result import HeadItem, Place
 from mmprep.segment import sibling_name
 from mmprep.wire import messages
 from mmprep_frontend.dispatch import WriterLink
+from mmprep_frontend.known import KnownItems
 from mmprep_frontend.offered import OfferItem
+from mmprep_frontend.posts import ItemsMovedError
 
 #: As in :mod:`mmprep.client`.
 MOST_RESENDS = 8
@@ -36,13 +45,14 @@ CHUNKS = 3
 
 
 class Asked(NamedTuple):
-    """What a call asks for; ``lease``: of which kind to which backend."""
+    """What a call asks for; ``lease``: of which kind to which backend; ``order``: the job that it is to become."""
 
     number: int
     media: tuple
     need: str
     priority: int
     lease: messages.LeaseTo | None
+    order: Order | None = None
 
 
 class Answered(NamedTuple):
@@ -56,6 +66,12 @@ class Answered(NamedTuple):
     def leases(self):
         """Return the ids of all leases."""
         return tuple(bytes.fromhex(address.lease) for address in self.addresses if address is not None)
+
+
+class Accepted(NamedTuple):
+    """What a frontend answers where a call has become a job."""
+
+    job: str
 
 
 class Ticket:
@@ -140,6 +156,7 @@ class Frontend(Looping):
     def __init__(self, service, number):
         super().__init__(service, "frontend", str(number))
         self._serving = {}
+        self._known = KnownItems(1 << 20)
         self.link = None
         self.after(0.0, self._start)
 
@@ -158,6 +175,8 @@ class Frontend(Looping):
     def validate(self):
         if self.link is not None:
             self.link._offers.validate()
+            self.link.jobs._posts.validate()
+            self._known.validate()
 
     def asked(self, ticket):
         if self.link is None:
@@ -174,6 +193,9 @@ class Frontend(Looping):
     async def _serve(self, ticket):
         """As the native door: one answer; what could not be delivered is given back."""
         try:
+            if ticket.asked.order is not None:
+                ticket.reply(Accepted(await self._post(ticket)))
+                return
             offered, answer = await self._chat(ticket)
         except MmprepError as error:
             ticket.reply(error)
@@ -188,20 +210,68 @@ class Frontend(Looping):
         else:
             offered.give_back()
 
-    async def _chat(self, ticket):
+    def _deadline(self, ticket):
+        return self.loop.time() + ticket.deadline - self.world.now
+
+    async def _offer(self, ticket):
         asked = ticket.asked
         items = [OfferItem(m.key, "image", m.encoded, m.digest, b"", m.cost) for m in asked.media]
         offered = await self.link.offer(
-            items,
-            need=asked.need,
-            deadline=self.loop.time() + ticket.deadline - self.world.now,
-            priority=asked.priority,
-            lease=asked.lease,
+            items, need=asked.need, deadline=self._deadline(ticket), priority=asked.priority, lease=asked.lease
         )
         fault = next((item.fault for item in offered.items if item.fault is not None), None)
         if fault is not None:
             offered.give_back()
             raise fault.error()
+        return offered
+
+    async def _post(self, ticket):
+        """As :mod:`mmprep_frontend.posting`: of what is remembered, if all of it is, else of what was offered."""
+        mapping = self.link.mapping
+        if not ticket.asked.media:
+            return await self._post_of(ticket, mapping, (), None)
+        known = [mapping and self._known.get(m.key, "tensors", mapping.epoch) for m in ticket.asked.media]
+        if all(known) and self.world.chance(0.7):
+            with contextlib.suppress(ItemsMovedError):
+                return await self._post_of(ticket, mapping, [item.answer for item in known], None)
+        offered = await self._offer(ticket)
+        try:
+            if any(item.inline for item in offered.items):
+                raise Busy("no shared memory is free", retry_after=1.0)
+            for medium, item in zip(ticket.asked.media, offered.items, strict=True):
+                self._known.note(medium.key, item, None, offered.mapping.epoch)
+            return await self._post_of(ticket, offered.mapping, offered.items, offered)
+        finally:
+            offered.release()
+
+    async def _post_of(self, ticket, mapping, answers, offered):
+        asked, order, now = ticket.asked, ticket.asked.order, self.loop.time()
+        places = [Place(a.slot, a.offset, a.length, a.generation, None, "view", a.spill) for a in answers]
+        items = tuple(
+            HeadItem("image", medium.key, 0, 0, False, answer.meta, place)
+            for medium, answer, place in zip(asked.media, answers, places, strict=True)
+        )
+        ring = ("", bytes(16)) if mapping is None else (mapping.name, bytes.fromhex(mapping.epoch))
+        content = JobContent(order.text, b"", items, *ring)
+        post = messages.Post(
+            0,
+            self.service.ledger.made(order, asked.media, self, self.world.now + order.expires),
+            order.queue,
+            f"producer-{order.number % 2}",
+            asked.priority,
+            1,
+            0,
+            tuple((place.slot, place.generation) for place in places),
+            order.once,
+            items=() if offered is not None else offered_as(asked.media),
+        )
+        return await self.link.jobs.post(
+            post, content.pieces(), offered=offered, expires=now + order.expires, deadline=self._deadline(ticket)
+        )
+
+    async def _chat(self, ticket):
+        asked = ticket.asked
+        offered = await self._offer(ticket)
         metas = [item.meta for item in offered.items]
         nothing = [None] * len(metas)
         if asked.need == "plan":
@@ -274,9 +344,9 @@ class Caller(Looping):
         super().__init__(service, role, ident)
         self._numbers = count(1)
 
-    async def ask(self, media, need, priority, lease, seconds):
+    async def ask(self, media, need, priority, lease, seconds, *, order=None):
         """Make one call, again where a frontend is lost; raises MmprepError."""
-        asked = Asked(next(self._numbers), media, need, priority, lease)
+        asked = Asked(next(self._numbers), media, need, priority, lease, order)
         end = self.loop.time() + seconds
         try:
             async with asyncio.timeout(seconds):
@@ -307,18 +377,20 @@ class Caller(Looping):
     def unwanted(self, asked, outcome):
         """An answer came too late."""
 
-    async def call(self, media, need, priority, lease, seconds):
+    async def call(self, media, need, priority, lease, seconds, *, order=None):
         """Make one call and account for its outcome; returns the answer or ``None``."""
         tally, started = self.service.tally, self.world.now
         number = tally.begin(self, seconds)
         try:
-            answer = await self.ask(media, need, priority, lease, seconds)
+            answer = await self.ask(media, need, priority, lease, seconds, order=order)
         except MmprepError as error:
             tally.end(number, type(error).__name__)
             self.world.say(f"{self} is told after {self.world.now - started:.3f} s: {error!r}")
             self.service.judge(error, media)
             return None
-        tally.end(number, "answered")
+        tally.end(number, "answered" if order is None else "posted")
+        if order is not None:
+            return answer
         for medium, meta in zip(media, answer.metas, strict=True):
             self.oracle.read(f"{self} (metadata)", medium, meta, medium.meta)
         for medium, tensors in zip(media, answer.tensors, strict=True):
@@ -363,6 +435,12 @@ class Client(Caller):
         if self.world.chance(0.15):  # the answer came all the same
             await self.give_up(lease.backend, answer.leases)
 
+    async def post(self, media, priority, seconds, order):
+        """Post a job."""
+        answer = await self.call(media, "tensors", priority, None, seconds, order=order)
+        if answer is not None:
+            self.service.ledger.accepted(answer.job, order)
+
     def _hand_over(self, ident, media, addresses):
         backend = self.service.backends.get(ident)
         if backend is not None and backend.alive:
@@ -375,12 +453,22 @@ class Backend(Caller):
     def __init__(self, service, ident):
         super().__init__(service, "backend", ident)
         self.registration = None
+        self.jobs = None
         self.leaving = False
         self._early = []
         self.after(0.0, self._start)
 
     def _start(self):
-        self.registration = Registration(Context(), Runtime(), self.id)
+        pulling = None
+        if self.settings.jobs:
+            queues = QUEUES if self.id == "engine-0" else self.world.random.choice([QUEUES, QUEUES[1:]])
+            pulling = Pulling(queues, self.world.random.choice([1, 1, 3]), None, self._delivered)
+            self.jobs = Work(self, pulling)
+        reader = LocalReader(Context(), Runtime(), self.id, pulling, None)
+        self.registration = reader.registration
+        if pulling is not None:
+            pulling.use(reader)
+            self.settings.spoil_pulling(pulling)
         self.settings.spoil_backend(self.registration)
         for given in self._early:
             self.given(*given)
@@ -388,6 +476,11 @@ class Backend(Caller):
     def validate(self):
         if self.registration is not None:
             self.registration._holdings.validate()
+
+    def _delivered(self, _, held, content):
+        """A job has come; returns it as :class:`Work` takes it."""
+        self.spawn(self.jobs.one())
+        return held, content
 
     def unwanted(self, _, outcome):
         if isinstance(outcome, Answered):
@@ -472,6 +565,17 @@ class Backend(Caller):
         if world.chance(0.3):  # without a lease: the right bytes, or an error
             with contextlib.suppress(StaleAddress):
                 self.oracle.read(self, medium, await self._slow_copy(address, mapping), medium.extent)
+
+    async def use_once(self, source, medium, address):
+        """Look at the tensors of a job's item, as long as they are there."""
+        try:
+            if self.world.chance(0.3):
+                found = source.copy()
+                self.oracle.read(self, medium, bytes(found), medium.tensors)
+            await self._view(source, medium, address, source._checked())
+        except (StaleAddress, LeaseLost) as error:
+            self.oracle.stale += 1
+            self.world.say(f"{self} is told of a job's medium {medium.number}: {error!r}")
 
     async def _another(self, medium, address):
         """Take a second lease on the same content, and let it go."""

@@ -12,6 +12,7 @@ import random as randoms
 from collections import Counter
 from dataclasses import dataclass, field
 
+from tests.simulation.jobs import QUEUES, Ledger
 from tests.simulation.memory import Medium, Oracle, Segments
 from tests.simulation.network import Network
 from tests.simulation.readers import Backend, Client, Frontend
@@ -31,6 +32,8 @@ from mmprep_worker.writer.core import WriterCore
 #: Seconds that a call may take beyond its deadline until its outcome is there.
 GRACE = 1.0
 LONGEST_CALL = 12.0
+#: Seconds after which the jobs that are left must have ended when no more faults happen.
+MOST_FOR_JOBS = 60.0
 #: Bytes of the segment of a small item beside the ring; that of a large one has a page or two more.
 SPILL = Geometry.plan(1, 1).total_size
 #: Bytes of tensors that no budget takes.
@@ -56,6 +59,8 @@ class Settings:
     shortage: probability that there is no memory for a spill, while faults happen.
     large: probability that a call asks for a medium that is too large for the ring.
     busy: probability that an event keeps its process so long that others wait for it together.
+    jobs: how many are posted to queues while faults happen; without any, nobody pulls.
+    queue_seconds: a delivery's.
     """
 
     arena: int = 4096
@@ -76,12 +81,15 @@ class Settings:
     frontends: int = 2
     backends: int = 2
     requests: int = 26
+    jobs: int = 0
+    queue_seconds: float = 3.0
     fault_seconds: float = 10.0
     kinds: tuple = ()
     core: type = WriterCore
     on_kill: object = kill_lane
     spoil_frontend: object = field(default=lambda _: None)
     spoil_backend: object = field(default=lambda _: None)
+    spoil_pulling: object = field(default=lambda _: None)
 
     @property
     def max_object_size(self):
@@ -112,8 +120,13 @@ class Settings:
             "segments": random.choice([1, 2, 2]),
             "frontends": random.choice([1, 2, 3]),
             "backends": random.choice([1, 2, 3]),
+            "jobs": random.choice([0, 10, 30]),
+            "queue_seconds": random.choice([1.0, 3.0]),
         }
-        return cls(**{**drawn, **given})
+        settings = cls(**{**drawn, **given})
+        if settings.jobs:  # a frontend posts all that it keeps in one go, and reads no answer meanwhile
+            settings.outbox = max(settings.outbox, settings.jobs)
+        return settings
 
 
 class Tally:
@@ -153,6 +166,7 @@ class Service:
         self.segments.shortage = settings.shortage
         self.oracle = Oracle(self.world)
         self.tally = Tally(self.world)
+        self.ledger = Ledger()
         self.faults = Counter()
         #: What happened to items that found no room in the ring.
         self.beside = Counter()
@@ -251,6 +265,20 @@ class Service:
         if not self.calm:
             self.request_something()
 
+    def post_something(self):
+        """Post one job of a random kind."""
+        world, random = self.world, self.world.random
+        world.at(random.expovariate(1.0) * self.settings.fault_seconds / self.settings.jobs, None, self._post_again)
+        media = tuple(random.sample(self.small, random.choice([0, 1, 1, 1, 2])))
+        if world.chance(0.1):
+            media = (*media, random.choice(self.large + self.bad))
+        order, seconds = self.ledger.any_order(random), random.choice([0.3, 3.0, LONGEST_CALL])
+        self.client.spawn(self.client.post(media, random.choice([-1, 0, 0, 1]), seconds, order))
+
+    def _post_again(self):
+        if not self.calm:
+            self.post_something()
+
     def judge(self, error, media):
         """Whether an error may be told to a client at all."""
         if isinstance(error, errors.InternalError | errors.InvalidRequest) and not self.harsh:
@@ -339,14 +367,18 @@ class Service:
         if self.harsh:
             self.network.harsh = random.choice([0.01, 0.05, 0.15])
         self.request_something()
+        if settings.jobs:
+            self.post_something()
         self.do_harm()
         world.run(world.now + settings.fault_seconds)
         self.calm_down()
         self._end_calls()
         self._end_uses()
+        self._end_jobs()
         world.run(world.now + settings.pause)
         self._nothing_is_left()
         self._everything_is_answered()
+        self._jobs_are_done()
         self._end_readers()
 
     def _end_calls(self):
@@ -362,6 +394,33 @@ class Service:
         if not idle():
             busy = [str(process) for process in self._readers() if process.tasks]
             raise Violation(f"there is no end to what {', '.join(busy)} does")
+
+    def _end_jobs(self):
+        """What was posted is done, by those who are left, or given up."""
+        queues = lambda: self.writer.core.queues  # noqa: E731 -- the cache may start anew
+        self.world.run(self.world.now + MOST_FOR_JOBS, done=lambda: not len(queues()))
+        if len(queues()):
+            raise Violation(f"nobody does the jobs {[job.id for job in queues().jobs]}")
+        self._end_uses()
+        if not self.harsh and (lost := self.ledger.lost(self.world.now)):
+            raise Violation(f"jobs were accepted, and nothing is known of them: {lost}")
+
+    def _jobs_are_done(self):
+        """New jobs are done, once."""
+        if not self.settings.jobs:
+            return
+        self.world.say("==== jobs are posted ====")
+        for queue, medium in [(queue, medium) for queue in QUEUES for medium in self.small[:2]]:
+            before, done = Counter(self.tally.outcomes), self.ledger.done
+            self.client.spawn(self.client.post((medium,), 0, LONGEST_CALL, self.ledger.order(queue)))
+            self._end_calls()
+            self._end_uses()
+            self._end_jobs()
+            found = dict(self.tally.outcomes - before)
+            if found != {"posted": 1} or self.ledger.done != done + 1:
+                raise Violation(f"after the faults, a job ends with {found}, and {self.ledger.done - done} are done")
+        self.world.run(self.world.now + self.settings.pause)
+        self._nothing_is_left()
 
     def _readers(self):
         return [*self.frontends, *self.backends.values(), self.client]
@@ -384,6 +443,7 @@ class Service:
             "awaited": core.awaited,
             "outbox": self.writer._outbox.first(),
             "uses": self.oracle.in_use(),
+            "deliveries": core.queues._deliveries,
             "leases": [(lease.owner, lease.kind, lease.lease_id.hex()) for lease in core.ring.leases],
         }
         for frontend in self.frontends:
@@ -391,10 +451,12 @@ class Service:
             left[f"futures of {frontend}"] = frontend.link._waiting
             left[f"words of {frontend}"] = len(frontend.link._calls)
             left[f"fetches of {frontend}"] = len(frontend.link._tensors._calls)
+            left[f"jobs of {frontend}"] = len(frontend.link.jobs)
             left[f"mapped by {frontend}"] = self._still_mapped(frontend)
         for backend in self.backends.values():
             left[f"holdings of {backend}"] = len(backend.registration._holdings)
             left[f"words of {backend}"] = len(backend.registration._calls)
+            left[f"jobs of {backend}"] = backend.jobs and backend.jobs.pulling._held
             left[f"mapped by {backend}"] = self._still_mapped(backend)
         left = {what: found for what, found in left.items() if found}
         if left:
@@ -480,7 +542,7 @@ class Service:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run did, or how it failed; ``beside``: with items that found no room in the ring; ``lines``: of the log."""
+    """What a run did, or how it failed; ``jobs``: with them; ``beside``: with items that found no room in the ring; ``lines``: of the log."""
 
     seed: int
     events: int
@@ -488,6 +550,7 @@ class Outcome:
     reads: int
     stale: int
     grants: int
+    jobs: Counter
     beside: Counter
     faults: Counter
     failure: Violation | None
@@ -519,6 +582,7 @@ def simulate(seed, *, harsh=False, log=False, **settings):
         oracle.reads,
         oracle.stale,
         oracle.grants,
+        service.ledger.counts,
         service.beside,
         service.faults,
         failure,

@@ -1,6 +1,6 @@
 """Where the real shells of readers meet the simulated world.
 
-:class:`mmprep.registration.Registration`, :class:`mmprep_frontend.dispatch.WriterLink` and
+:class:`mmprep.registration.Registration`, :class:`mmprep.pulling.Pulling`, :class:`mmprep_frontend.dispatch.WriterLink` and
 :class:`mmprep_frontend.tensors.TensorLink` run as they are. What they reach the outside with is replaced for the time of
 a run: sockets, process locks, shared memory, clock, random source.
 """
@@ -11,8 +11,9 @@ import contextlib
 from types import SimpleNamespace
 
 from tests.simulation import network
+from tests.simulation.jobs import plain_meta
 
-from mmprep import registration
+from mmprep import pulling, registration
 from mmprep.holdings import Holdings
 from mmprep_frontend import dispatch, tensors
 
@@ -78,6 +79,7 @@ def simulated(service):
             "os": outside,
             "_UPKEEP_SECONDS": UPKEEP_SECONDS,
         },
+        pulling: {"time": SimpleNamespace(monotonic=now), "unpack_meta": plain_meta},
         Holdings: {"most_over": MOST_OVER},
         dispatch: {
             "Link": link,

@@ -102,6 +102,7 @@ class Writer(Process):
 
     def _take_segment(self, found):
         self.segment, self.epoch, _ = found
+        self.service.ledger.lives += 1
 
     def _make_core(self, found, now, awaited):
         settings, random = self.settings, self.world.random
@@ -129,7 +130,12 @@ class Writer(Process):
             read=lambda offset, length: bytes(segment.buffer[offset : offset + length]),
             new_id=lambda: random.randbytes(12),
             inline_bytes=settings.inline,
-            queue_limits=Limits(jobs=64, nbytes=1 << 20, pinned=self.segments.geometry.arena_capacity // 2),
+            queue_limits=Limits(
+                jobs=settings.queue_limit,
+                nbytes=1 << 20,
+                pinned=self.segments.geometry.arena_capacity // 2,
+                seconds=settings.queue_seconds,
+            ),
             awaited=awaited,
             silent_at=now + making._SILENT_SECONDS,
         )
@@ -193,16 +199,15 @@ class Writer(Process):
     def _control(self, frames):
         identity = frames[0]
         try:
-            if len(frames) != 2:
-                raise ProtocolError("a control message is one frame")
-            message = unpack(frames[1], messages.ToWriter)
+            message, content = unpack(frames[1], messages.ToWriter), frames[2:]
+            shell._check_frames(message, content)
             if isinstance(message, messages.Hello):
                 self._check_hello(message)
         except MmprepError as error:
             self.core.unreachable(identity, self.clock())
             self._send_frames(identity, [pack(messages.Refused(messages.Fault.of(error)))])
             return
-        self.core.message(identity, message, self.clock())
+        self.core.message(identity, message, self.clock(), content)
 
     def _check_hello(self, hello):
         path = hello.role, hello.id
@@ -324,6 +329,7 @@ class Writer(Process):
             core.validate()
         except AssertionError as error:
             raise Violation(f"the writer's core is broken: {error}") from error
+        self.service.ledger.look(core.queues)
         for action in core.take_actions():
             self.point()
             match action:

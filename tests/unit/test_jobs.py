@@ -7,6 +7,7 @@ from tests.unit.test_writer_core import LEASE_SECONDS, QUARTER, A, B, C, World
 from mmprep.keys import item_key
 from mmprep.lease_id import mark_of, was_granted_to
 from mmprep.wire import messages
+from mmprep_worker.scheduling.job import token
 
 
 def posted(world, call, job, *keys, name="f0", queue="q", seconds=1000, **fields):
@@ -70,6 +71,33 @@ def test_a_frontend_is_told_of_ended_jobs_several_at_a_time_and_again_if_it_asks
     world.tick(0.1)
     assert world.got("f0", messages.Finished)[-1].message.jobs == ("job-1",)
     assert delivered(world) == []
+
+
+def test_a_frontend_that_missed_the_end_of_a_job_with_a_key_is_told_again(world):
+    same = messages.Once(bytes(32), bytes(32))
+    pull(world)
+    posted(world, 1, "job", once=same)
+    (sent,) = delivered(world)
+    world.say("engine", messages.Ack(5, sent.message.token))
+    world.tick(0.1)
+    assert world.got("f0", messages.Finished)[-1].message.jobs == ("job",)
+    world.inbox.clear()
+    posted(world, 2, "job", once=same, again=True)
+    world.tick(0.1)
+    assert world.got("f0", messages.Posted)[-1].message.job == "job"
+    assert world.got("f0", messages.Finished)[-1].message.jobs == ("job",)
+    assert delivered(world) == []
+
+
+def test_a_backend_may_have_a_job_twice_when_the_writer_is_replaced_and_goes_on_with_the_later_delivery(world):
+    former = [token(0, number) for number in (7, 8)]
+    held = tuple(messages.HeldJob(made, "q", "job", attempt) for attempt, made in enumerate(former, 1))
+    world.say("engine", messages.Holding(3, held))
+    world.say("engine", messages.Ack(4, former[0]))
+    world.say("engine", messages.Ack(5, former[1]))
+    assert world.got("engine", messages.Failed)[-1].message.fault.kind == "StaleDelivery"
+    assert world.got("engine", messages.Done)[-1].message.call == 5
+    world.core.validate()
 
 
 def test_nobody_posts_to_a_queue_that_nobody_pulls_from(world):

@@ -29,3 +29,13 @@ def test_a_key_is_forgotten_after_its_time_and_the_oldest_when_there_are_too_man
     assert requests.find(bytes([1]) * 32, BODY, 2.0) == "job-1"
     assert requests.find(bytes([1]) * 32, OTHER, 11.0) is None
     assert requests.find(bytes([2]) * 32, BODY, 11.0) == "job-2"
+
+
+def test_the_requests_of_jobs_that_are_gone_are_new_again():
+    requests = Requests()
+    requests.note(KEY, BODY, "job-1", 0.0)
+    requests.note(OTHER, BODY, "job-2", 0.0)
+    requests.forget({"job-1"})
+    assert requests.find(KEY, BODY, 1.0) is None
+    assert requests.find(OTHER, BODY, 1.0) == "job-2"
+    requests.validate()

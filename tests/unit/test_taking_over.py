@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from tests.unit.test_writer_core import GEOMETRY, LEASE_SECONDS, META, QUARTER, A, B, C, World
 
@@ -162,3 +163,18 @@ def test_a_core_that_starts_anew_tags_leases_as_the_one_before(former):
     world.core.succeed(former.core, world.now)
     world.carry_out()
     assert world.core.peers[b"engine"].mark == mark_of((1).to_bytes(4, "big"), 4)
+
+
+def test_a_core_that_starts_anew_takes_jobs_with_keys_again_and_does_not_give_them_for_done(former):
+    post = messages.Post(1, "job", "q", "producer", 0, 1, 9000, (), messages.Once(bytes(32), bytes(32)))
+    former.say("engine", messages.Pull(1, ("q",), 0))
+    former.core.message(b"f0", post, former.now, [b"content"])
+    world = World()
+    world.core.peers.clear()
+    world.core.succeed(former.core, world.now)
+    world.core.message(b"f0", msgspec.structs.replace(post, again=True), world.now, [b"content"])
+    world.carry_out()
+    assert [job.id for job in world.core.queues.jobs] == ["job"]
+    world.core.message(b"f1", msgspec.structs.replace(post, job="other"), world.now, [b"content"])
+    world.carry_out()
+    assert world.got("f1", messages.Posted)[-1].message.job == "job"

@@ -8,6 +8,7 @@ digests. They are remembered for a time, and the least recently made are forgott
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Container
 from typing import NamedTuple
 
 from mmprep.errors import Conflict
@@ -66,6 +67,11 @@ class Requests:
         self._made.move_to_end(key)
         if len(self._made) > self._most:
             self._made.popitem(last=False)
+
+    def forget(self, job_ids: Container[str]) -> None:
+        """Forget the requests that have become these jobs: they are noted again with what comes back of them."""
+        for key in [key for key, made in self._made.items() if made.job_id in job_ids]:
+            del self._made[key]
 
     def validate(self) -> None:
         """Check every invariant; raises AssertionError."""

@@ -151,6 +151,7 @@ class Jobs:
     def succeed(self, former: Jobs, now: float) -> None:
         """Go on for the jobs of a core with another ring: they are posted again, and those that have ended are not."""
         self.requests = former.requests
+        self.requests.forget({job.id for job in former.queues.jobs})
         self.queues.succeed(former.queues, now)
 
     # --- posting --------------------------------------------------------------------------------------------------
@@ -165,7 +166,8 @@ class Jobs:
         MmprepError
             Why it is not taken.
         """
-        if post.once is not None and (made := self.requests.find(post.once.key, post.once.body, now)) is not None:
+        made = None if post.once is None else self.requests.find(post.once.key, post.once.body, now)
+        if made is not None and made != post.job:
             return messages.Posted(post.call, made)
         poster = (peer.id, peer.instance)
         if self.queues.knows(post.job):
