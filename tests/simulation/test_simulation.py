@@ -20,7 +20,10 @@ SEEDS_FOR_BUGS = 200
 BEGIN = {
     "a killed lane's extent is free before it is gone": 40,
     "a backend takes up again what it has released": 133,
-    "what is given back ends although its backend has it": 90,
+    "a lost connection is taken for a death": 118,
+    "a backend ignores the tags of leases": 24,
+    "what is given back ends although its backend has it": 133,
+    "a job that is posted anew ends pins of before": 99,
     "what a dead lane left of a spill is published": 104,
 }
 LAST_LINES = 400
@@ -53,6 +56,7 @@ def check(seeds, **options):
             faults=outcome.faults.total(),
             full=bool(beside["spills"] and beside["fetched"] and (calls["Busy"] or calls["TooLarge"])),
             **beside,
+            **outcome.jobs,
         )
         if seed % 20 == 0:
             gc.collect()
@@ -78,6 +82,9 @@ def test_the_service_keeps_its_promises_whatever_happens_to_its_processes_and_co
     assert totals["spills"] > 2 * SEEDS, "hardly anything went beside the ring"
     assert totals["fetched"] > 2 * SEEDS, "hardly anything travelled inline"
     assert totals["no memory"] > 0, "there was always memory for another segment"
+    assert totals["jobs"] > 5 * SEEDS, "hardly any job was posted"
+    assert totals["done"] > 3 * SEEDS, "hardly any job was done"
+    assert totals["late"] > SEEDS // 4, "no backend was ever too late"
 
 
 def test_no_byte_is_wrong_and_nothing_stays_even_where_control_messages_are_lost_doubled_and_reordered():
