@@ -150,7 +150,10 @@ class Pulling:
             held = self._held.get(token)
             if held is not None and held.end is None:  # else the answer to its end tells
                 held.end = "over"
-                self._drop(held)
+                if held.taken:  # the program may be reading: what it has stays until it says a word
+                    del self._held[token]
+                else:
+                    self._drop(held)
 
     def _pull_answered(self, done: asyncio.Future[Any]) -> None:
         error = None if done.cancelled() else done.exception()
@@ -333,9 +336,9 @@ class Pulling:
             raise
         self._drop(held)
 
-    @staticmethod
-    def _check_open(held: Held) -> None:
+    def _check_open(self, held: Held) -> None:
         if held.end == "over":
+            self._drop(held)
             raise StaleDelivery(_OVER)
         if held.end is not None:
             raise InvalidRequest(f"the job was {held.end} already; each job ends once")

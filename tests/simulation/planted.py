@@ -219,6 +219,18 @@ def silent_over_lapsed_jobs(pulling):
     pulling._too_late = lambda _: None
 
 
+def drops_what_is_read(pulling):
+    """A backend lets go of a job's tensors when it hears that the job was delivered elsewhere, though it reads them."""
+
+    def kept(done):
+        if not done.cancelled() and done.exception() is None:
+            for held in [pulling._held[token] for token in done.result().lost if token in pulling._held]:
+                held.end = "over"
+                pulling._drop(held)
+
+    pulling._kept = kept
+
+
 def unchecked(registration):
     """A backend does not look, after copying, whether the content is still the same."""
     registration.checks_nothing = True
@@ -278,6 +290,14 @@ BUGS = {
         "spoil_frontend": posts_end_pins_of_another_connection,
         "kinds": SILENCE,
         **JOBS,
+    },
+    "a backend lets go of what it reads": {
+        "spoil_pulling": drops_what_is_read,
+        "kinds": SILENCE,
+        **BUSY,
+        "jobs": 90,
+        "requests": 40,
+        "queue_seconds": 1.0,
     },
     "a backend says nothing of a job that has waited in it for too long": {
         "spoil_pulling": silent_over_lapsed_jobs,

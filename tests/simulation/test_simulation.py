@@ -24,6 +24,7 @@ BEGIN = {
     "a backend ignores the tags of leases": 24,
     "what is given back ends although its backend has it": 133,
     "a job that is posted anew ends pins of before": 99,
+    "a backend lets go of what it reads": 148,
     "what a dead lane left of a spill is published": 104,
 }
 LAST_LINES = 400
