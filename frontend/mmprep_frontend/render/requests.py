@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, overload
 
-import msgspec
 from msgspec import Meta, Struct
 
 from mmprep.card import Io
@@ -22,9 +21,9 @@ from mmprep.errors import InvalidRequest
 from mmprep.wire.messages import Name
 from mmprep_frontend.render.bounds import MAX_PROMPTS
 from mmprep_frontend.render.depth import check_depth
-from mmprep_frontend.render.explain import decode
-from mmprep_frontend.render.parts import Message
+from mmprep_frontend.render.parts import UNTYPED, Message
 from mmprep_frontend.render.sampling import check_sampling, check_together
+from mmprep_frontend.render.schema import Schema
 from mmprep_frontend.render.tool_choice import NamedTool, ToolChoice, check_tool_choice, forced_schema
 
 Side: TypeAlias = Literal["left", "right"]
@@ -281,11 +280,11 @@ def template_kwargs(request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
     return variables
 
 
-_DECODERS: dict[Kind, msgspec.json.Decoder[Any]] = {
-    "chat": msgspec.json.Decoder(ChatRequest),
-    "completion": msgspec.json.Decoder(CompletionRequest),
-    "tokenize": msgspec.json.Decoder(TokenizeRequest),
-    "detokenize": msgspec.json.Decoder(DetokenizeRequest),
+_SCHEMAS: dict[Kind, Schema[Any]] = {
+    "chat": Schema(ChatRequest, untyped=UNTYPED),
+    "completion": Schema(CompletionRequest),
+    "tokenize": Schema(TokenizeRequest, untyped=UNTYPED),
+    "detokenize": Schema(DetokenizeRequest),
 }
 
 
@@ -320,7 +319,7 @@ def parse(body: bytes | memoryview, kind: Kind, *, trusted: bool = False, templa
     InvalidRequest
         It is no JSON, breaks the schema, or asks for what this service does not do.
     """
-    request: Request = decode(_DECODERS[kind], body)
+    request: Request = _SCHEMAS[kind].decode(body)
     check(request, trusted=trusted, templates=templates)
     if isinstance(request, ChatRequest | CompletionRequest):
         check_together(request)
