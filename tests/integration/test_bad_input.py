@@ -327,6 +327,25 @@ CASES = {
     "a stop outside the vocabulary": Case(
         {"prompt": "a", "stop_token_ids": [5, 999_999]}, 400, BAD, "stop_token_ids[1]", "0 to 6271", COMPLETIONS
     ),
+    "a tool without a function": Case(
+        chat(HELLO, tools=[{"type": "function"}]), 400, BAD, "tools[0].function.name", "function with a name"
+    ),
+    "a tool of another API": Case(
+        {"messages": HELLO, "tools": [{"name": "f", "input_schema": {}}]},
+        400,
+        BAD,
+        "tools[0].function.name",
+        "function with a name",
+        "/tokenize",
+    ),
+    "more answers than engines give": Case(chat(HELLO, n=16_385), 400, BAD, "n", "<= 16384"),
+    "a constraint by its former name": Case(
+        chat(HELLO, guided_json={"type": "object"}), 400, BAD, "guided_json", "'structured_outputs': {'json': …}"
+    ),
+    "a path that generates": Case(
+        chat(HELLO), 404, "NotFoundError", None, "send it to /v1/chat/completions/render", "/v1/chat/completions"
+    ),
+    "a path of nothing": Case({"input": "a"}, 404, "NotFoundError", None, "no such path; /docs", "/v1/embeddings"),
     "a part without a type": Case(
         chat(user({"text": "Hello"})), 400, BAD, "messages[0].content[0].type", "required; send .*'image_url'"
     ),
