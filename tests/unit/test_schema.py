@@ -76,6 +76,7 @@ def test_what_may_be_a_fraction_or_anything_is_left_as_it_was_sent():
 
 def test_a_struct_without_its_tag_is_known_by_a_key_of_that_name_where_that_is_said():
     assert read(sides=[{"left": "x", "weight": 1.0}, "y"]).sides == [Left("x", 1), "y"]
+    assert read(sides=[{"type": None, "left": "x"}]).sides == [Left("x")]
     error = refused(sides=[{"left": "x"}, {"right": "x"}])
     assert error.param == "sides[1].type"
     assert error.message == "sides[1].type: it is required; send 'left' or 'right'."

@@ -106,7 +106,7 @@ class Schema(Generic[T]):
         tag = next((tag for tag in self._untyped if tag in known and tag in value), None)
         if tag is None:
             return value
-        typed: dict[str, Any] = self._mended({str(known[tag].tag_field): tag, **value}, known[tag])
+        typed: dict[str, Any] = self._mended({**value, str(known[tag].tag_field): tag}, known[tag])
         return typed
 
     def _allowed(self, path: str) -> list[Any]:
@@ -151,7 +151,7 @@ def _member(value: Any, form: inspect.Type) -> inspect.Type | None:
             member.tag_field is None or value.get(member.tag_field) == member.tag
         ):
             return member
-    tagged = any(isinstance(member, inspect.StructType) and member.tag_field in value for member in members)
+    tagged = any(isinstance(member, inspect.StructType) and value.get(member.tag_field) for member in members)
     return form if isinstance(form, inspect.UnionType) and not tagged else None
 
 
