@@ -7,6 +7,7 @@ is done once a session. Import as ``from tests.models import write_llava15``.
 import json
 from functools import cache
 from pathlib import Path
+from random import Random
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -102,6 +103,9 @@ LLAVA_PREPROCESSOR = {
     "image_std": CLIP_STD,
 }
 
+#: Tokens of the Qwen2 vocabulary, without the special ones.
+FULL_VOCABULARY = 151_643
+
 LLAVA_PROCESSOR = {
     "processor_class": "LlavaProcessor",
     "image_token": "<image>",
@@ -151,6 +155,41 @@ def write_qwen2_vl(path, *, qwen25=False, config=None, **overrides):
         }
     _write(path, "config.json", model | (config or {}))
     _write(path, "preprocessor_config.json", processor | overrides)
+    return path
+
+
+def write_full_size(path):
+    """Write a Qwen2-VL directory of the published sizes: of pictures, of the context, and of the vocabulary.
+
+    The vocabulary is the embedded one with as many merges more, of any two tokens, as the published one has; the special
+    tokens have their published ids.
+    """
+    path = write_qwen2_vl(path)
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    tokens, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
+    shift = FULL_VOCABULARY - len(tokens)
+    pieces = list(tokens)
+    random = Random(7)
+    while len(tokens) < FULL_VOCABULARY:
+        left, right = random.choices(pieces, k=2)
+        if left + right not in tokens:
+            tokens[left + right] = len(tokens)
+            merges.append([left, right] if isinstance(merges[0], list) else f"{left} {right}")
+    for token in tokenizer["added_tokens"]:
+        token["id"] += shift
+    _write(path, "tokenizer.json", tokenizer)
+
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    decoder = {str(int(token_id) + shift): token for token_id, token in settings["added_tokens_decoder"].items()}
+    _write(path, "tokenizer_config.json", settings | {"added_tokens_decoder": decoder})
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((path / name).read_text())
+        for key, value in content.items():
+            if key.endswith("_token_id"):
+                content[key] = [one + shift for one in value] if isinstance(value, list) else value + shift
+        if name == "config.json":
+            content |= {"vocab_size": 151_936}
+        _write(path, name, content)
     return path
 
 

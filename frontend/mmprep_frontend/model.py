@@ -45,6 +45,7 @@ class ServedModel:
     ----------
     name: under which it is served.
     max_model_len: tokens of prompt and answer together.
+    vocab_size: how many ids the engine knows: the tokenizer's, or more where the model's configuration says so.
     bounds: of a request's text.
     prompts: those that were encoded before.
     sampling: the model's defaults.
@@ -57,6 +58,7 @@ class ServedModel:
     template: ChatTemplate
     tokenizer: Tokenizer
     max_model_len: int
+    vocab_size: int
     bounds: TextBounds
     prompts: PromptCache
     sampling: Defaults = NO_DEFAULTS
@@ -194,7 +196,8 @@ def load_model(
         chat_template = ChatTemplate(sources, tokenizer.special_tokens, sentinels)
     except StartupError as error:
         raise StartupError(f"{'MODEL' if template is None else '--chat-template'}: {error}") from None
-    length = max_model_len or _context_length(directory)
+    config = _text_config(directory)
+    length = max_model_len or config.get("max_position_embeddings", _DEFAULT_LENGTH)
     return ServedModel(
         name,
         card,
@@ -202,19 +205,19 @@ def load_model(
         chat_template,
         tokenizer,
         length,
+        max(tokenizer.vocab_size, config.get("vocab_size", 0)),
         TextBounds(length, tokenizer.longest_token),
         PromptCache(_CACHED_BYTES),
         read_defaults(directory),
     )
 
 
-def _context_length(directory: Path) -> int:
-    """Return ``max_position_embeddings`` of the text model, as config.json has it on the top or in a sub-configuration."""
+def _text_config(directory: Path) -> dict[str, int]:
+    """Return the numbers of the text model, as config.json has them on the top or in a sub-configuration."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StartupError(f"config.json of the model directory cannot be read: {error}") from None
-    for part in (config, config.get("text_config"), config.get("llm_config")):
-        if isinstance(part, dict) and isinstance(part.get("max_position_embeddings"), int):
-            return int(part["max_position_embeddings"])
-    return _DEFAULT_LENGTH
+    parts = [part for part in (config.get("llm_config"), config.get("text_config"), config) if isinstance(part, dict)]
+    numbers = [(name, value) for part in parts for name, value in part.items() if type(value) is int]
+    return dict(numbers)

@@ -86,6 +86,8 @@ class Frontend:
         self._ends_at = 0.0
         self._reason: str | None = "the model is being loaded"
         self._stop = asyncio.Event()
+        #: Requests can be answered.
+        self._warm = asyncio.Event()
         self._loading: asyncio.Task[None] | None = None
         self._native: NativeDoor | None = None
         hasher = self._hasher = Hasher(settings.hash)  # type: ignore[arg-type]
@@ -207,7 +209,8 @@ class Frontend:
         app = make_app(
             door, version=mmprep.__version__, max_body=max_body, room=room, keyring=keyring, exporter=self._exporter
         )
-        http = await serve_http(app, self._settings.host, self._settings.port)
+        serve = partial(serve_http, app, self._settings.host, self._settings.port)
+        http = None if self._settings.joins else await serve()
         native = self._native = NativeDoor(
             self._context,
             self._runtime.frontend(self._settings.index),
@@ -224,9 +227,22 @@ class Frontend:
         if self._reason is None:
             native.open()
         try:
+            if http is None:
+                await self._until_warm()
+                http = await serve()
             await self._stop.wait()
         finally:
             await self._end(http, native)
+
+    async def _until_warm(self) -> None:
+        """Wait until requests can be answered, or this process is to stop.
+
+        Of those who come to the shared port, the ones that the kernel gave to this process would be refused before.
+        """
+        waits = [asyncio.create_task(event.wait()) for event in (self._warm, self._stop)]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
 
     # --- readiness ------------------------------------------------------------------------------------------------
 
@@ -279,6 +295,7 @@ class Frontend:
         self._reason = None
         if self._native is not None:
             self._native.open()
+        self._warm.set()
         self._supervisor.say(messages.StateChange(True, ""))
 
     def _serve(self, model: ServedModel) -> None:
@@ -289,6 +306,9 @@ class Frontend:
         if self._service.model is not None:
             gc.unfreeze()  # nothing is to stay of the model that was there
         self._service.model = model
+        for placeholder in model.card.placeholders:  # boards divide the one by the other: both are there from the start
+            for name in ("mmprep_mm_cache_queries_total", "mmprep_mm_cache_hits_total"):
+                self._metrics.count(name, 0, modality=placeholder.modality)
         gc.collect()
         gc.freeze()
 
@@ -333,11 +353,11 @@ class Frontend:
         self._ends_at = asyncio.get_running_loop().time() + self._settings.drain_timeout
         self._supervisor.say(messages.StateChange(False, "the service is stopping"))
 
-    async def _end(self, http: HttpServer, native: NativeDoor) -> None:
+    async def _end(self, http: HttpServer | None, native: NativeDoor) -> None:
         if not self._draining:
             self._drain()
         grace = max(0.0, self._ends_at - asyncio.get_running_loop().time())
-        await asyncio.gather(http.close(grace), native.close(grace))
+        await asyncio.gather(native.close(grace), *([] if http is None else [http.close(grace)]))
         if self._exporter is not None:
             left = min(_LAST_TRACES, max(0.1, self._ends_at - asyncio.get_running_loop().time()))
             await asyncio.get_running_loop().run_in_executor(self._threads, self._exporter.close, left)

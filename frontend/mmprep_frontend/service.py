@@ -39,7 +39,7 @@ from mmprep_frontend.render.messages import read_messages
 from mmprep_frontend.render.places import Asked
 from mmprep_frontend.render.requests import ChatRequest, TokenizeRequest, parse
 from mmprep_frontend.render.responses import read_responses
-from mmprep_frontend.render.sampling import check_wanted
+from mmprep_frontend.render.sampling import check_against_model
 from mmprep_frontend.render.tokens import EncodedPrompt
 from mmprep_frontend.render.truncation import truncate, truncate_offsets
 from mmprep_frontend.rendered import RenderedChat, RenderedItem, Terms, Unasked, Walked
@@ -186,7 +186,7 @@ class Service:
         with asked.places.renaming(), naming("messages"):
             model.check_name(request.model)
             model.truncation(request)
-            check_wanted(request, model.max_model_len)
+            check_against_model(request, max_model_len=model.max_model_len, vocab_size=model.vocab_size)
             deadline = self.deadline(arrived, request.deadline_ms)
             await self.prepare(model, request, deadline)
             walked = self.walk(model, request, body, principal)

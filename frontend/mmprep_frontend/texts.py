@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from mmprep.arguments import choose
+from mmprep.errors import InvalidRequest
 from mmprep_frontend.caller import ANONYMOUS
 from mmprep_frontend.model import ServedModel
 from mmprep_frontend.render.answer import generate_request
 from mmprep_frontend.render.encodings import JSON, Encoding
 from mmprep_frontend.render.requests import CompletionRequest, DetokenizeRequest, parse, wants_offsets
-from mmprep_frontend.render.sampling import check_wanted
+from mmprep_frontend.render.sampling import check_against_model
 from mmprep_frontend.render.tokens import EncodedPrompt
 from mmprep_frontend.render.truncation import truncate_offsets
 from mmprep_frontend.service import Body, Service, naming, now
@@ -48,7 +49,7 @@ class Texts:
             ),
         )
         model.check_name(request.model)
-        check_wanted(request, model.max_model_len)
+        check_against_model(request, max_model_len=model.max_model_len, vocab_size=model.vocab_size)
         choose(model.card.arguments, request.mm_processor_kwargs or {}, ())
         numbered = request.is_batch
         with naming("prompt"):
@@ -152,7 +153,8 @@ class Texts:
         deadline = self._service.deadline(arrived, request.deadline_ms)
 
         def decode() -> str:
-            model.tokenizer.check_ids(request.tokens, "tokens")
+            if request.tokens:
+                model.tokenizer.check_ids(request.tokens, "tokens")
             return model.tokenizer.decode(request.tokens)
 
         text = await self._service.on_render_thread(deadline, decode)
@@ -181,6 +183,8 @@ def _encode(
             whole = model.encode_text(
                 prompt, how, add_special_tokens=request.add_special_tokens, offsets=wants_offsets(request)
             )
+            if not whole.token_ids:
+                raise InvalidRequest("The prompt is empty, and engines take none without a token.", param=param)
         else:
             model.tokenizer.check_ids(prompt, param)
             whole = EncodedPrompt(prompt, [], None)

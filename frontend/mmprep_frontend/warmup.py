@@ -7,6 +7,7 @@ neither the writer, the counters nor any cache sees anything of it.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -36,8 +37,10 @@ _PAYLOADS = ("tensors", "none")
 _TOKENS = 4
 #: Bytes of a made-up item's tensors, as many as a picture of 640x480 has in uint8.
 _BYTES = 1 << 21
-#: The smallest GIF: one pixel. Of other modalities nothing here looks into the bytes.
-_GIF = "R0lGODlhAQABAIAAAP///wAAACwAAAAAAQABAAACAkQBADs="
+#: The smallest GIF: one pixel. What is behind it belongs to nothing; of other modalities nothing here looks into the bytes.
+_GIF = bytes.fromhex("47494638396101000100800000ffffff0000002c00000000010001000002024401003b")
+#: Bytes of a made-up medium, as many as a JPEG of 640x480 has: the memory that these take is then there.
+_ENCODED = 1 << 17
 _TOOL = {
     "type": "function",
     "function": {"name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}},
@@ -70,12 +73,13 @@ def warm_up(
 
 def _bodies(card: ModelCard, limits: Mapping[str, int]) -> Iterator[bytes]:
     text = {"type": "text", "text": _WORDS}
+    data = base64.b64encode(_GIF.ljust(_ENCODED, b"\0")).decode()
     yield _body(_WORDS)
     yield _body(_WORDS, tools=[_TOOL])
     for placeholder in card.placeholders:
         if placeholder.modality in limits:
             kind = f"{placeholder.modality}_url"
-            part = {"type": kind, kind: {"url": f"data:image/gif;base64,{_GIF}"}}
+            part = {"type": kind, kind: {"url": f"data:image/gif;base64,{data}"}}
             for payload in _PAYLOADS:
                 yield _body([part, text], mm_payload=payload)
 

@@ -21,7 +21,7 @@ import zmq
 from numpy.typing import ArrayLike
 
 from mmprep.attachments import detach, header
-from mmprep.errors import InvalidRequest, ProtocolError, StaleAddress
+from mmprep.errors import CLOSED, InvalidRequest, ProtocolError, StaleAddress
 from mmprep.frontends import Beside, Frontends
 from mmprep.injected import request_body
 from mmprep.item import Runner
@@ -349,7 +349,7 @@ class AsyncClient:
 
     async def _registered(self) -> Registration:
         if self._context is None:
-            raise InvalidRequest("this client is closed")
+            raise InvalidRequest(CLOSED)
         if self._registration is None:
             self._registration = Registration(self._context, self._runtime, self._id)
         await self._registration.ready(_CONNECT_SECONDS)
@@ -386,7 +386,7 @@ class AsyncClient:
         beside: Beside = (None, None, None),
     ) -> list[zmq.Frame]:
         if self._frontends is None:
-            raise InvalidRequest("this client is closed")
+            raise InvalidRequest(CLOSED)
         return await self._frontends.send(operation, encoded, attachments, seconds, beside)
 
     def _release_unwanted(self, frames: list[zmq.Frame]) -> None:

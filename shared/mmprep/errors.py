@@ -10,7 +10,10 @@ succeed later, ``param`` the place in the request that is wrong, as ``messages[0
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
+
+#: What is said by a Client or a Backend, or a part of one, that was closed.
+CLOSED: Final = "this client or backend is closed; make a new one"
 
 
 class MmprepError(Exception):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import zmq
 
 import mmprep
-from mmprep.errors import DeadlineExceeded, InvalidRequest, MmprepError, ServiceUnavailable, TooLarge
+from mmprep.errors import CLOSED, DeadlineExceeded, InvalidRequest, MmprepError, ServiceUnavailable, TooLarge
 from mmprep.runtime import RuntimeDir
 from mmprep.wire import messages
 from mmprep.wire.calls import CallTable, succeeded
@@ -31,7 +31,6 @@ _MOST_RESENDS = 2
 _LOOK_SECONDS = 1.0
 #: Milliseconds for which closing waits at most until a frontend's socket has taken what it was told last.
 _LAST_WORDS_MS = 200
-_CLOSED = "this client is closed"
 
 
 class _Frames(NamedTuple):
@@ -84,7 +83,7 @@ class _FrontendLink:
                 self.link.send([pack(messages.Cancel(number))])
         self.link.close(linger_ms=_LAST_WORDS_MS)
         self.up = False
-        self.calls.fail_all(InvalidRequest, _CLOSED)
+        self.calls.fail_all(InvalidRequest, CLOSED)
 
     def _greeting(self) -> list[bytes]:
         return [pack(messages.Hello(PROTOCOL, mmprep.__version__, "client", self._client_id, os.getpid()))]
@@ -254,7 +253,7 @@ class Frontends:
         """Wait for a frontend and return the one with the fewest calls."""
         while True:
             if self._closed:
-                raise InvalidRequest(_CLOSED)
+                raise InvalidRequest(CLOSED)
             if time.monotonic() - self._looked_at > _LOOK_SECONDS:
                 self._look()
             up = [frontend for frontend in self._links if frontend.up]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
-from mmprep.errors import InvalidRequest
+from mmprep.errors import CLOSED, InvalidRequest
 
 
 class LoopThread:
@@ -34,12 +34,12 @@ class LoopThread:
         """
         if self._loop.is_closed():
             work.close()
-            raise InvalidRequest("this client is closed")
+            raise InvalidRequest(CLOSED)
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
         except CancelledError:
-            raise InvalidRequest("this client was closed while the call was under way") from None
+            raise InvalidRequest("it was closed while the call was under way") from None
         except BaseException:
             future.cancel()
             raise
@@ -62,7 +62,7 @@ class LoopThread:
             The thread was stopped.
         """
         if self._loop.is_closed():
-            raise InvalidRequest("this client is closed")
+            raise InvalidRequest(CLOSED)
         outcome: Future[Any] = Future()
         ends: list[Callable[[], object]] = []
         try:  # an interrupt may come at once

@@ -28,7 +28,15 @@ import zmq
 import mmprep
 from mmprep import failpoints, layout
 from mmprep.address import Address, check_against, check_record, is_in_spill
-from mmprep.errors import InvalidRequest, LeaseLost, MmprepError, ProtocolError, ServiceUnavailable, StaleAddress
+from mmprep.errors import (
+    CLOSED,
+    InvalidRequest,
+    LeaseLost,
+    MmprepError,
+    ProtocolError,
+    ServiceUnavailable,
+    StaleAddress,
+)
 from mmprep.holdings import Holdings, Life
 from mmprep.process_lock import ProcessLock
 from mmprep.runtime import RuntimeDir
@@ -236,7 +244,7 @@ class Registration:
                 async with asyncio.timeout(_CLOSE_SECONDS):
                     await self.call(lambda call: messages.Release(call, ()))
         self._link.close()
-        self._calls.fail_all(InvalidRequest, "this client is closed")
+        self._calls.fail_all(InvalidRequest, CLOSED)
         self._standing.note()
         mapping, self.mapping = self.mapping, None
         if mapping is not None:
@@ -326,7 +334,7 @@ class Registration:
         While no writer is there no lease ends: the next one is told of it before it allocates anything.
         """
         if self._standing.closed:
-            raise InvalidRequest("this client is closed")
+            raise InvalidRequest(CLOSED)
         if self._holdings.lost(lease_id, time.monotonic() if self._up else -math.inf):
             raise LeaseLost("the lease has run out; ask for the item again")
 
@@ -355,7 +363,10 @@ class Registration:
             mapping = self._spill(ring, address) or ring
             mapping.check(address)
             sent_at = time.monotonic()
-            answer = await self.call(lambda call: messages.Acquire(call, slot, generation, kind))
+            answer = await self.call(
+                lambda call: messages.Acquire(call, slot, generation, kind),
+                lambda late: self._holdings.drop(late.lease),
+            )
             with self._guard:
                 if self._holdings.acquired(answer.lease, slot, generation, kind, epoch=ring.epoch, sent_at=sent_at):
                     return mapping, Lease(self, answer.lease)
@@ -380,13 +391,17 @@ class Registration:
 
     # --- behind the scenes ----------------------------------------------------------------------------------------
 
-    async def call(self, make: Callable[[int], msgspec.Struct]) -> Any:
-        """Ask the writer, and its successor where it goes away before it answers: every call may be made twice."""
+    async def call(self, make: Callable[[int], msgspec.Struct], unwanted: Callable[[Any], None] | None = None) -> Any:
+        """Ask the writer, and its successor where it goes away before it answers: every call may be made twice.
+
+        ``unwanted`` gets an answer that comes when the caller waits no more.
+        """
         return await self._calls.ask(
             lambda number: self._link.send([pack(make(number))]),
             self._connected,
             seconds=_CALL_SECONDS,
             silence="the writer did not answer",
+            unwanted=unwanted,
         )
 
     def tell(self, make: Callable[[int], msgspec.Struct], told: Callable[[Any], None]) -> int:

@@ -53,9 +53,13 @@ class WriterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FrontendSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A frontend's part. Sizes in bytes, times in seconds."""
+    """A frontend's part. Sizes in bytes, times in seconds.
+
+    ``joins``: others take requests on its port already, so that it need not listen before it can answer them.
+    """
 
     index: int
+    joins: bool
     runtime_dir: str
     model: str
     served_model_name: str

@@ -320,6 +320,38 @@ CASES = {
     "broken picture": Case(chat(user(image(PNG[:24]))), 422, "UnprocessableEntityError", PART, "", "/tokenize"),
     "unknown ids": Case({"tokens": [5, 10**9]}, 400, BAD, "tokens[1]", str(10**9), "/detokenize"),
     "tokens is a text": Case({"tokens": "abc"}, 400, BAD, "tokens", "list", "/detokenize"),
+    "an empty prompt": Case({"prompt": ["a", ""]}, 400, BAD, "prompt[1]", "empty", COMPLETIONS),
+    "a bias outside the vocabulary": Case(
+        chat(HELLO, logit_bias={"5": 1, "999999": 1}), 400, BAD, "logit_bias", "999999 is no token id"
+    ),
+    "a stop outside the vocabulary": Case(
+        {"prompt": "a", "stop_token_ids": [5, 999_999]}, 400, BAD, "stop_token_ids[1]", "0 to 6271", COMPLETIONS
+    ),
+    "a tool without a function": Case(
+        chat(HELLO, tools=[{"type": "function"}]), 400, BAD, "tools[0].function.name", "function with a name"
+    ),
+    "a tool of another API": Case(
+        {"messages": HELLO, "tools": [{"name": "f", "input_schema": {}}]},
+        400,
+        BAD,
+        "tools[0].function.name",
+        "function with a name",
+        "/tokenize",
+    ),
+    "more answers than engines give": Case(chat(HELLO, n=16_385), 400, BAD, "n", "<= 16384"),
+    "a constraint by its former name": Case(
+        chat(HELLO, guided_json={"type": "object"}), 400, BAD, "guided_json", "'structured_outputs': {'json': …}"
+    ),
+    "a path that generates": Case(
+        chat(HELLO), 404, "NotFoundError", None, "send it to /v1/chat/completions/render", "/v1/chat/completions"
+    ),
+    "a path of nothing": Case({"input": "a"}, 404, "NotFoundError", None, "no such path; /docs", "/v1/embeddings"),
+    "a part without a type": Case(
+        chat(user({"text": "Hello"})), 400, BAD, "messages[0].content[0].type", "required; send .*'image_url'"
+    ),
+    "a value that is not listed": Case(
+        chat(HELLO, reasoning_effort="huge"), 400, BAD, "reasoning_effort", "'huge' is not allowed here; send .*'low'"
+    ),
     "leases of nobody": Case(
         {"backend_id": "x", "leases": ["zz"]}, 400, BAD, "leases[0]", "32 hex digits", "/leases/renew"
     ),
@@ -373,6 +405,12 @@ def test_deep_arguments_of_a_tool_are_rendered_or_refused_and_never_a_fault(serv
 def test_a_text_longer_than_the_model_takes_can_be_counted(service):
     answer = service.post("/tokenize", {"prompt": "cat " * 10_000}).json
     assert answer["count"] > answer["max_model_len"] == MAX_LENGTH
+
+
+def test_nothing_is_counted_as_no_tokens_and_is_the_text_of_none(service):
+    counted = service.post("/tokenize", {"prompt": "", "return_token_strs": True}).json
+    assert (counted["count"], counted["tokens"], counted["token_strs"]) == (0, [], [])
+    assert service.post("/detokenize", {"tokens": []}).json == {"prompt": ""}
 
 
 def test_many_prompts_are_answered_in_their_order_by_their_own_ids(service):

@@ -50,6 +50,20 @@ def test_render_that_is_terminated_ends_its_service(tmp_path):
     assert rendering.returncode == 128 + signal.SIGTERM
 
 
+def test_render_that_is_killed_leaves_no_service(tmp_path):
+    request = tmp_path / "request.json"
+    request.write_text("{}")
+    command = [sys.executable, "-m", "mmprep", "render", str(request), "--cache-size", "1MiB"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    own = environment() | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, **pipes, text=True, env=own) as rendering:
+        assert "starting" in rendering.stderr.readline()
+        rendering.kill()
+        assert rendering.stdout.read() == ""  # it is the service's, too, and ends with the last who has it
+    (directory,) = tmp_path.glob("mmprep-*")
+    assert list(directory.iterdir()) == []
+
+
 def test_render_tells_of_a_file_that_is_not_there_before_it_starts_anything(tmp_path):
     done = mmprep("render", tmp_path / "none.json")
     assert (done.returncode, done.stdout) == (1, "")
@@ -129,6 +143,30 @@ def test_every_command_explains_itself():
         assert done.stdout.startswith(f"usage: mmprep {command}")
     assert "--lease-seconds" in mmprep("serve", "--help").stdout
     assert mmprep("serve", "--no-such-option").returncode == 2
+
+
+def test_help_needs_nothing_of_what_the_extra_installs():
+    code = """
+import sys
+from mmprep.cli import _COMMANDS, main
+from mmprep.cli.extra import SERVER_MODULES
+
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {module for module, _ in SERVER_MODULES}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Nothing())
+for command in _COMMANDS:
+    sys.argv = ["mmprep", command, "--help"]
+    try:
+        main()
+    except SystemExit as ended:
+        assert ended.code == 0, command
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "usage: mmprep bench" in done.stdout
 
 
 def test_ctrl_c_is_not_lost_where_it_comes_in_a_callback_of_an_import():

@@ -117,7 +117,13 @@ def test_a_writer_that_cannot_start_again_at_once_is_tried_until_it_can(service)
     assert service.render(user(photo("cat.png")))["features"]
 
 
-def test_native_clients_pass_over_a_frontend_that_is_started_again_until_it_takes_requests():
+def listeners(port):
+    """Return how many sockets listen on a port of this network namespace."""
+    rows = (line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:])
+    return sum(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)
+
+
+def test_no_client_is_given_to_a_frontend_that_is_started_again_until_it_takes_requests():
     """The writer is stopped meanwhile, so that the frontend does not learn of its model; the others have no need to."""
     with serving("--frontends", 2, "--cache-size", "16MiB") as service, Client(service.endpoint) as client:
         pids = service.pids()
@@ -131,9 +137,12 @@ def test_native_clients_pass_over_a_frontend_that_is_started_again_until_it_take
             )
             with ThreadPoolExecutor(4) as threads:
                 answers = list(threads.map(lambda number: client.tokenize(prompt=f"{number}"), range(100)))
+            over_http = [service.post("/tokenize", {"prompt": f"{number}"}).status for number in range(40)]
         finally:
             os.kill(writer, signal.SIGCONT)
         assert all(answer["count"] > 0 for answer in answers)
+        assert set(over_http) == {200}
+        eventually(lambda: listeners(int(service.url.rpartition(":")[2])) == 2, "a second process that listens")
         service.status_when(lambda s: all(f["ready"] for f in s["frontends"]), "a frontend that is ready again")
         assert client.tokenize(prompt="again")["count"] > 0
 

@@ -233,7 +233,7 @@ def test_a_closed_client_says_so(service):
         item.materialize()
     with pytest.raises(InvalidRequest, match="closed"), item.view():
         pass
-    with pytest.raises(InvalidRequest, match="closed"):
+    with pytest.raises(InvalidRequest, match="client or backend is closed; make a new one"):
         client.chat(user(raw(CAT)))
     item.release()
     client = Client(service.endpoint)

@@ -36,6 +36,9 @@ def test_a_warm_service_has_counted_nothing_and_cached_nothing():
         metrics = service.metrics()
         counted = {name: value for name, value in metrics.items() if re.search(r"(_total|_count|_sum)(\{|$)", name)}
         assert "mmprep_ring_evictions_total" in counted
+        for modality in ("image", "video"):
+            for name in ("mmprep_mm_cache_queries_total", "mmprep_mm_cache_hits_total", "vllm:mm_cache_hits_total"):
+                assert f'{name}{{modality="{modality}"}}' in counted
         assert {name for name, value in counted.items() if value} == set()
         status = service.status()
         assert status["ring"]["entries"] == status["ring"]["ready"] == status["spills"]["made"] == 0
@@ -44,7 +47,7 @@ def test_a_warm_service_has_counted_nothing_and_cached_nothing():
         assert first["features"]["mm_hashes"]["image"]
         metrics = service.metrics()
         assert metrics['mmprep_mm_cache_queries_total{modality="image"}'] == 1
-        assert metrics.get('mmprep_mm_cache_hits_total{modality="image"}', 0) == 0
+        assert metrics['mmprep_mm_cache_hits_total{modality="image"}'] == 0
 
 
 @pytest.mark.parametrize(

@@ -139,3 +139,47 @@ def test_of_a_call_for_which_nobody_waits_the_outcome_is_told():
         assert told == ["answer"]
 
     run(check)
+
+
+async def asked(calls, unwanted):
+    """Make a call, and return the task that waits for it, and its number."""
+    sent = asyncio.get_running_loop().create_future()
+
+    async def connected():
+        pass
+
+    asking = calls.ask(sent.set_result, connected, seconds=60.0, silence="none", unwanted=unwanted.append)
+    task = asyncio.create_task(asking)
+    return task, await sent
+
+
+@pytest.mark.parametrize("comes", ["before", "after"])
+def test_an_answer_that_comes_when_its_caller_has_gone_is_handed_to_whoever_ends_it(comes):
+    async def check(calls):
+        unwanted = []
+        asking, number = await asked(calls, unwanted)
+        if comes == "before":  # in the very same moment
+            calls.resolve(number, "lease")
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        if comes == "after":
+            assert unwanted == []
+            assert calls.resolve(number, "lease")
+        assert unwanted == ["lease"]
+        assert len(calls) == 0
+
+    run(check)
+
+
+def test_an_error_that_comes_when_its_caller_has_gone_is_nobodys():
+    async def check(calls):
+        unwanted = []
+        asking, _ = await asked(calls, unwanted)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        calls.fail_all(WriterLostError, "gone")
+        assert (unwanted, len(calls)) == ([], 0)
+
+    run(check)

@@ -191,7 +191,7 @@ def test_the_address_for_other_hosts_has_two_names(file):
 
 def test_there_is_no_disk_cache_unless_it_gets_a_directory(tmp_path):
     assert decide().media_cache_dir is None
-    frontend = decide("--media-cache-dir", "relative").frontend(0, tmp_path, 1)
+    frontend = decide("--media-cache-dir", "relative").frontend(0, tmp_path, 1, joins=False)
     assert Path(frontend.media_cache_dir) == Path("relative").absolute()
 
 
@@ -329,7 +329,7 @@ def test_a_model_that_is_neither_a_directory_nor_a_hub_id_is_an_error():
 
 def test_the_parts_of_writer_and_frontend_follow_from_the_options(tmp_path):
     options = decide("--max-media-size", "2GiB", "--request-timeout", "10s", "--spill-size", "3MiB")
-    writer, frontend = options.writer(tmp_path), options.frontend(1, tmp_path, 99)
+    writer, frontend = options.writer(tmp_path), options.frontend(1, tmp_path, 99, joins=False)
     assert writer.queue_bytes >= writer.max_media_size == frontend.max_media_size == 2 << 30
     assert (writer.spill_size, writer.inline_size, frontend.inline_size) == (3 << 20, 256 << 20, 256 << 20)
     assert writer.max_image_pixels == frontend.max_image_pixels == 178_956_970
@@ -348,6 +348,8 @@ def test_the_directory_for_local_media_has_to_be_there_and_becomes_absolute(tmp_
     monkeypatch.chdir(tmp_path.parent)
     options = decide("--allowed-local-media-path", tmp_path.name)
     assert (
-        options.allowed_local_media_path == options.frontend(0, tmp_path, 1).allowed_local_media_path == str(tmp_path)
+        options.allowed_local_media_path
+        == options.frontend(0, tmp_path, 1, joins=False).allowed_local_media_path
+        == str(tmp_path)
     )
     assert decide("--allowed-local-media-path", "").allowed_local_media_path is None

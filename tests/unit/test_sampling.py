@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 
 from mmprep.errors import InvalidRequest, StartupError
 from mmprep_frontend.render.requests import parse
-from mmprep_frontend.render.sampling import Defaults, check_wanted, max_tokens, read_defaults, sampling_params
+from mmprep_frontend.render.sampling import Defaults, check_against_model, max_tokens, read_defaults, sampling_params
 
 BODIES = {"chat": {"messages": [{"role": "user", "content": "x"}]}, "completion": {"prompt": "x"}}
 
@@ -89,14 +89,46 @@ def test_the_length_is_what_was_asked_for_and_never_more_than_there_is_room_for(
     assert max_tokens(parsed(kind, **fields), room) == expected
 
 
+def check(request, length=100, vocabulary=1000):
+    check_against_model(request, max_model_len=length, vocab_size=vocabulary)
+
+
 def test_more_tokens_than_the_model_takes_at_all_are_refused_with_both_numbers():
     for kind, field in (("chat", "max_tokens"), ("chat", "max_completion_tokens"), ("completion", "max_tokens")):
-        check_wanted(parsed(kind, **{field: 100}), 100)
+        check(parsed(kind, **{field: 100}))
         with pytest.raises(InvalidRequest, match=r"101.*100") as refused:
-            check_wanted(parsed(kind, **{field: 101}), 100)
+            check(parsed(kind, **{field: 101}))
         assert refused.value.param == field
         assert field not in str(refused.value)  # other APIs call it otherwise
-    check_wanted(parsed("completion"), 10)
+    check(parsed("completion"), length=10)
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+@pytest.mark.parametrize("name", ["stop_token_ids", "allowed_token_ids", "logprob_token_ids"])
+def test_ids_that_the_model_does_not_have_are_refused_at_their_place(kind, name):
+    logprobs = {"logprobs": 1 if kind == "completion" else True}
+    check(parsed(kind, **{name: [0, 999]}, **logprobs))
+    with pytest.raises(InvalidRequest, match=r"1000 is no token id.*0 to 999") as refused:
+        check(parsed(kind, **{name: [0, 1000]}, **logprobs))
+    assert refused.value.param == f"{name}[1]"
+
+
+@pytest.mark.parametrize("token", ["1000", "-1"])
+def test_a_bias_for_an_id_that_the_model_does_not_have_is_refused(token):
+    check(parsed("chat", logit_bias={"0": 1, "999": -1}))
+    with pytest.raises(InvalidRequest, match=f"{token} is no token id") as refused:
+        check(parsed("chat", logit_bias={"0": 1, token: 1}))
+    assert refused.value.param == "logit_bias"
+
+
+@pytest.mark.parametrize(
+    "fields", [{"logit_bias": {"9" * 5000: 1}}, {"logit_bias": {"1.5": 1}}, {"allowed_token_ids": []}], ids=str
+)
+def test_no_id_and_no_allowed_ids_are_refused(fields):
+    with pytest.raises(InvalidRequest) as refused:
+        parsed("chat", **fields)
+    assert refused.value.param in fields
+    assert len(str(refused.value)) < 200
 
 
 WRITTEN = {

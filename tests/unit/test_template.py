@@ -68,7 +68,13 @@ def test_deep_nesting_is_refused_and_breaks_nothing(sentinels, model):
     template = ChatTemplate({"default": "{{ tools | tojson | length }}"}, {}, sentinels)
     outcomes = set()
     for depth in (10, 300, 600, *range(850, 1000, 3)):
-        body = b'{"messages": [{"role": "user", "content": "x"}], "tools": [%s1%s]}' % (b'{"a":' * depth, b"}" * depth)
+        body = (
+            b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"function": {"name": "f", "parameters": %s1%s}}]}'
+            % (
+                b'{"a":' * depth,
+                b"}" * depth,
+            )
+        )
         try:
             request = parse(body, "chat")
             template.render(walk(request.messages, model, "string", sentinels), request)
@@ -116,7 +122,7 @@ def test_a_model_without_a_template_points_to_completions(sentinels, model):
 def test_requests_with_tools_get_the_template_for_tools(sentinels, model):
     sources = {"default": "plain", "tool_use": "tools"}
     assert rendered(sources, sentinels, model) == "plain"
-    assert rendered(sources, sentinels, model, tools=[{"type": "function"}]) == "tools"
+    assert rendered(sources, sentinels, model, tools=[{"type": "function", "function": {"name": "f"}}]) == "tools"
 
 
 def test_template_variables_come_from_the_request(sentinels, model):
@@ -190,7 +196,12 @@ def test_a_request_may_bring_its_own_template_whose_placeholders_are_real(sentin
 def test_a_request_may_name_one_of_the_models_templates(sentinels, model):
     sources = {"default": "plain", "tool_use": "tools", "rag": "documents"}
     assert rendered(sources, sentinels, model, chat_template="rag") == "documents"
-    assert rendered(sources, sentinels, model, chat_template="default", tools=[{"type": "function"}]) == "plain"
+    assert (
+        rendered(
+            sources, sentinels, model, chat_template="default", tools=[{"type": "function", "function": {"name": "f"}}]
+        )
+        == "plain"
+    )
     assert rendered(sources, sentinels, model, chat_template="neither") == "neither"
 
 

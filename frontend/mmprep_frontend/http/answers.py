@@ -25,6 +25,8 @@ IDEMPOTENCY_HEADER: Final = "Idempotency-Key"
 #: What a fault of ours looks like from outside; its details are in the log.
 INTERNAL_ERROR: Final = "the service failed on this request; its operator finds the reason in the log"
 
+#: Paths of servers that generate, each of which has its like here.
+_GENERATING: Final = {f"/v1/{name}" for name in ("chat/completions", "completions", "messages", "responses")}
 _KEY = re.compile(r"[ -~]{1,255}", re.ASCII)
 _REQUEST_ID = re.compile(r"[!-~]{1,128}", re.ASCII)
 
@@ -65,7 +67,7 @@ def sign(answer: web.StreamResponse, request_id: str) -> None:
     answer.headers["Server"] = "mmprep"
 
 
-def routing_error(error: web.HTTPException) -> web.Response:
+def routing_error(error: web.HTTPException, path: str) -> web.Response:
     """Return the answer for what the HTTP library itself refuses: an unknown path, a method, a header."""
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))
@@ -73,7 +75,11 @@ def routing_error(error: web.HTTPException) -> web.Response:
         answer.headers["Allow"] = allowed
         return answer
     if error.status == NotFound.code:
-        return error_answer(NotFound("there is no such path"))
+        if path in _GENERATING:
+            return error_answer(
+                NotFound(f"this service renders prompts and generates nothing: send it to {path}/render")
+            )
+        return error_answer(NotFound("there is no such path; /docs shows those that there are"))
     if error.status < InternalError.code:
         return error_answer(InvalidRequest("the request is not one that this service can read"))
     return internal_error()

@@ -289,7 +289,7 @@ async def _tell(request: web.Request, handler: Handler) -> web.StreamResponse:
     except MmprepError as error:
         answer = error_answer(error)
     except web.HTTPException as error:
-        answer = routing_error(error)
+        answer = routing_error(error, request.path)
     except asyncio.CancelledError:
         if running.ended:
             task.uncancel()

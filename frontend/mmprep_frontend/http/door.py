@@ -25,7 +25,7 @@ from mmprep_frontend.http.ports import Rendered
 from mmprep_frontend.injection.service import Injecting
 from mmprep_frontend.posting import once, post
 from mmprep_frontend.render.encodings import JSON
-from mmprep_frontend.render.explain import decode
+from mmprep_frontend.render.schema import Schema
 from mmprep_frontend.rendered import RenderedChat
 from mmprep_frontend.resets import Resets
 from mmprep_frontend.service import Form, Service
@@ -42,7 +42,7 @@ class LeaseRequest(msgspec.Struct):
     leases: Annotated[list[Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]], msgspec.Meta(max_length=1024)]
 
 
-_LEASE_REQUEST = msgspec.json.Decoder(LeaseRequest)
+_LEASE_REQUEST = Schema(LeaseRequest)
 #: What a queued job's id begins with.
 _JOB_PREFIX: dict[Form, str] = {"chat": "chatcmpl-", "messages": "chatcmpl-", "responses": "resp_"}
 
@@ -114,13 +114,13 @@ class HttpDoor:
         return await self._counted("/detokenize", self._texts.detokenize(body, caller.encoding))
 
     async def renew_leases(self, body: bytes, caller: Caller) -> bytes:
-        request = decode(_LEASE_REQUEST, body)
+        request = _LEASE_REQUEST.decode(body)
         renewed = await self._service.writer.renew(request.backend_id, _ids(request))
         lost = [lease.hex() for lease in renewed.lost]
         return caller.encoding.encode({"lost": lost, "lease_seconds": renewed.lease_ms // 1000})
 
     async def release_leases(self, body: bytes, caller: Caller) -> bytes:
-        request = decode(_LEASE_REQUEST, body)
+        request = _LEASE_REQUEST.decode(body)
         await self._service.writer.release(request.backend_id, _ids(request))
         return caller.encoding.encode({"released": True})
 

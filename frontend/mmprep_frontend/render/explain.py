@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Any, TypeVar
-
-import msgspec
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from mmprep.errors import InvalidRequest
 
-T = TypeVar("T")
-
-_PLACE = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
+#: Stands in a path for the keys of an object.
+KEYS = "key"
+_PLACE = re.compile(r" - at (?P<key>`key` in )?`\$\.?(?P<path>[^`]*)`$")
 _MISSING = re.compile(r"^Object missing required field `(?P<name>[^`]+)`$")
 _PATTERN = re.compile(r" matching regex '(?P<pattern>.*)'$")
 #: What the patterns of the schemas mean; the library shows them as Python writes them, with doubled backslashes.
@@ -30,18 +29,25 @@ _WORDS = {
 }
 
 
-def explain(message: str) -> InvalidRequest:
-    """Return the error for msgspec's ``message``: its path as ``param``, its type names in JSON's words."""
+def explain(message: str, allowed: Callable[[str], Sequence[Any]] = lambda _: ()) -> InvalidRequest:
+    """Return the error for msgspec's ``message``: its path as ``param``, its type names in JSON's words.
+
+    Parameters
+    ----------
+    allowed: returns the values that the schema lists at a path.
+    """
     place = _PLACE.search(message)
-    path = "" if place is None else place["path"].partition("[...]")[0]
+    whole = "" if place is None else place["path"]
+    path = whole.partition("[...]")[0]
     text = message if place is None else message[: place.start()]
     if missing := _MISSING.match(text):
+        whole = f"{whole}.{missing['name']}".lstrip(".")
         path = f"{path}.{missing['name']}".lstrip(".")
-        text = "it is required"
+        text = "it is required" + _listed(allowed(whole))
     elif text.startswith(("Invalid enum value", "Invalid value")):
-        text = (
-            f"{text[text.index(chr(39)) :] if chr(39) in text else 'the value'} is not one of the values allowed here"
-        )
+        told = text[text.index("'") :] if "'" in text else "the value"
+        keys = "" if place is None or place["key"] is None else f"[{KEYS}]"
+        text = f"{told} is not allowed here" + _listed(allowed(whole + keys))
     else:
         text = re.sub(r"`([a-z |]+)`", lambda names: _in_words(names[1]), text)
         text = _PATTERN.sub(lambda found: f" {_PATTERNS.get(found['pattern'], found[0].strip())}", text)
@@ -49,35 +55,12 @@ def explain(message: str) -> InvalidRequest:
     return InvalidRequest(f"{path or 'The body'}: {text}.", param=path or None)
 
 
+def _listed(values: Sequence[Any]) -> str:
+    if not values:
+        return ""
+    *others, last = (f"'{value}'" for value in values)
+    return f"; send {', '.join(others)} or {last}" if others else f"; send {last}"
+
+
 def _in_words(names: str) -> str:
     return " or ".join(_WORDS.get(name, name) for name in names.split(" | "))
-
-
-def decode(decoder: msgspec.json.Decoder[T], body: bytes | memoryview) -> T:
-    """Return what ``decoder`` makes of a JSON text.
-
-    Raises
-    ------
-    InvalidRequest
-        It is no JSON, or breaks the schema; ``param`` is the place.
-    """
-    try:
-        return decoder.decode(body)
-    except msgspec.ValidationError as error:
-        raise explain(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
-    except RecursionError:
-        raise InvalidRequest("The body is nested too deeply.") from None
-
-
-def convert(value: Any, kind: type[T], param: str) -> T:
-    """Return ``value``, plain data that stands at ``param``, as ``kind``; raises InvalidRequest with its place."""
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        explained = explain(str(error))
-        inner = explained.param
-        text = explained.message.partition(": ")[2]
-        place = param if inner is None else f"{param}{inner}" if inner.startswith("[") else f"{param}.{inner}"
-        raise InvalidRequest(f"{place}: {text}", param=place) from None

@@ -20,7 +20,6 @@ import msgspec
 
 from mmprep.errors import InvalidRequest
 from mmprep_frontend.render.attribution import is_attribution
-from mmprep_frontend.render.explain import decode
 from mmprep_frontend.render.messages_api import (
     AnthropicMessage,
     AnyChoice,
@@ -54,10 +53,11 @@ from mmprep_frontend.render.parts import (
 )
 from mmprep_frontend.render.places import Asked, Places
 from mmprep_frontend.render.requests import ChatRequest, Delivered, Effort, check
+from mmprep_frontend.render.schema import Schema
 from mmprep_frontend.render.template import Habits
 from mmprep_frontend.render.tool_choice import NamedFunction, NamedTool, ToolChoice
 
-_DECODER = msgspec.json.Decoder(MessagesRequest)
+_SCHEMA = Schema(MessagesRequest)
 #: Fields of the chat request that stand elsewhere here.
 _PLACES = {
     "max_completion_tokens": "max_tokens",
@@ -82,7 +82,7 @@ def read_messages(body: bytes | memoryview, habits: Habits, *, trusted: bool, te
     InvalidRequest
         ``param`` is the place in ``body``.
     """
-    asked = decode(_DECODER, body)
+    asked = _SCHEMA.decode(body)
     conversation = _Conversation(habits)
     conversation.system(asked)
     for index, message in enumerate(asked.messages):

@@ -113,6 +113,10 @@ WordsPart: TypeAlias = TextPart | InputTextPart | OutputTextPart | ThinkingPart 
 Part: TypeAlias = WordsPart | ToolReferencePart | MediumPart | ImageEmbedsPart
 
 
+#: Parts that engines know without their type, by the key that has its name; in their order.
+UNTYPED = ("image_url", "image_embeds", "audio_url", "input_audio", "video_url", "tool_reference")
+
+
 class FunctionCall(Struct):
     """Which function the assistant called; ``arguments`` is JSON text, or the object itself."""
 

@@ -4,7 +4,7 @@ Rules
 -----
 - A field that is not listed here is ignored: clients send many that change nothing here.
 - A field that would change the result and that this service does not honour is refused, never ignored
-  (``_REFUSED``, ``_NOT_YET``).
+  (``_NOT_YET``, ``_FORMERLY``).
 - An error's ``param`` is the place in the request, as ``messages[0].content[1].image_url``.
 
 The fields and their defaults are those of OpenAI's API and of vLLM's extension of it.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, overload
 
-import msgspec
 from msgspec import Meta, Struct
 
 from mmprep.card import Io
@@ -22,10 +21,10 @@ from mmprep.errors import InvalidRequest
 from mmprep.wire.messages import Name
 from mmprep_frontend.render.bounds import MAX_PROMPTS
 from mmprep_frontend.render.depth import check_depth
-from mmprep_frontend.render.explain import decode
-from mmprep_frontend.render.parts import Message
+from mmprep_frontend.render.parts import UNTYPED, Message
 from mmprep_frontend.render.sampling import check_sampling, check_together
-from mmprep_frontend.render.tool_choice import NamedTool, ToolChoice, check_tool_choice, forced_schema
+from mmprep_frontend.render.schema import Schema
+from mmprep_frontend.render.tool_choice import NamedTool, ToolChoice, check_tool_choice, forced_schema, functions
 
 Side: TypeAlias = Literal["left", "right"]
 Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -44,6 +43,8 @@ _Salt = Annotated[str, Meta(min_length=1, max_length=1024)]
 _Dtype = Literal["auto", "uint8", "float32", "bfloat16", "float16"]
 #: What OpenAI's completion API generates where a request sets no length; its chat API has no such limit.
 COMPLETION_TOKENS = 16
+#: Answers to one request, as vLLM bounds them.
+MAX_ANSWERS = 16_384
 
 
 class _Request(Struct, kw_only=True):
@@ -120,7 +121,7 @@ SAMPLING = tuple(name for name in Sampled.__struct_fields__ if name not in Deliv
 class _Generating(Sampled, kw_only=True):
     """What else a request says of the generation that is to follow."""
 
-    n: Positive | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_ANSWERS)] | None = None
     max_tokens: Positive | None = None
     min_tokens: Natural | None = None
     bad_words: list[str] | None = None
@@ -136,6 +137,10 @@ class _Generating(Sampled, kw_only=True):
     return_token_ids: bool | None = None
     echo: bool | None = None
     use_beam_search: bool | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
 
 
 class ChatRequest(_Generating, kw_only=True):
@@ -281,11 +286,11 @@ def template_kwargs(request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
     return variables
 
 
-_DECODERS: dict[Kind, msgspec.json.Decoder[Any]] = {
-    "chat": msgspec.json.Decoder(ChatRequest),
-    "completion": msgspec.json.Decoder(CompletionRequest),
-    "tokenize": msgspec.json.Decoder(TokenizeRequest),
-    "detokenize": msgspec.json.Decoder(DetokenizeRequest),
+_SCHEMAS: dict[Kind, Schema[Any]] = {
+    "chat": Schema(ChatRequest, untyped=UNTYPED),
+    "completion": Schema(CompletionRequest),
+    "tokenize": Schema(TokenizeRequest, untyped=UNTYPED),
+    "detokenize": Schema(DetokenizeRequest),
 }
 
 
@@ -320,7 +325,7 @@ def parse(body: bytes | memoryview, kind: Kind, *, trusted: bool = False, templa
     InvalidRequest
         It is no JSON, breaks the schema, or asks for what this service does not do.
     """
-    request: Request = decode(_DECODERS[kind], body)
+    request: Request = _SCHEMAS[kind].decode(body)
     check(request, trusted=trusted, templates=templates)
     if isinstance(request, ChatRequest | CompletionRequest):
         check_together(request)
@@ -328,6 +333,8 @@ def parse(body: bytes | memoryview, kind: Kind, *, trusted: bool = False, templa
 
 
 _NOT_YET = ("functions", "function_call", "suffix", "prompt_embeds")
+#: Constraints that engines have had as fields of their own, and drop in silence now; by the names that they have today.
+_FORMERLY = {f"guided_{name}": name for name in ("json", "regex", "choice", "grammar")}
 
 
 def check(request: Request, *, trusted: bool, templates: bool) -> None:
@@ -343,6 +350,9 @@ def check(request: Request, *, trusted: bool, templates: bool) -> None:
         value = getattr(request, name, None)
         if value is not None and value is not False:
             raise InvalidRequest(f"'{name}' is not supported yet; leave it out.", param=name)
+    for name, today in _FORMERLY.items():
+        if getattr(request, name, None) is not None:
+            raise InvalidRequest(f"Send '{name}' as 'structured_outputs': {{'{today}': …}}.", param=name)
     if isinstance(request, _Request):
         _check_trust(request, trusted=trusted, templates=templates)
         if request.truncate_prompt_tokens == 0:
@@ -391,6 +401,7 @@ def _check_conversation(request: ChatRequest | TokenizeRequest) -> None:
         raise InvalidRequest("Send either 'prompt' or 'messages'.", param="prompt")
     if request.messages is not None and not request.messages:
         raise InvalidRequest("'messages' must hold at least one message.", param="messages")
+    functions(request.tools or ())
     if request.continue_final_message and request.add_generation_prompt:
         raise InvalidRequest(
             "'continue_final_message' needs 'add_generation_prompt': false.", param="continue_final_message"

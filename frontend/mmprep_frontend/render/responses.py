@@ -17,10 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
-import msgspec
-
 from mmprep.errors import InvalidRequest
-from mmprep_frontend.render.explain import convert, decode
 from mmprep_frontend.render.parts import (
     Content,
     FunctionCall,
@@ -46,9 +43,18 @@ from mmprep_frontend.render.responses_api import (
     ReasoningItem,
     ResponsesRequest,
 )
+from mmprep_frontend.render.schema import Schema
 from mmprep_frontend.render.tool_choice import NamedFunction, NamedTool, ToolChoice
 
-_DECODER = msgspec.json.Decoder(ResponsesRequest)
+_SCHEMA = Schema(ResponsesRequest)
+_MESSAGE_ITEM = Schema(MessageItem)
+_REASONING_ITEM = Schema(ReasoningItem)
+_FUNCTION_CALL_ITEM = Schema(FunctionCallItem)
+_CUSTOM_CALL_ITEM = Schema(CustomCallItem)
+_CALL_OUTPUT_ITEM = Schema(CallOutputItem)
+_FUNCTION_TOOL = Schema(FunctionTool)
+_CUSTOM_TOOL = Schema(CustomTool)
+_NAMESPACE_TOOL = Schema(NamespaceTool)
 _STATEFUL = ("previous_response_id", "conversation", "prompt", "previous_input_messages")
 _LOGPROBS = "message.output_text.logprobs"
 #: Fields of the chat request that stand elsewhere here.
@@ -87,7 +93,7 @@ def read_responses(body: bytes | memoryview, *, trusted: bool, templates: bool) 
     InvalidRequest
         ``param`` is the place in ``body``.
     """
-    asked = decode(_DECODER, body)
+    asked = _SCHEMA.decode(body)
     for name in _STATEFUL:
         if getattr(asked, name) is not None:
             raise InvalidRequest(
@@ -161,11 +167,11 @@ def _functions(tools: list[dict[str, Any]] | tuple[()]) -> Iterator[tuple[dict[s
         place = f"tools[{index}]"
         match tool.get("type"):
             case "function":
-                yield _function(convert(tool, FunctionTool, place)), place
+                yield _function(_FUNCTION_TOOL.convert(tool, place)), place
             case "custom":
-                yield _custom(convert(tool, CustomTool, place), place), place
+                yield _custom(_CUSTOM_TOOL.convert(tool, place), place), place
             case "namespace":
-                yield from _of_namespace(convert(tool, NamespaceTool, place), place)
+                yield from _of_namespace(_NAMESPACE_TOOL.convert(tool, place), place)
             case str():
                 pass  # the server would run it; the model is not told
             case _:
@@ -193,7 +199,7 @@ def _of_namespace(namespace: NamespaceTool, place: str) -> Iterator[tuple[dict[s
     for index, tool in enumerate(namespace.tools):
         at = f"{place}.tools[{index}]"
         if tool.get("type", "function") == "function":
-            function = convert(tool, FunctionTool, at)
+            function = _FUNCTION_TOOL.convert(tool, at)
             function.name = f"{namespace.name}__{function.name}"
             yield _function(function), at
 
@@ -234,7 +240,7 @@ class _Conversation:
         read(self, item, place)
 
     def _message(self, item: dict[str, Any], place: str) -> None:
-        message = convert(item, MessageItem, place)
+        message = _MESSAGE_ITEM.convert(item, place)
         self.is_open = message.status in ("in_progress", "incomplete")
         content = _plain(message.content) if message.role == "assistant" else message.content
         previous = self._assistant() if message.role == "assistant" else None
@@ -245,7 +251,7 @@ class _Conversation:
             self._add(Message(role=message.role, content=content), place)
 
     def _reasoning(self, item: dict[str, Any], place: str) -> None:
-        reasoning = convert(item, ReasoningItem, place)
+        reasoning = _REASONING_ITEM.convert(item, place)
         if reasoning.encrypted_content:
             raise InvalidRequest(
                 "Reasoning that is encrypted cannot be read here; send its text as 'content', or leave the item out.",
@@ -261,12 +267,12 @@ class _Conversation:
             self._add(Message(role="assistant", reasoning=text), place)
 
     def _function_call(self, item: dict[str, Any], place: str) -> None:
-        call = convert(item, FunctionCallItem, place)
+        call = _FUNCTION_CALL_ITEM.convert(item, place)
         name = f"{call.namespace}__{call.name}" if call.namespace else call.name
         self._call(ToolCall(id=call.call_id, function=FunctionCall(name, call.arguments)), place)
 
     def _custom_call(self, item: dict[str, Any], place: str) -> None:
-        call = convert(item, CustomCallItem, place)
+        call = _CUSTOM_CALL_ITEM.convert(item, place)
         self._call(ToolCall(id=call.call_id, function=FunctionCall(call.name, {_CUSTOM_INPUT: call.input})), place)
 
     def _call(self, call: ToolCall, place: str) -> None:
@@ -279,7 +285,7 @@ class _Conversation:
         self._note(f"{number}.function.arguments", f"{place}.arguments")
 
     def _output(self, item: dict[str, Any], place: str) -> None:
-        output = convert(item, CallOutputItem, place)
+        output = _CALL_OUTPUT_ITEM.convert(item, place)
         self._add(Message(role="tool", content=output.output, tool_call_id=output.call_id), place)
         self._note("content", f"{place}.output")
 

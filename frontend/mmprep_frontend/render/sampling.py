@@ -51,7 +51,11 @@ _SAMPLING = (
 )
 #: What makes a structured output; exactly one is allowed.
 _CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+#: Parameters that are lists of token ids.
+_OF_TOKEN_IDS = ("stop_token_ids", "allowed_token_ids", "logprob_token_ids")
 _MOST_BIAS = 100.0
+#: Digits of an id that is looked at as a number.
+_MOST_DIGITS = 18
 
 
 class Defaults(msgspec.Struct, frozen=True, rename={"max_tokens": "max_new_tokens"}):
@@ -139,8 +143,10 @@ def check_sampling(request: ChatRequest | CompletionRequest) -> None:
         if texts is not None and not all([texts] if isinstance(texts, str) else texts):
             raise InvalidRequest(f"'{name}' cannot hold an empty text.", param=name)
     for token in request.logit_bias or ():
-        if not token.isascii() or not token.removeprefix("-").isdigit():
+        if not token.isascii() or not token.removeprefix("-").isdigit() or len(token) > _MOST_DIGITS:
             raise InvalidRequest(f"'logit_bias' is keyed by token ids; {token[:32]!r} is none.", param="logit_bias")
+    if request.allowed_token_ids is not None and not request.allowed_token_ids:
+        raise InvalidRequest("'allowed_token_ids' must hold at least one token id.", param="allowed_token_ids")
     wanted = request.wanted_tokens
     if request.min_tokens is not None and wanted is not None and request.min_tokens > wanted:
         raise InvalidRequest(
@@ -169,14 +175,32 @@ def check_together(request: ChatRequest | CompletionRequest) -> None:
                 raise InvalidRequest(f"'{name}' needs 'logprobs'.", param=name)
 
 
-def check_wanted(request: ChatRequest | CompletionRequest, max_model_len: int) -> None:
-    """Refuse a request for more tokens than the model takes at all; raises InvalidRequest."""
+def check_against_model(request: ChatRequest | CompletionRequest, *, max_model_len: int, vocab_size: int) -> None:
+    """Refuse a request for more tokens than the model takes at all, or with ids that it does not have.
+
+    Raises
+    ------
+    InvalidRequest
+        ``param`` is the field, or the element of its list.
+    """
     param = request.length_field
     wanted = getattr(request, param)
     if wanted is not None and wanted > max_model_len:
         raise InvalidRequest(
             f"{wanted} tokens are asked for, and the model takes at most {max_model_len}, prompt and answer together.",
             param=param,
+        )
+    for name in _OF_TOKEN_IDS:
+        for index, token_id in enumerate(getattr(request, name) or ()):
+            _check_id(token_id, vocab_size, f"{name}[{index}]")
+    for token in request.logit_bias or ():
+        _check_id(int(token), vocab_size, "logit_bias")
+
+
+def _check_id(token_id: int, vocab_size: int, param: str) -> None:
+    if not 0 <= token_id < vocab_size:
+        raise InvalidRequest(
+            f"{token_id} is no token id of this model; they go from 0 to {vocab_size - 1}.", param=param
         )
 
 

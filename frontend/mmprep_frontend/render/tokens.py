@@ -127,20 +127,13 @@ class Tokenizer:
         return EncodedPrompt(token_ids, placeholders, "".join(pieces), offsets)
 
     def encode_text(self, text: str, *, add_special_tokens: bool, offsets_from: int | None = None) -> EncodedPrompt:
-        """Return a plain text as ids; it may spell special tokens, and has no placeholders.
+        """Return a plain text as ids, of which an empty one has none; it may spell special tokens, and has no placeholders.
 
         Parameters
         ----------
         add_special_tokens, offsets_from: as :meth:`encode_prompt` has them.
-
-        Raises
-        ------
-        InvalidRequest
-            There are no ids.
         """
         token_ids, offsets = self._encode([text], add_special_tokens=add_special_tokens, offsets_from=offsets_from)
-        if not token_ids:
-            raise InvalidRequest("The prompt is empty.", param="prompt")
         return EncodedPrompt(token_ids, [], text, offsets)
 
     def check_ids(self, token_ids: Sequence[int], param: str) -> None:

@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from mmprep.cli.attended import attended
 from mmprep.cli.extra import require_server
 from mmprep.cli.options import parser, resolve
 from mmprep.cli.ready import unwind_on_sigterm, url_when_ready
@@ -29,7 +30,7 @@ def run(arguments: list[str]) -> int:
     unwind_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="mmprep-") as directory:
         passed = _passed_on(arguments, parsed.file)
-        command = [sys.executable, "-m", "mmprep.cli", "serve", *passed]
+        command = attended("serve", *passed)
         command += ["--runtime-dir", directory, "--port", "0", "--frontends", "1"]
         command += ["--api-key-file", "", "--admin-key-file", ""]  # nobody else can reach it, and we have no key
         if parsed.model:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any, Self
 
+from mmprep.cli.attended import attended
 from mmprep.cli.ready import url_in
 from mmprep.errors import ServiceUnavailable, StartupError
 from mmprep.ports import claim_port
@@ -71,7 +72,7 @@ class Service:
     """``mmprep serve`` as a child process; a context manager that stops it."""
 
     def __init__(self, runtime_dir: str, port: int, cache_size: int) -> None:
-        command = [sys.executable, "-m", "mmprep.cli", "serve", "--host", HOST, "--port", str(port)]
+        command = attended("serve", "--host", HOST, "--port", str(port))
         command += ["--runtime-dir", runtime_dir, "--cache-size", str(cache_size), "--drain-timeout", "2s"]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MMPREP_")}
         self.runtime_dir = runtime_dir

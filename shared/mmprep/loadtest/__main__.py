@@ -7,9 +7,11 @@ import sys
 import tempfile
 import threading
 
+from mmprep.cli.attended import attended
 from mmprep.cli.ready import unwind_on_sigterm, url_when_ready
 from mmprep.errors import MmprepError
 from mmprep.loadtest import command
+from mmprep.loadtest.arguments import parse
 
 _USAGE = """usage: ./scripts/loadtest [--http] [--serve "OPTIONS OF mmprep serve"] [OPTIONS OF mmprep bench]
 
@@ -21,7 +23,7 @@ def main(arguments: list[str]) -> int:
     """Run the load test; returns the exit status."""
     if "--help" in arguments:
         print(_USAGE)
-        return command.run(["--help"])
+        parse(["--help"])
     http = "--http" in arguments
     rest = [argument for argument in arguments if argument != "--http"]
     options: list[str] = []
@@ -31,14 +33,14 @@ def main(arguments: list[str]) -> int:
         del rest[place : place + 2]
     unwind_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="mmprep-") as directory:
-        serve = [sys.executable, "-m", "mmprep.cli", "serve", "--runtime-dir", directory, "--port", "0", *options]
+        serve = attended("serve", "--runtime-dir", directory, "--port", "0", *options)
         with subprocess.Popen(serve, stderr=subprocess.PIPE, text=True) as service:
             try:
                 assert service.stderr is not None
                 url = url_when_ready(service.stderr)
                 threading.Thread(target=sys.stderr.writelines, args=(service.stderr,), daemon=True).start()
                 target = [url, "--runtime-dir", directory] if http else [f"ipc://{directory}"]
-                return command.run([*target, *rest])
+                return command.run(parse([*target, *rest]))
             finally:
                 service.terminate()
 

@@ -15,7 +15,7 @@ import msgspec
 import zmq
 
 import mmprep
-from mmprep.errors import AuthenticationError, InvalidRequest, MmprepError, ServiceUnavailable
+from mmprep.errors import CLOSED, AuthenticationError, InvalidRequest, MmprepError, ServiceUnavailable
 from mmprep.remote.curve import RemoteKeys
 from mmprep.remote.endpoint import TcpEndpoint, host_id
 from mmprep.runtime import RuntimeDir
@@ -155,7 +155,7 @@ class DoorConnection:
                 async with asyncio.timeout(seconds):
                     await self.call(remote.Bye)
         self._link.close()
-        self._end(InvalidRequest, "this client is closed")
+        self._end(InvalidRequest, CLOSED)
 
     def _end(self, kind: type[MmprepError], why: str) -> None:
         """The session is over."""

@@ -138,10 +138,11 @@ class ServeOptions(msgspec.Struct, frozen=True):
             "allow_private_networks": self.allow_private_networks,
         }
 
-    def frontend(self, index: int, runtime_dir: Path, port: int) -> FrontendSettings:
-        """Return the part of frontend ``index``."""
+    def frontend(self, index: int, runtime_dir: Path, port: int, *, joins: bool) -> FrontendSettings:
+        """Return the part of frontend ``index``; ``joins``: others take requests already."""
         return FrontendSettings(
             index=index,
+            joins=joins,
             runtime_dir=str(runtime_dir),
             model=str(self.model),
             served_model_name=self.served_model_name,

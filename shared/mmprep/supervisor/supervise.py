@@ -138,7 +138,9 @@ class Supervisor:
         elif name == _REMOTE:
             self._children[name] = Child(name, "mmprep_frontend.remote", self._options.remote(path), self._exited)
         else:
-            settings = self._options.frontend(int(name.partition("-")[2]), path, self._port)
+            states = [self._desk.state("frontend", str(index)) for index in range(self._options.frontends)]
+            joins = any(state is not None and state.ready for state in states)
+            settings = self._options.frontend(int(name.partition("-")[2]), path, self._port, joins=joins)
             self._children[name] = Child(name, "mmprep_frontend", settings, self._exited)
 
     def _exited(self, child: Child) -> None:

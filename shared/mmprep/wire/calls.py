@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from typing import Any
 
 from mmprep.errors import Busy, MmprepError, ServiceUnavailable
@@ -31,6 +32,12 @@ class _Told:
     @staticmethod
     def done() -> bool:
         return False
+
+
+def _tell_answer(told: Callable[[Any], None], outcome: Any) -> None:
+    """Tell of an outcome unless it is an error."""
+    if not isinstance(outcome, MmprepError):
+        told(outcome)
 
 
 class CallTable:
@@ -88,7 +95,13 @@ class CallTable:
         say(number)
 
     async def ask(
-        self, say: Callable[[int], None], connected: Callable[[], Awaitable[None]], *, seconds: float, silence: str
+        self,
+        say: Callable[[int], None],
+        connected: Callable[[], Awaitable[None]],
+        *,
+        seconds: float,
+        silence: str,
+        unwanted: Callable[[Any], None] | None = None,
     ) -> Any:
         """Make a call, and make it anew where the connection is lost before it is answered: it may be made twice.
 
@@ -102,6 +115,8 @@ class CallTable:
             For all of it.
         silence:
             What to say where no answer comes.
+        unwanted:
+            Called with an answer that comes when nobody waits for it any more.
 
         Raises
         ------
@@ -117,13 +132,25 @@ class CallTable:
                     number, future = self.open()
                     try:
                         say(number)
-                        return await future
+                        answer = await future
                     except WriterLostError:
-                        continue
-                    finally:
                         self.forget(number)
+                    except BaseException:
+                        self._leave(number, future, unwanted)
+                        raise
+                    else:
+                        return answer
         except TimeoutError:
             raise ServiceUnavailable(silence, retry_after=1.0) from None
+
+    def _leave(self, number: int, future: asyncio.Future[Any], unwanted: Callable[[Any], None] | None) -> None:
+        """Nobody waits for a call any more: ``unwanted`` gets the answer that has just come, or that comes yet."""
+        if unwanted is None or not future.done():
+            self.forget(number)
+        elif succeeded(future):
+            unwanted(future.result())
+        elif number in self._waiting:
+            self._waiting[number] = _Told(partial(_tell_answer, unwanted))
 
     def resolve(self, number: int, outcome: Any) -> bool:
         """Give a call its outcome; an error is raised where it is awaited. Later outcomes are passed over.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from mmprep.errors import InvalidRequest, MmprepError
+from mmprep.errors import CLOSED, InvalidRequest, MmprepError
 
 
 class Standing:
@@ -31,7 +31,7 @@ class Standing:
         former = self.refusal
         while not condition():
             if self.closed:
-                raise InvalidRequest("this client is closed")
+                raise InvalidRequest(CLOSED)
             if self.refusal is not former and self.refusal is not None:
                 raise self.refusal
             self._changed.clear()

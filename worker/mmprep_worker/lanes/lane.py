@@ -7,7 +7,6 @@ nowhere else. Where the ring has no room, it is told to make a segment for the i
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import os
@@ -37,6 +36,7 @@ from mmprep.errors import (
 )
 from mmprep.items import DTYPE_SIZES, ItemMeta, align, field_array, region_size
 from mmprep.layout import PAGE, RECORD_SIZE, Geometry, Header, Record, State, pack_header, pack_record
+from mmprep.parent import end_with_parent
 from mmprep.process_lock import ProcessLock
 from mmprep.segment import Segment
 from mmprep.settings import read_settings
@@ -55,7 +55,6 @@ from mmprep_worker.models.registry import load_family
 _log = logging.getLogger("mmprep.lane")
 
 _INPUT = 0
-_PR_SET_PDEATHSIG = 1
 #: Of the heap, for the next picture.
 _KEPT_BYTES = 32 << 20
 
@@ -276,7 +275,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # The end of standard input is only seen between tasks; a lane that hangs in a decoder must not outlive its writer.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    end_with_parent(signal.SIGKILL)
     keep_memory(_KEPT_BYTES)
     config: LaneConfig = read_settings(LaneConfig)
     config.logs.apply()

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from mmprep.card import ItemOptions
+from mmprep.digest import Hasher
 from mmprep.errors import MediaError, TooLarge
 from mmprep.items import ItemMeta, field_array, region_size
 from mmprep.wire.codec import pack, unpack
@@ -35,7 +36,7 @@ def _sample(width: int, height: int, kind: str) -> bytes:
 def _media(modality: str) -> list[bytes]:
     """Return small media of a modality, encoded."""
     if modality == "image":
-        return [_sample(320, 240, "JPEG"), _sample(61, 97, "PNG"), _sample(97, 61, "WEBP")]
+        return [_sample(640, 480, "JPEG"), _sample(61, 97, "PNG"), _sample(97, 61, "WEBP")]
     if modality == "audio":
         from mmprep_worker.audio.samples import recordings  # noqa: PLC0415, only models that take sound need its codecs
 
@@ -73,6 +74,7 @@ def warm_up(family: Family, modalities: Collection[str]) -> None:
 
 
 def _process(family: Family, modality: str, medium: bytes, chosen: ItemOptions) -> None:
+    Hasher().content_digest(medium)
     options = unpack(pack(chosen), ItemOptions)
     ItemMeta(modality, family.plan(modality, medium, options), (), {}).pack()
     prepared = family.open(modality, medium, options)
