@@ -30,7 +30,7 @@ from mmprep.wire.messages import LeaseKind
 from mmprep.wire.sockets import Pump
 from mmprep_frontend.caller import ANONYMOUS
 from mmprep_frontend.injection.service import Injecting
-from mmprep_frontend.posting import once, post, request_of
+from mmprep_frontend.posting import COMPLETION_PREFIX, once, post, request_of
 from mmprep_frontend.render.answer import new_request_id
 from mmprep_frontend.rendered import RenderedChat, RenderedItem
 from mmprep_frontend.resets import Resets
@@ -228,7 +228,7 @@ class NativeDoor:
     ) -> None:
         chat = await self._service.chat(body, attachments)
         if chat.request.queue is not None:
-            await self._post(chat, peer, request, [body, *attachments])
+            await self._post(chat, peer, request, [body, *attachments], "chatcmpl-")
             return
         try:
             nbytes = chat.inline_bytes()
@@ -250,7 +250,7 @@ class NativeDoor:
             chat.give_back()
 
     async def _post(
-        self, chat: RenderedChat, peer: bytes, request: messages.Request, body: Sequence[memoryview]
+        self, chat: RenderedChat, peer: bytes, request: messages.Request, body: Sequence[memoryview], prefix: str
     ) -> None:
         """Post a chat to its queue. Each client takes turns of its own, and its keys are its own."""
         sender = peer.decode("latin-1").rpartition(":")[0]
@@ -259,7 +259,7 @@ class NativeDoor:
         except BaseException:
             chat.give_back()
             raise
-        posted = await post(self._service, chat, prefix="chatcmpl-", sender=sender, same=same, expiry=self._job_expiry)
+        posted = await post(self._service, chat, prefix=prefix, sender=sender, same=same, expiry=self._job_expiry)
         self._send(peer, messages.Response(request.call), posted)
 
     def _head(self, chat: RenderedChat) -> bytes:
@@ -288,7 +288,12 @@ class NativeDoor:
     async def _completions(
         self, peer: bytes, request: messages.Request, held: Held, body: memoryview, _: list[memoryview]
     ) -> None:
-        self._json(peer, request.call, held, await self._texts.completions(body, new_request_id("cmpl-")))
+        completions = await self._texts.completions(body)
+        if completions.request.queue is not None:
+            job = completions.job(self._service.served().max_model_len)
+            await self._post(job, peer, request, [body], COMPLETION_PREFIX)
+            return
+        self._json(peer, request.call, held, await self._texts.answer(completions, new_request_id(COMPLETION_PREFIX)))
 
     async def _tokenize(
         self, peer: bytes, request: messages.Request, held: Held, body: memoryview, attachments: list[memoryview]

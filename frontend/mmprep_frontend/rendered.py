@@ -16,7 +16,7 @@ from mmprep_frontend.media.intake import Medium
 from mmprep_frontend.offered import Offered
 from mmprep_frontend.render.conversation import Conversation, MediaPart
 from mmprep_frontend.render.expansion import Expanded
-from mmprep_frontend.render.requests import ChatRequest
+from mmprep_frontend.render.requests import ChatRequest, CompletionRequest
 from mmprep_frontend.render.tokens import EncodedPrompt
 
 
@@ -90,9 +90,9 @@ class Unasked:
 
 @dataclass(slots=True)
 class RenderedChat:
-    """A rendered chat; its items may be pinned or leased: see ``offered``."""
+    """A rendered chat, or prompt of a completion; its items may be pinned or leased: see ``offered``."""
 
-    request: ChatRequest
+    request: ChatRequest | CompletionRequest
     prompt: EncodedPrompt
     expanded: Expanded
     offsets: Sequence[tuple[int, int]] | None = None

@@ -7,23 +7,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from mmprep.arguments import choose
 from mmprep.errors import InvalidRequest
 from mmprep_frontend.caller import ANONYMOUS
 from mmprep_frontend.model import ServedModel
-from mmprep_frontend.render.answer import generate_request
+from mmprep_frontend.render.answer import check_length, generate_request
 from mmprep_frontend.render.encodings import JSON, Encoding
+from mmprep_frontend.render.expansion import expand
 from mmprep_frontend.render.requests import CompletionRequest, DetokenizeRequest, parse, wants_offsets
 from mmprep_frontend.render.sampling import check_against_model
 from mmprep_frontend.render.tokens import EncodedPrompt
 from mmprep_frontend.render.truncation import truncate_offsets
+from mmprep_frontend.rendered import RenderedChat
 from mmprep_frontend.service import Body, Service, naming, now
 
 #: How many ids the rest of one answer is worth.
 _ANSWER = 100
 #: Characters and ids that one completion request has tokenized or checked before others get their turn.
 _TURN = 64 * 1024
+
+
+class Completions(NamedTuple):
+    """A completion request and its prompts, encoded and cut; the times by the loop's clock."""
+
+    request: CompletionRequest
+    prompts: list[EncodedPrompt]
+    arrived: float
+    deadline: float
+
+    def job(self, max_model_len: int) -> RenderedChat:
+        """Return the one prompt of a request for a queue; raises InvalidRequest where it leaves no room for an answer."""
+        (prompt,) = self.prompts
+        with naming("prompt"):
+            check_length(len(prompt.token_ids), max_model_len)
+        whole = expand(prompt.token_ids, [], {})
+        return RenderedChat(self.request, prompt, whole, prompt.offsets, arrived=self.arrived, deadline=self.deadline)
 
 
 class Texts:
@@ -38,8 +58,8 @@ class Texts:
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    async def completions(self, body: Body, request_id: str, encoding: Encoding = JSON) -> bytes:
-        """Render a completion request; a list of GenerateRequests, one a prompt."""
+    async def completions(self, body: Body) -> Completions:
+        """Read a completion request and encode its prompts."""
         model, arrived = self._service.served(), now()
         model.bounds.check_json(len(body))
         request = await self._service.parse_body(
@@ -51,9 +71,16 @@ class Texts:
         model.check_name(request.model)
         check_against_model(request, max_model_len=model.max_model_len, vocab_size=model.vocab_size)
         choose(model.card.arguments, request.mm_processor_kwargs or {}, ())
+        deadline = self._service.deadline(arrived, request.deadline_ms)
+        with naming("prompt"):
+            encoded = await self._encode_prompts(model, request, deadline)
+        return Completions(request, encoded, arrived, deadline)
+
+    async def answer(self, completions: Completions, request_id: str, encoding: Encoding = JSON) -> bytes:
+        """Return the answer to a completion request: a list of GenerateRequests, one a prompt."""
+        model, request, encoded = self._service.served(), completions.request, completions.prompts
         numbered = request.is_batch
         with naming("prompt"):
-            encoded = await self._encode_prompts(model, request, self._service.deadline(arrived, request.deadline_ms))
 
             def answers() -> bytes:
                 told = (

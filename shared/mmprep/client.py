@@ -247,15 +247,31 @@ class AsyncClient:
         Conflict
             The key was used for another request.
         """
-        key = uuid.uuid4().hex if idempotency_key is None else idempotency_key
+        return await self._post("chat", {"messages": messages, "queue": queue, **fields}, idempotency_key, timeout)
+
+    async def post_completion(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        queue: str,
+        idempotency_key: str | None = None,
+        timeout: float | None = None,
+        **fields: Any,
+    ) -> str:
+        """Put one prompt of a completion, a text or token ids, into a queue; otherwise as :meth:`post`."""
+        return await self._post("completions", {"prompt": prompt, "queue": queue, **fields}, idempotency_key, timeout)
+
+    async def _post(self, operation: Operation, body: dict[str, Any], key: str | None, timeout: float | None) -> str:
+        key = uuid.uuid4().hex if key is None else key
         if not 1 <= len(key) <= _LONGEST_KEY:
             raise InvalidRequest(f"a key has 1 to {_LONGEST_KEY} characters", param="idempotency_key")
-        answer = await self._json("chat", {"messages": messages, "queue": queue, **fields}, timeout, once=key)
-        request_id: str = answer["request_id"]
+        request_id: str = (await self._json(operation, body, timeout, once=key))["request_id"]
         return request_id
 
     async def completions(self, prompt: Any, *, timeout: float | None = None, **fields: Any) -> list[dict[str, Any]]:
         """Render a completion request: a text, texts, a token list or token lists; returns GenerateRequests."""
+        if "queue" in fields:
+            raise InvalidRequest("a request for a queue has no result here: use post_completion()", param="queue")
         answer: list[dict[str, Any]] = await self._json("completions", {"prompt": prompt, **fields}, timeout)
         return answer
 
@@ -469,6 +485,11 @@ class Client:
     def post(self, messages: Sequence[dict[str, Any]], **arguments: Any) -> str:
         """Render one chat request and put the result into a queue; see :meth:`AsyncClient.post`."""
         request_id: str = self._thread.run(self._client.post(messages, **arguments))
+        return request_id
+
+    def post_completion(self, prompt: str | Sequence[int], **arguments: Any) -> str:
+        """Put one prompt of a completion into a queue; see :meth:`AsyncClient.post_completion`."""
+        request_id: str = self._thread.run(self._client.post_completion(prompt, **arguments))
         return request_id
 
     def completions(self, prompt: Any, **arguments: Any) -> list[dict[str, Any]]:

@@ -157,6 +157,30 @@ def test_a_job_may_have_no_tensors_and_no_media(service, client):
             job.ack()
 
 
+def test_a_completion_is_a_job_of_its_one_prompt(service, client):
+    asked = {"prompt": "Once upon a time", "temperature": 0.5, "return_prompt_text": True}
+    (answer,) = service.post("/v1/completions/render", asked).json
+    path, queued = "/v1/completions/render", {**asked, "queue": "engine-0"}
+    with Backend(service.endpoint, queue="engine-0") as backend:
+        posts = [service.post(path, queued, Idempotency_Key="story") for _ in range(2)]
+        assert [posted.status for posted in posts] == [202, 202]
+        ids = [posts[0].json["request_id"], client.post_completion(answer["token_ids"], queue="engine-0", priority=1)]
+        assert posts[1].json == posts[0].json == {"request_id": ids[0], "queue": "engine-0"}
+        assert all(job_id.startswith("cmpl-") for job_id in ids)
+        jobs = [backend.pull(), backend.pull()]
+        assert [job.id for job in jobs] == ids
+        assert jobs[0].request == {**answer, "request_id": ids[0]}
+        assert jobs[1].token_ids == answer["token_ids"]
+        for job in jobs:
+            assert not job.items
+            job.ack()
+    for wrong, param in (({"prompt": ["a", "b"]}, "prompt"), ({"prompt": [1] * 40_000}, "prompt")):
+        refused = service.post(path, {**wrong, "queue": "declared"})
+        assert (refused.status, refused.json["error"]["param"]) == (400, param)
+    with pytest.raises(InvalidRequest, match="post_completion"):
+        client.completions("Hi", queue="declared")
+
+
 def test_the_asynchronous_backend_does_the_same(service, pixels):
     async def work():
         async with AsyncClient(service.endpoint) as client, AsyncBackend(service.endpoint, queue="async") as backend:
@@ -373,8 +397,6 @@ def test_what_cannot_be_queued_is_refused_by_name(service, client):
     assert refusal(queue="declared", backend_id="engine") == (400, "backend_id")
     assert refusal(queue="declared", lease_kind="copy") == (400, "lease_kind")
     assert refusal(image(b"no picture"), queue="declared") == (415, "messages[0].content[0].image_url")
-    completion = service.post("/v1/completions/render", {"prompt": "Hi", "queue": "declared"})
-    assert (completion.status, completion.json["error"]["param"]) == (400, "queue")
     with pytest.raises(InvalidRequest, match="post"):
         client.chat(user(text("?")), queue="declared")
     for wrong in ({"queue": "media"}, {"queue": "a/b"}, {"queue": []}, {"queue": "q", "credits": 0}):

@@ -22,10 +22,12 @@ from mmprep.bench.pictures import Size
 from mmprep.errors import InvalidRequest
 from mmprep.loadtest import arrivals
 from mmprep.loadtest.accounting import CpuTime, cache_counters, with_descendants
+from mmprep.loadtest.clock import Clock
 from mmprep.loadtest.histogram import Histogram
 from mmprep.loadtest.page import page
 from mmprep.loadtest.run import Run
 from mmprep.loadtest.summary import compare, read_summary, summarise, table
+from mmprep.loadtest.targets import TIMEOUT, Prepared
 from mmprep.loadtest.workloads import WORKLOADS, Ask, Shape, Turn, trace
 
 SMALL = Size(32, 32, 5.0)
@@ -187,28 +189,29 @@ def test_a_trace_that_is_empty_or_not_there_is_told(tmp_path):
 # --- keeping time -----------------------------------------------------------------------------------------------------
 
 
-class Clock:
+class Passing:
     """Time that passes when somebody waits for it, in an order of its own."""
 
     def __init__(self):
-        self.now = 0.0
-        self._waiting = []
+        self.seconds = 0.0
+        self._calls = []
         self._numbers = itertools.count()
 
-    async def sleep(self, seconds):
-        woken = asyncio.get_running_loop().create_future()
-        self._waiting.append((self.now + seconds, next(self._numbers), woken))
-        await woken
+    def now(self):
+        return self.seconds
+
+    def call_at(self, when, callback):
+        self._calls.append((when, next(self._numbers), callback))
 
     async def drive(self, task):
         while not task.done():
-            for _ in range(20):
+            for _ in range(5):
                 await asyncio.sleep(0)
-            if self._waiting:
-                self._waiting.sort()
-                due, _, woken = self._waiting.pop(0)
-                self.now = max(self.now, due)
-                woken.set_result(None)
+            if self._calls:
+                self._calls.sort()
+                when, _, callback = self._calls.pop(0)
+                self.seconds = max(self.seconds, when)
+                callback()
         return task.result()
 
 
@@ -218,33 +221,40 @@ class Answering:
     def __init__(self, clock, service, *, stalls=True, outcome="ok"):
         self._clock, self._service, self._stalls, self._outcome = clock, service, stalls, outcome
         self._free = 0.0
-        self.most = self.under_way = 0
+        self.most = self.under_way = self.given_up = 0
 
     def prepare(self, ask):
-        return ask
+        return Prepared(ask, 1)
 
-    async def send(self, _ask):
+    def start(self, _ask, ended):
         self.under_way += 1
         self.most = max(self.most, self.under_way)
-        begin = max(self._clock.now, self._free)
+        begin = max(self._clock.seconds, self._free)
         if self._stalls and 1 <= begin < 2:
             begin = 2.0
         self._free = begin + self._service
-        await self._clock.sleep(self._free - self._clock.now)
-        self.under_way -= 1
-        return self._outcome
+
+        def end():
+            self.under_way -= 1
+            ended(self._outcome)
+
+        self._clock.call_at(self._free, end)
+        return self.give_up
+
+    def give_up(self):
+        self.given_up += 1
 
     async def close(self):
         """Nothing to let go of."""
 
 
 def ran(make, target_options=None, **options):
-    clock = Clock()
+    clock = Passing()
 
     async def main():
         target = Answering(clock, 0.001, **(target_options or {}))
         asks = itertools.repeat(Ask((Turn("user", "hello"),)))
-        run = Run(target, asks, clock=lambda: clock.now, sleep=clock.sleep, timeout=1e9, **options)
+        run = Run(target, asks, **{"clock": clock, "timeout": 1e9, **options})
         return await clock.drive(asyncio.create_task(make(run))), target
 
     return asyncio.run(main())
@@ -286,6 +296,44 @@ def test_a_request_that_failed_counts_as_what_it_failed_with_and_not_as_a_latenc
     assert sum(second.failed for second in record.seconds) == 20
 
 
+def test_a_request_that_has_no_answer_in_its_time_is_given_up_and_the_others_are_not():
+    record, target = ran(lambda run: run.open_loop(arrivals.constant(10, 3)), timeout=0.5)
+    assert record.outcomes == {"ok": 24, TIMEOUT: 6}
+    assert target.given_up == 6
+    assert record.latency.largest < 0.52
+
+
+@pytest.mark.parametrize("lines", [1, 80])
+def test_a_wrong_line_of_a_trace_ends_the_run_with_its_number(tmp_path, lines):
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"timestamp": 0}\n' * lines + "wrong\n")
+    clock = Passing()
+
+    async def main():
+        run = Run(Answering(clock, 0.001), trace(path, Shape()), clock=clock)
+        return await clock.drive(asyncio.create_task(run.replay(100.0)))
+
+    with pytest.raises(InvalidRequest, match=f"line {lines + 1} of the trace"):
+        asyncio.run(main())
+
+
+def test_the_clock_calls_back_in_order_at_the_moment_and_never_before():
+    async def main():
+        called, last = [], asyncio.get_running_loop().create_future()
+        with Clock() as clock:
+            begin = clock.now()
+            for after in (0.004, 0.001, 0.0, 0.0025):
+                clock.call_at(begin + after, lambda after=after: called.append((after, clock.now() - begin)))
+            clock.call_at(begin + 0.005, lambda: last.set_result(None))
+            assert not called
+            await last
+        return called
+
+    called = asyncio.run(main())
+    assert [after for after, _ in called] == [0.0, 0.001, 0.0025, 0.004]
+    assert all(now >= after for after, now in called)
+
+
 def test_a_run_that_is_stopped_waits_for_what_is_under_way_and_sends_nothing_more():
     async def stopping(run):
         running = asyncio.create_task(run.open_loop(arrivals.constant(10, 1000)))
@@ -302,10 +350,10 @@ def test_a_replay_ends_with_its_trace_or_its_time(tmp_path):
     path = tmp_path / "trace.jsonl"
     path.write_text("".join(json.dumps({"timestamp": number}) + "\n" for number in range(10)))
     for seconds, count in ((4.5, 5), (100.0, 10)):
-        clock = Clock()
+        clock = Passing()
 
         async def main(clock=clock, seconds=seconds):
-            run = Run(Answering(clock, 0.001), trace(path, Shape()), clock=lambda: clock.now, sleep=clock.sleep)
+            run = Run(Answering(clock, 0.001), trace(path, Shape()), clock=clock)
             return await clock.drive(asyncio.create_task(run.replay(seconds)))
 
         assert asyncio.run(main()).latency.count == count
@@ -345,7 +393,7 @@ def test_the_caches_counters_are_found_by_our_names_and_by_those_of_others():
 def summary(name, rate=100.0, **options):
     record, _ = ran(lambda run: run.open_loop(arrivals.constant(rate, 4)), options)
     settings = {"workload": "zipf", "target": "<http://here>"}
-    return summarise(record, name=name, settings=settings, cache=(10.0, 4.0), cpu=2.0, load_cpu=0.5)
+    return summarise(record, name=name, settings=settings, cache=(10.0, 4.0), cpu=2.0)
 
 
 class Page(HTMLParser):

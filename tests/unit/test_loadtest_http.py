@@ -7,8 +7,9 @@ import json
 import pytest
 
 from mmprep.errors import InvalidRequest, ServiceUnavailable
+from mmprep.loadtest.answer import Answer
 from mmprep.loadtest.http import HttpClient, Reply
-from mmprep.loadtest.targets import TIMEOUT, HttpTarget, within
+from mmprep.loadtest.targets import HttpTarget
 from mmprep.loadtest.workloads import Ask, Picture, Turn
 
 ANSWERS = {
@@ -155,8 +156,9 @@ ASK = Ask((Turn("user", "look", (Picture("a", b"\xff\xd8a"),)), Turn("assistant"
 def outcome(answer, *, keeps=True):
     async def ask(client, _server):
         target = HttpTarget(f"http://{client.host}", path="/render", fields={"mm_payload": "none"}, key="secret")
-        prepared = target.prepare(ASK)
-        result = await target.send(prepared)
+        ended = asyncio.get_running_loop().create_future()
+        target.start(target.prepare(ASK).request, ended.set_result)
+        result = await ended
         await target.close()
         return result
 
@@ -202,8 +204,36 @@ def test_a_server_that_breaks_off_is_an_error_of_the_request_and_not_of_the_run(
     assert outcome(b"", keeps=False)[0] == "ServiceUnavailableError"
 
 
-def test_an_answer_that_does_not_come_is_given_up():
-    async def main():
-        return await within(0.01, asyncio.Event().wait())
+@pytest.mark.parametrize("connected", [False, True])
+def test_a_request_that_is_given_up_is_told_nothing_and_its_connection_is_not_used_again(connected):
+    async def ask(client, _server):
+        if connected:
+            await client.get("/")
+        give_up = client.start([b"POST / HTTP/1.1\r\nContent-Length: 5\r\n\r\n"], pytest.fail)
+        give_up()
+        give_up()
+        return await client.get("/")
 
-    assert asyncio.run(main()) == TIMEOUT
+    reply, server = with_server(ANSWERS["of known length"][0], ask)
+    assert reply.body == b"hello"
+    assert server.connections == 1 + connected
+
+
+@pytest.mark.parametrize("name", ["of known length", "in chunks", "behind a first word"])
+def test_an_answer_is_the_same_in_whatever_pieces_it_comes(name):
+    data, expected, _ = ANSWERS[name]
+    for size in range(1, len(data)):
+        answer = Answer(100)
+        pieces = [data[start : start + size] for start in range(0, len(data), size)]
+        whole = [answer.feed(piece) for piece in pieces]
+        assert whole == [False] * (len(pieces) - 1) + [True]
+        assert (answer.status, answer.body, answer.reusable) == (expected.status, expected.body, True)
+
+
+def test_of_a_long_answer_only_the_beginning_is_kept_and_all_of_it_is_awaited():
+    answer = Answer(3)
+    assert not answer.feed(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nabcdef")
+    assert not answer.feed(b"x" * 993)
+    assert answer.feed(b"y")
+    assert answer.body == b"abc"
+    assert answer.reusable

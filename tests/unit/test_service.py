@@ -79,7 +79,12 @@ def test_answers_of_many_ids_are_encoded_off_the_loop(service, model, length, on
     assert model.tokenizer.decode(counted["tokens"]) == text
     assert (service.threads.given > given) == on_a_thread
     given = service.threads.given
-    (answer,) = ask(Texts(service).completions(body(prompt=[ids]), "cmpl-1"))
+    texts = Texts(service)
+
+    async def complete():
+        return await texts.answer(await texts.completions(body(prompt=[ids])), "cmpl-1")
+
+    (answer,) = ask(complete())
     assert (answer["token_ids"], answer["request_id"]) == (ids, "cmpl-1-0")
     assert (service.threads.given > given) == on_a_thread
 

@@ -23,7 +23,7 @@ from mmprep_frontend.http.exposition import METRICS, HistogramData, Numbers, Ser
 from mmprep_frontend.http.pinned import Pinned
 from mmprep_frontend.http.ports import Rendered
 from mmprep_frontend.injection.service import Injecting
-from mmprep_frontend.posting import once, post
+from mmprep_frontend.posting import COMPLETION_PREFIX, once, post
 from mmprep_frontend.render.encodings import JSON
 from mmprep_frontend.render.schema import Schema
 from mmprep_frontend.rendered import RenderedChat
@@ -101,10 +101,8 @@ class HttpDoor:
     async def render_responses(self, body: bytes, caller: Caller) -> Rendered:
         return await self._counted("/v1/responses/render", self._render_chat(body, caller, "responses"))
 
-    async def render_completions(self, body: bytes, caller: Caller) -> bytes:
-        return await self._counted(
-            "/v1/completions/render", self._texts.completions(body, caller.request_id, caller.encoding)
-        )
+    async def render_completions(self, body: bytes, caller: Caller) -> Rendered:
+        return await self._counted("/v1/completions/render", self._render_completions(body, caller))
 
     async def tokenize(self, body: bytes, caller: Caller) -> bytes:
         answer = self._texts.tokenize(body, principal=caller.principal, encoding=caller.encoding)
@@ -164,8 +162,7 @@ class HttpDoor:
     async def _render_chat(self, body: bytes, caller: Caller, form: Form) -> Rendered:
         chat, held = await self._service.chat(body, form=form, principal=caller.principal), caller.held
         if chat.request.queue is not None:
-            posted = await self._post(chat, body, caller, form)
-            return Rendered([_encoded(posted, caller)], status=HTTPStatus.ACCEPTED)
+            return await self._post(chat, body, caller, _JOB_PREFIX[form])
         pinned = Pinned(self._service, chat)
         try:
             work = partial(encode_chat_answer, chat, self._service.served(), caller.request_id, caller.encoding)
@@ -181,21 +178,24 @@ class HttpDoor:
             pinned.end()
         return rendered
 
-    async def _post(self, chat: RenderedChat, body: bytes, caller: Caller, form: Form) -> bytes:
+    async def _render_completions(self, body: bytes, caller: Caller) -> Rendered:
+        completions = await self._texts.completions(body)
+        if completions.request.queue is not None:
+            job = completions.job(self._service.served().max_model_len)
+            return await self._post(job, body, caller, COMPLETION_PREFIX)
+        return Rendered([await self._texts.answer(completions, caller.request_id, caller.encoding)])
+
+    async def _post(self, chat: RenderedChat, body: bytes, caller: Caller, prefix: str) -> Rendered:
         """Post a chat to its queue; who hangs up has posted it all the same, if it was accepted in this moment."""
         try:
             same = await once(self._service, caller.sender, one_key(caller.keys), [body])
         except BaseException:
             chat.give_back()
             raise
-        return await post(
-            self._service,
-            chat,
-            prefix=_JOB_PREFIX[form],
-            sender=caller.sender,
-            same=same,
-            expiry=self._job_expiry,
+        posted = await post(
+            self._service, chat, prefix=prefix, sender=caller.sender, same=same, expiry=self._job_expiry
         )
+        return Rendered([_encoded(posted, caller)], status=HTTPStatus.ACCEPTED)
 
     async def _counted(self, path: str, work: Awaitable[T]) -> T:
         service, started, outcome = self._service, time.monotonic(), "ok"

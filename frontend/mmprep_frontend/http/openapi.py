@@ -78,7 +78,13 @@ OPERATIONS: Final = (
         queued=True,
     ),
     Operation(
-        "post", "/v1/completions/render", "Render prompts", CompletionRequest, list[forms.GenerateRequest], _TEXT
+        "post",
+        "/v1/completions/render",
+        "Render prompts",
+        CompletionRequest,
+        list[forms.GenerateRequest],
+        (*_TEXT, 409),
+        queued=True,
     ),
     Operation("post", "/tokenize", "A text or a chat to token ids", TokenizeRequest, forms.Tokens, _MEDIA),
     Operation("post", "/detokenize", "Token ids to text", DetokenizeRequest, forms.DetokenizedText, _TEXT),

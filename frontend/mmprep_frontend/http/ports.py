@@ -78,7 +78,7 @@ class Service(Protocol):
     async def render_responses(self, body: bytes, caller: Caller) -> Rendered:
         """Answer a request of OpenAI's Responses API with its GenerateRequest."""
 
-    async def render_completions(self, body: bytes, caller: Caller) -> bytes:
+    async def render_completions(self, body: bytes, caller: Caller) -> Rendered:
         """Answer a completion request with a list of GenerateRequests."""
 
     async def tokenize(self, body: bytes, caller: Caller) -> bytes:

@@ -423,8 +423,8 @@ def _check_delivery(request: Delivered) -> None:
 
 
 def _check_queued(request: Delivered) -> None:
-    if isinstance(request, CompletionRequest):
-        raise InvalidRequest("Completions are not queued yet; leave 'queue' out.", param="queue")
+    if isinstance(request, CompletionRequest) and len(request.prompts()) > 1:
+        raise InvalidRequest("A job has one prompt: post one request for each.", param="prompt")
     if request.payload == "tensors":
         raise InvalidRequest(
             "A queue takes addresses or hashes: leave 'mm_payload' out, or send 'none'.", param="mm_payload"

@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -96,7 +95,6 @@ async def _measure(parsed: argparse.Namespace, loop: _Loop) -> Summary:
         if parsed.warm_up and loop != _Loop(None, None):
             await _drive(Run(target, asks, timeout=parsed.timeout), parsed, loop, parsed.warm_up, seed)
         before, cpu = await _counters(parsed, target, desk), CpuTime(pids) if (pids := desk.pids()) else None
-        own = time.process_time()
         run = Run(target, asks, timeout=parsed.timeout, max_in_flight=parsed.max_in_flight)
         progress = asyncio.create_task(_show_progress(run))
         with suppress(NotImplementedError):
@@ -105,7 +103,7 @@ async def _measure(parsed: argparse.Namespace, loop: _Loop) -> Summary:
             record = await _drive(run, parsed, loop, parsed.seconds, seed + 1)
         finally:
             progress.cancel()
-        spent, used = time.process_time() - own, None if cpu is None else cpu.look()
+        used = None if cpu is None else cpu.look()
         after = await _counters(parsed, target, desk)
     finally:
         desk.close()
@@ -116,7 +114,6 @@ async def _measure(parsed: argparse.Namespace, loop: _Loop) -> Summary:
         settings=_settings(parsed, loop, seed),
         cache=(after[0] - before[0], after[1] - before[1]) if before and after else None,
         cpu=used,
-        load_cpu=spent,
     )
 
 

@@ -1,32 +1,40 @@
 """An HTTP/1.1 client that costs as little as a load generator's must: kept connections, one request at a time on each.
 
-It sends a head and a body that were encoded before, and reads an answer of known length, in chunks, or to the end of the
-connection. Redirects, cookies and proxies are not followed: a load test means the server that was named.
+It sends bytes that were encoded before, and calls back when the answer is whole; no task, stream or timer is made for a
+request. Redirects, cookies and proxies are not followed: a load test means the server that was named.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from typing import Final, TypeAlias, cast
 from urllib.parse import urlsplit
 
-from mmprep.errors import InvalidRequest, ServiceUnavailable
+from mmprep.errors import InvalidRequest, MmprepError, ServiceUnavailable
+from mmprep.loadtest.answer import Answer
 
-#: Bytes of an answer's head, and of an answer, at most.
-_MOST_HEAD: Final = 64 << 10
-_MOST_BODY: Final = 1 << 30
-#: What is read at a time.
-_LIMIT: Final = 1 << 20
+#: Bytes of an answer's body that are kept: what an error says; and what a GET gives.
+_ERROR: Final = 64 << 10
+_GOT: Final = 64 << 20
+#: Bytes that the system may hold of a request, so that one of a picture is sent in one go.
+_SENT: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer: its status and body."""
+    """An answer: its status and body, or the beginning of that."""
 
     status: int
     body: bytes
+
+
+#: Called with what became of a request.
+Ended: TypeAlias = Callable[[Reply | MmprepError], None]
 
 
 class HttpClient:
@@ -55,148 +63,194 @@ class HttpClient:
         self.host = parts.netloc
         self._at = parts.hostname, port or (443 if parts.scheme == "https" else 80)
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._idle: list[_Connection] = []
+        self._closing: set[asyncio.Future[None]] = set()
 
-    async def send(self, head: bytes, body: bytes) -> Reply:
-        """Send one request; ``head`` ends with the empty line.
+    def start(self, request: Sequence[bytes], ended: Ended, *, keep: int = _ERROR) -> Callable[[], None]:
+        """Send a request.
 
-        A kept connection that the server has closed meanwhile is replaced once.
+        A kept connection that the server has closed meanwhile is replaced.
 
-        Raises
-        ------
-        mmprep.errors.ServiceUnavailable
-            There is no connection, it broke, or what came is not HTTP.
+        Parameters
+        ----------
+        request:
+            All of its bytes.
+        ended:
+            Called once, not before this has returned: with the reply, or with ServiceUnavailable where there is no
+            connection, it broke, or what came is not HTTP.
+        keep:
+            Bytes of the answer's body that the reply has, at most.
+
+        Returns
+        -------
+        What gives the request up; then ``ended`` is not called.
         """
-        while self._idle:
-            connection = self._idle.pop()
-            try:
-                return await self._exchange(connection, head, body)
-            except _Gone:
-                continue
-        try:
-            opened = await asyncio.open_connection(*self._at, ssl=self._tls, limit=_LIMIT)
-        except OSError:
-            raise ServiceUnavailable("the server cannot be reached") from None
-        try:
-            return await self._exchange(opened, head, body)
-        except _Gone:
-            raise ServiceUnavailable("the server closed the connection without an answer") from None
+        exchange = _Exchange(request, ended, keep)
+        self.send(exchange)
+        return exchange.give_up
 
     async def get(self, path: str, **headers: str) -> Reply:
-        """Return what a GET of ``path`` gives."""
+        """Return what a GET of ``path`` gives; raises ServiceUnavailable as :meth:`start` tells it."""
         lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
-        return await self.send(f"GET {path} HTTP/1.1\r\nHost: {self.host}\r\n{lines}\r\n".encode(), b"")
+        request = f"GET {path} HTTP/1.1\r\nHost: {self.host}\r\n{lines}\r\n".encode()
+        reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        give_up = self.start([request], partial(_settle, reply), keep=_GOT)
+        try:
+            return await reply
+        finally:
+            give_up()
 
     async def close(self) -> None:
         """Close the connections that are kept."""
-        for _, writer in self._idle:
-            writer.close()
-        for _, writer in self._idle:
-            try:
-                await writer.wait_closed()
-            except OSError:
-                continue
+        for connection in self._idle:
+            connection.close()
         self._idle.clear()
+        if self._closing:
+            await asyncio.wait(self._closing)
 
-    async def _exchange(
-        self, connection: tuple[asyncio.StreamReader, asyncio.StreamWriter], head: bytes, body: bytes
-    ) -> Reply:
-        reader, writer = connection
-        keep = False
+    def send(self, exchange: _Exchange) -> None:
+        """Send a request on a kept connection, or on a new one."""
+        if self._idle:
+            self._idle.pop().take(exchange)
+        else:
+            exchange.connecting = asyncio.get_running_loop().create_task(self._connect(exchange))
+
+    async def _connect(self, exchange: _Exchange) -> None:
+        loop = asyncio.get_running_loop()
         try:
-            writer.writelines((head, body))
-            await writer.drain()
-            reply, keep = await _read(reader)
+            _, connection = await loop.create_connection(partial(_Connection, self), *self._at, ssl=self._tls)
         except OSError:
-            raise _Gone from None
-        finally:
-            if keep:
-                self._idle.append(connection)
-            else:
-                writer.close()
-        return reply
+            exchange.end(ServiceUnavailable("the server cannot be reached"))
+            return
+        exchange.connecting = None
+        connection.fresh = True
+        connection.take(exchange)
+
+    def opened(self, connection: _Connection) -> None:
+        """There is another connection; its end will be waited for."""
+        self._closing.add(connection.gone)
+        connection.gone.add_done_callback(self._closing.discard)
+
+    def idle(self, connection: _Connection) -> None:
+        """A connection can be used again."""
+        self._idle.append(connection)
+
+    def lost(self, connection: _Connection) -> None:
+        """A connection has ended."""
+        if connection in self._idle:
+            self._idle.remove(connection)
 
 
-class _Gone(Exception):
-    """The connection ended before an answer began."""
+def _settle(reply: asyncio.Future[Reply], outcome: Reply | MmprepError) -> None:
+    if reply.done():
+        return
+    if isinstance(outcome, MmprepError):
+        reply.set_exception(outcome)
+    else:
+        reply.set_result(outcome)
 
 
-async def _read(reader: asyncio.StreamReader) -> tuple[Reply, bool]:
-    """Return an answer, and whether the connection can be kept."""
-    while True:
-        version, status, fields = await _read_head(reader)
-        if status >= 200:
-            break
-    keep = version == b"HTTP/1.1" and b"close" not in fields.get(b"connection", b"").lower()
-    if status in {204, 304}:
-        return Reply(status, b""), keep
-    try:
-        if b"chunked" in fields.get(b"transfer-encoding", b"").lower():
-            return Reply(status, await _read_chunks(reader)), keep
-        if b"content-length" in fields:
-            return Reply(status, await reader.readexactly(_size(fields[b"content-length"], 10))), keep
-        return Reply(status, await _read_rest(reader)), False
-    except (asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-        raise ServiceUnavailable("the connection broke before the answer was complete") from None
+class _Exchange:
+    """A request, until its end is told."""
+
+    __slots__ = ("_ended", "connecting", "connection", "keep", "request")
+
+    def __init__(self, request: Sequence[bytes], ended: Ended, keep: int) -> None:
+        self.request = request
+        self.keep = keep
+        self.connection: _Connection | None = None
+        self.connecting: asyncio.Task[None] | None = None
+        self._ended: Ended | None = ended
+
+    def end(self, outcome: Reply | MmprepError) -> None:
+        """Tell what became of it, unless it was given up."""
+        ended, self._ended, self.connection = self._ended, None, None
+        if ended is not None:
+            ended(outcome)
+
+    def give_up(self) -> None:
+        """Nobody waits for it any more; again is no error."""
+        self._ended = None
+        if self.connecting is not None:
+            self.connecting.cancel()
+        if self.connection is not None:
+            self.connection.close()
 
 
-async def _read_head(reader: asyncio.StreamReader) -> tuple[bytes, int, dict[bytes, bytes]]:
-    try:
-        head = await reader.readuntil(b"\r\n\r\n")
-    except asyncio.IncompleteReadError as error:
-        if error.partial:
-            raise ServiceUnavailable("the connection broke before the answer was complete") from None
-        raise _Gone from None
-    except asyncio.LimitOverrunError:
-        raise _not_http() from None
-    first, *lines = head[:-4].split(b"\r\n")
-    version, _, rest = first.partition(b" ")
-    if len(head) > _MOST_HEAD or not version.startswith(b"HTTP/1.") or not rest[:3].isdigit():
-        raise _not_http()
-    fields = (line.partition(b":") for line in lines)
-    return version, int(rest[:3]), {name.lower(): value.strip() for name, _, value in fields}
+class _Connection(asyncio.Protocol):
+    """One connection.
 
+    Attributes
+    ----------
+    fresh: whether it has not been used yet.
+    gone: done when it has ended.
+    """
 
-async def _read_chunks(reader: asyncio.StreamReader) -> bytes:
-    chunks, total = [], 0
-    while True:
-        line = await reader.readuntil(b"\r\n")
-        size = _size(line.partition(b";")[0].strip(), 16)
-        total += size
-        if total > _MOST_BODY:
-            raise _too_long()
-        if not size:
-            break
-        chunks.append(await reader.readexactly(size))
-        await reader.readexactly(2)
-    while await reader.readuntil(b"\r\n") != b"\r\n":
-        pass
-    return b"".join(chunks)
+    _transport: asyncio.Transport
 
+    def __init__(self, client: HttpClient) -> None:
+        self.fresh = False
+        self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._client = client
+        self._exchange: _Exchange | None = None
+        self._answer = Answer(0)
 
-async def _read_rest(reader: asyncio.StreamReader) -> bytes:
-    pieces, total = [], 0
-    while piece := await reader.read(_LIMIT):
-        pieces.append(piece)
-        total += len(piece)
-        if total > _MOST_BODY:
-            raise _too_long()
-    return b"".join(pieces)
+    def take(self, exchange: _Exchange) -> None:
+        """Send a request."""
+        self._exchange, exchange.connection = exchange, self
+        self._answer = Answer(exchange.keep)
+        self._transport.writelines(exchange.request)
 
+    def close(self) -> None:
+        """End it, whatever is under way."""
+        self._exchange = None
+        self._transport.abort()
 
-def _size(digits: bytes, base: int) -> int:
-    try:
-        size = int(digits, base)
-    except ValueError:
-        raise _not_http() from None
-    if not 0 <= size <= _MOST_BODY:
-        raise _too_long()
-    return size
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's are not of the class
+        raw = transport.get_extra_info("socket")
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SENT)
+        self._client.opened(self)
 
+    def data_received(self, data: bytes) -> None:
+        exchange, answer = self._exchange, self._answer
+        if exchange is None:  # nothing was asked
+            self.close()
+            return
+        try:
+            if not answer.feed(data):
+                return
+        except ServiceUnavailable as error:
+            self.close()
+            exchange.end(error)
+            return
+        self._finish(exchange)
 
-def _not_http() -> ServiceUnavailable:
-    return ServiceUnavailable("the server's answer is not HTTP")
+    def connection_lost(self, _: Exception | None) -> None:
+        self.gone.set_result(None)
+        self._client.lost(self)
+        exchange, self._exchange = self._exchange, None
+        if exchange is None:
+            return
+        if not self._answer.begun:
+            if self.fresh:
+                exchange.end(ServiceUnavailable("the server closed the connection without an answer"))
+            else:  # it met a connection that the server was closing
+                exchange.connection = None
+                self._client.send(exchange)
+            return
+        try:
+            self._answer.end()
+        except ServiceUnavailable as broke:
+            exchange.end(broke)
+        else:
+            exchange.end(Reply(self._answer.status, self._answer.body))
 
-
-def _too_long() -> ServiceUnavailable:
-    return ServiceUnavailable(f"the server's answer is longer than {_MOST_BODY:,} bytes")
+    def _finish(self, exchange: _Exchange) -> None:
+        self._exchange, self.fresh = None, False
+        reply = Reply(self._answer.status, self._answer.body)
+        if self._answer.reusable:
+            self._client.idle(self)
+        else:
+            self._transport.abort()
+        exchange.end(reply)

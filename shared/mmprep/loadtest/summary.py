@@ -55,7 +55,7 @@ class Summary(msgspec.Struct, frozen=True):
     hit_rate: of the cache during the run; None where the server does not say.
     cpu_seconds: that the service used during the run; None where its processes are not known.
     cpu_ms_per_request: the same for one answer.
-    load_cpu_seconds: that the load generator itself used.
+    load_cpu_seconds: that the load generator itself used from the first request to the last answer.
     seconds: of the run.
     """
 
@@ -83,7 +83,6 @@ def summarise(
     settings: dict[str, Any],
     cache: tuple[float, float] | None,
     cpu: float | None,
-    load_cpu: float,
 ) -> Summary:
     """Return a run as plain data.
 
@@ -91,8 +90,8 @@ def summarise(
     ----------
     cache:
         Lookups and hits during the run.
-    cpu, load_cpu:
-        Seconds of CPU time of the service and of the load generator.
+    cpu:
+        Seconds of CPU time of the service.
     """
     answered = record.outcomes[OK]
     return Summary(
@@ -109,7 +108,7 @@ def summarise(
         hit_rate=round(cache[1] / cache[0], 4) if cache and cache[0] else None,
         cpu_seconds=None if cpu is None else round(cpu, 2),
         cpu_ms_per_request=round(1000 * cpu / answered, 3) if cpu is not None and answered else None,
-        load_cpu_seconds=round(load_cpu, 2),
+        load_cpu_seconds=round(record.cpu, 3),
         seconds=[
             SecondOfRun(
                 second.due,

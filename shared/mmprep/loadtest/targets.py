@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
@@ -23,20 +25,37 @@ from mmprep.loadtest.workloads import Ask, Picture, Turn
 
 OK: Final = "ok"
 TIMEOUT: Final = "client timeout"
+#: Bytes of memory that a message takes, roughly.
+_MESSAGE: Final = 1024
 #: Bytes of encoded pictures that are kept because they may be sent again.
 _KEPT: Final = 256 << 20
 #: Ends of jobs that are remembered for those who may still learn that they posted them.
 _EARLY: Final = 4096
 
 
+#: Called with what became of a request.
+Ended: TypeAlias = Callable[[str | BaseException], None]
+
+
+class Prepared(NamedTuple):
+    """A request as it is sent, and the bytes of memory that it takes beside what others have too."""
+
+    request: Any
+    nbytes: int
+
+
 class Target(Protocol):
     """Something that answers requests."""
 
-    def prepare(self, ask: Ask) -> Any:
+    def prepare(self, ask: Ask) -> Prepared:
         """Return the request as it is sent; done before it is due, so that its encoding is not measured."""
 
-    async def send(self, prepared: Any) -> str:
-        """Send it, wait for the whole answer, and return what became of it."""
+    def start(self, request: Any, ended: Ended) -> Callable[[], object]:
+        """Send it; return what gives it up.
+
+        ``ended`` is called once when the whole answer is there, with what became of it, but not before this has returned
+        nor after the request was given up. An exception in place of a word is a fault of the load generator.
+        """
 
     async def close(self) -> None:
         """Let go of the connections."""
@@ -71,29 +90,35 @@ class HttpTarget:
         self.client = HttpClient(url)
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._fields = dict(fields or {})
+        #: Stands for a picture while its request is encoded.
+        self._mark = os.urandom(16).hex()
         more = "".join(f"{name}: {value}\r\n" for name, value in self.headers.items())
         self._head = (
             f"POST {path} HTTP/1.1\r\nHost: {self.client.host}\r\nContent-Type: application/json\r\nAccept: {accept}\r\n{more}"
             "Content-Length: "
         ).encode()
-        self._urls = _Kept(lambda picture: "data:image/jpeg;base64," + base64.b64encode(picture.data).decode())
+        self._urls = _Kept(lambda picture: b'"data:image/jpeg;base64,' + base64.b64encode(picture.data) + b'"')
 
-    def prepare(self, ask: Ask) -> tuple[bytes, bytes]:
-        """Return head and body."""
-        messages = [
-            {"role": turn.role, "content": _content(turn, lambda picture: {"url": self._urls.get(picture)})}
-            for turn in ask.turns
-        ]
-        body = msgspec.json.encode({**self._fields, "messages": messages})
-        return self._head + b"%d\r\n\r\n" % len(body), body
+    def prepare(self, ask: Ask) -> Prepared:
+        """Return head and body in pieces: pictures that come again are the same bytes."""
+        pictures: list[Picture] = []
 
-    async def send(self, prepared: tuple[bytes, bytes]) -> str:
-        """Send it; an answer with a status from 400 on is named by its error's type, or by the status."""
-        try:
-            reply = await self.client.send(*prepared)
-        except MmprepError as error:
-            return error.type
-        return OK if 200 <= reply.status < 300 else _kind(reply)
+        def place(picture: Picture) -> dict[str, Any]:
+            pictures.append(picture)
+            return {"url": self._mark}
+
+        messages = [{"role": turn.role, "content": _content(turn, place)} for turn in ask.turns]
+        first, *texts = msgspec.json.encode({**self._fields, "messages": messages}).split(b'"%s"' % self._mark.encode())
+        made = self._urls.nbytes_made
+        pieces = [piece for both in zip(map(self._urls.get, pictures), texts, strict=True) for piece in both]
+        length = len(first) + sum(map(len, pieces))
+        head = self._head + b"%d\r\n\r\n" % length + first
+        own = len(head) + sum(map(len, texts)) + self._urls.nbytes_made - made
+        return Prepared((head, *pieces), own)
+
+    def start(self, request: Sequence[bytes], ended: Ended) -> Callable[[], object]:
+        """Send it; an answer with a status from 300 on is named by its error's type, or by the status."""
+        return self.client.start(request, partial(_tell, ended))
 
     async def close(self) -> None:
         """Close the connections."""
@@ -101,13 +126,30 @@ class HttpTarget:
 
 
 class _Chats:
-    """Asks as chats of the native client."""
+    """Asks as chats of the native client, each of which is a task."""
 
-    def prepare(self, ask: Ask) -> list[dict[str, Any]]:
+    def __init__(self) -> None:
+        self._pictures = _Kept(lambda picture: picture.data)
+
+    async def send(self, request: list[dict[str, Any]]) -> str:
+        """Send it, wait for the whole answer, and return what became of it."""
+        raise NotImplementedError
+
+    def start(self, request: list[dict[str, Any]], ended: Ended) -> Callable[[], object]:
+        """Send it."""
+        task = asyncio.get_running_loop().create_task(self.send(request))
+        task.add_done_callback(partial(_tell_of, ended))
+        return task.cancel
+
+    def prepare(self, ask: Ask) -> Prepared:
         """Return the messages."""
-        return [
-            {"role": turn.role, "content": _content(turn, lambda picture: {"url": picture.data})} for turn in ask.turns
+        made = self._pictures.nbytes_made
+        messages = [
+            {"role": turn.role, "content": _content(turn, lambda picture: {"url": self._pictures.get(picture)})}
+            for turn in ask.turns
         ]
+        own = sum(len(turn.text) + _MESSAGE for turn in ask.turns)
+        return Prepared(messages, own + self._pictures.nbytes_made - made)
 
 
 class NativeTarget(_Chats):
@@ -124,14 +166,15 @@ class NativeTarget(_Chats):
     def __init__(
         self, client: AsyncClient, *, payload: Payload = "shm", fields: Mapping[str, Any] | None = None
     ) -> None:
+        super().__init__()
         self._client = client
         self._payload: Payload = payload
         self._fields = dict(fields or {})
 
-    async def send(self, prepared: list[dict[str, Any]]) -> str:
+    async def send(self, request: list[dict[str, Any]]) -> str:
         """Send it."""
         try:
-            result = await self._client.chat(prepared, payload=self._payload, **self._fields)
+            result = await self._client.chat(request, payload=self._payload, **self._fields)
         except MmprepError as error:
             return error.type
         result.release()
@@ -164,6 +207,7 @@ class QueueTarget(_Chats):
         payload: Payload = "shm",
         fields: Mapping[str, Any] | None = None,
     ) -> None:
+        super().__init__()
         self._client = client
         self._backend = backend
         self._mapped = payload != "none"
@@ -174,10 +218,10 @@ class QueueTarget(_Chats):
         self._early: OrderedDict[str, str] = OrderedDict()
         self._pulling = asyncio.create_task(self._pull())
 
-    async def send(self, prepared: list[dict[str, Any]]) -> str:
+    async def send(self, request: list[dict[str, Any]]) -> str:
         """Post it, and wait until its job was pulled and acknowledged."""
         try:
-            job_id = await self._client.post(prepared, queue=self._queue, **self._fields)
+            job_id = await self._client.post(request, queue=self._queue, **self._fields)
         except MmprepError as error:
             return error.type
         if (early := self._early.pop(job_id, None)) is not None:
@@ -228,6 +272,18 @@ def _content(turn: Turn, source: Callable[[Picture], dict[str, Any]]) -> str | l
     return [*parts, {"type": "text", "text": turn.text}]
 
 
+def _tell(ended: Ended, outcome: Reply | MmprepError) -> None:
+    if isinstance(outcome, MmprepError):
+        ended(outcome.type)
+    else:
+        ended(OK if 200 <= outcome.status < 300 else _kind(outcome))
+
+
+def _tell_of(ended: Ended, task: asyncio.Task[str]) -> None:
+    if not task.cancelled():
+        ended(task.exception() or task.result())
+
+
 def _kind(reply: Reply) -> str:
     try:
         kind = json.loads(reply.body)["error"]["type"]
@@ -237,29 +293,22 @@ def _kind(reply: Reply) -> str:
 
 
 class _Kept:
-    """What was made of pictures, the least recently used first to go."""
+    """What was made of pictures, the least recently used first to go; ``nbytes_made``: of all that ever was."""
 
-    def __init__(self, make: Callable[[Picture], str]) -> None:
+    def __init__(self, make: Callable[[Picture], bytes]) -> None:
         self._make = make
-        self._made: OrderedDict[str, str] = OrderedDict()
+        self._made: OrderedDict[str, bytes] = OrderedDict()
         self._bytes = 0
+        self.nbytes_made = 0
 
-    def get(self, picture: Picture) -> str:
+    def get(self, picture: Picture) -> bytes:
         made = self._made.get(picture.name)
         if made is None:
             made = self._made[picture.name] = self._make(picture)
             self._bytes += len(made)
+            self.nbytes_made += len(made)
             while self._bytes > _KEPT and len(self._made) > 1:
                 self._bytes -= len(self._made.popitem(last=False)[1])
         else:
             self._made.move_to_end(picture.name)
         return made
-
-
-async def within(seconds: float, sending: Any) -> str:
-    """Return what became of a request, :data:`TIMEOUT` where that is not known after so many seconds."""
-    try:
-        async with asyncio.timeout(seconds):
-            return str(await sending)
-    except TimeoutError:
-        return TIMEOUT

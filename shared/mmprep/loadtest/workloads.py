@@ -88,10 +88,16 @@ _LONGEST_LINE: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture of a request: its bytes, and what names it among those of a workload."""
+    """One picture of a request: what names it among those of a workload, its bytes, and a number that makes them others."""
 
     name: str
-    data: bytes = field(repr=False)
+    drawn: bytes = field(repr=False)
+    number: int | None = None
+
+    @property
+    def data(self) -> bytes:
+        """The bytes of its file; made anew each time, since most workloads have more than can be kept."""
+        return self.drawn if self.number is None else distinct(self.drawn, self.number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,14 +322,14 @@ def _sized(name: str, size: Size | int, seed: int) -> Picture:
         size = min(_BYTES, key=lambda known: abs(_BYTES[known] - wanted))
     number = int.from_bytes(name.encode()[-12:].rjust(12, b"\0"), "big") ^ len(name) << 96
     drawn = _drawn(size, seed + number % _DRAWN)
-    return Picture(name, distinct(drawn, number))
+    return Picture(name, drawn, number)
 
 
 def _new(shape: Shape, number: int) -> Picture:
     """Return picture ``number`` of a workload."""
     drawn = _drawn(shape.size, shape.seed * _DRAWN + number % _DRAWN)
     # No two workloads share pictures, so that a run does not find those of the one before in the cache.
-    return Picture(f"{shape.seed}-{shape.size.name}-{number}", distinct(drawn, shape.seed << 40 | number))
+    return Picture(f"{shape.seed}-{shape.size.name}-{number}", drawn, shape.seed << 40 | number)
 
 
 @lru_cache(maxsize=64)
