@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -67,7 +68,7 @@ def test_never_are_both_at_work(thread):
     asyncio.run(main())
 
 
-def test_one_is_made_in_a_turn_of_the_loop_and_an_error_hinders_nobody(thread):
+def test_few_are_made_in_a_turn_of_the_loop_and_an_error_hinders_nobody(thread):
     async def main():
         loop, turns, made = asyncio.get_running_loop(), [0], []
 
@@ -87,6 +88,6 @@ def test_one_is_made_in_a_turn_of_the_loop_and_an_error_hinders_nobody(thread):
         done = await asyncio.gather(*(thread.at_once(work, number) for number in range(5)), return_exceptions=True)
         next_turn.cancel()
         assert [type(result) for result in done] == [int, ValueError, int, int, int]
-        assert len(set(made)) == 5
+        assert max(Counter(made).values()) <= 2
 
     asyncio.run(main())
