@@ -5,7 +5,8 @@ each other: a chat of 200 words takes the process half as much CPU time without 
 
 - the tokenizer and the templates are used by one thread at a time: whoever uses them holds the lock;
 - the loop never waits for that lock: while the thread is at work, a short prompt goes there as well;
-- only a few short prompts are made in a turn of the loop, so that whatever else it has to do comes between.
+- of all short prompts one is made in a turn of the loop, so that whatever else it has to do comes between: with two,
+  `/health` waits twice as long while many new texts are under way.
 
 How short is short enough is the caller's to say.
 """
@@ -16,14 +17,11 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from mmprep_frontend.pace import Pace
 
 T = TypeVar("T")
-
-#: Short prompts that are made in one turn of the loop. A turn takes a request 0.1 ms of CPU time, so it is not one.
-_A_TURN: Final = 2
 
 
 class RenderThread:
@@ -38,7 +36,7 @@ class RenderThread:
     def __init__(self, executor: ThreadPoolExecutor) -> None:
         self._executor = executor
         self._in_use = threading.Lock()
-        self._pace = Pace(_A_TURN)
+        self._pace = Pace(1)
 
     def run(self, work: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
         """Return the future of what ``work`` returns on the thread. Where it is cancelled, work that has not begun is dropped."""
