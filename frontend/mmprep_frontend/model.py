@@ -1,7 +1,7 @@
 """The served model as a frontend knows it: card, template, tokenizer, and the length of its context.
 
-All of it is used by one thread at a time, see :mod:`mmprep_frontend.render_thread`: the tokenizer is not to be shared, and
-one is all that the memory budget has room for.
+All of it is used on the one render thread: the tokenizer is not to be shared, and one is all that the memory budget has
+room for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from mmprep.card import ModelCard
 from mmprep.errors import InvalidRequest, NotFound, StartupError
 from mmprep.wire.messages import MAX_ITEMS
 from mmprep_frontend.media.intake import Intake, Medium, Source
-from mmprep_frontend.render.bounded_jinja import OverBudgetError
 from mmprep_frontend.render.bounds import TextBounds
 from mmprep_frontend.render.conversation import Conversation, walk
 from mmprep_frontend.render.loaded_tokenizer import LoadedTokenizer
@@ -34,8 +33,6 @@ from mmprep_frontend.tracing.spans import record
 _DEFAULT_LENGTH = 32_768
 #: Bytes of all cached prompts of one frontend.
 _CACHED_BYTES = 16 << 20
-#: Units of a template that take a millisecond at most, see :mod:`.render.bounded_jinja`; a message takes some 60.
-_FEW_STEPS = 2500
 #: Stages that are noted and not taken out yet.
 _NOTED = 1024
 
@@ -51,7 +48,7 @@ class ServedModel:
     bounds: of a request's text.
     prompts: those that were encoded before.
     sampling: the model's defaults.
-    stages: stages and their seconds, as whoever rendered noted them; for whoever counts to take out.
+    stages: stages and their seconds, as the render thread noted them; for whoever counts to take out.
     """
 
     name: str
@@ -92,21 +89,10 @@ class ServedModel:
                 )
         return conversation
 
-    def encode_chat_of_few_steps(
-        self, conversation: Conversation, request: ChatRequest | TokenizeRequest
-    ) -> EncodedPrompt | None:
-        """As :meth:`encode_chat`; ``None`` where the template does more than takes a millisecond."""
-        try:
-            return self.encode_chat(conversation, request, _FEW_STEPS)
-        except OverBudgetError:
-            return None
-
-    def encode_chat(
-        self, conversation: Conversation, request: ChatRequest | TokenizeRequest, budget: int | None = None
-    ) -> EncodedPrompt:
-        """Render and tokenize; ``budget`` is as :meth:`.ChatTemplate.render` has it."""
+    def encode_chat(self, conversation: Conversation, request: ChatRequest | TokenizeRequest) -> EncodedPrompt:
+        """Render and tokenize; on the render thread."""
         with self._noting("template"):
-            rendered = self.template.render(conversation, request, budget)
+            rendered = self.template.render(conversation, request)
         trimmed, dropped = self.truncation(request).trim(rendered, self.bounds.characters)
         if trimmed is not rendered and self.sentinels.order(trimmed) != self.sentinels.order(rendered):
             raise InvalidRequest(
@@ -126,7 +112,7 @@ class ServedModel:
     def encode_text(
         self, text: str, how: Truncation, *, add_special_tokens: bool, offsets: bool = False
     ) -> EncodedPrompt:
-        """Tokenize a plain text, of which only what ``how`` can keep is looked at."""
+        """Tokenize a plain text, of which only what ``how`` can keep is looked at; on the render thread."""
         trimmed, dropped = how.trim(text, self.bounds.characters)
         with self._noting("tokenize"):
             encoded = self.tokenizer.encode_text(

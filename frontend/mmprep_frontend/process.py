@@ -44,7 +44,6 @@ from mmprep_frontend.model import ServedModel, load_model
 from mmprep_frontend.native import NativeDoor
 from mmprep_frontend.render.loaded_tokenizer import LoadedTokenizer, load_tokenizer
 from mmprep_frontend.render.tokenizer_cache import TokenizerCache
-from mmprep_frontend.render_thread import RenderThread
 from mmprep_frontend.resets import Resets
 from mmprep_frontend.room import Room
 from mmprep_frontend.service import Service
@@ -80,7 +79,7 @@ class Frontend:
         self._settings = settings
         self._runtime = RuntimeDir(settings.runtime_dir)
         self._context: zmq.Context[Any] = zmq.Context()
-        self._render_thread = RenderThread(ThreadPoolExecutor(1, thread_name_prefix="render"))
+        self._render_thread = ThreadPoolExecutor(1, thread_name_prefix="render")
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="media")
         self._metrics = Metrics()
         self._draining = False
@@ -110,7 +109,9 @@ class Frontend:
         self._supervisor = SupervisorLink(
             self._context, self._runtime.supervisor, settings.index, self._report, self._forget
         )
-        self._tokenizer = self._render_thread.run(_load_tokenizer, Path(settings.model))
+        self._tokenizer = asyncio.get_running_loop().run_in_executor(
+            self._render_thread, _load_tokenizer, Path(settings.model)
+        )
         # An error is told where the model is loaded; a process that ends before is not asked for it.
         self._tokenizer.add_done_callback(lambda loaded: loaded.cancelled() or loaded.exception())
         self._writer = WriterLink(
@@ -253,7 +254,8 @@ class Frontend:
         try:
             _check_dtype(settings.tensor_dtype, card)
             loaded = await self._tokenizer
-            model = await self._render_thread.run(
+            model = await asyncio.get_running_loop().run_in_executor(
+                self._render_thread,
                 lambda: load_model(
                     Path(settings.model),
                     card,
@@ -295,7 +297,7 @@ class Frontend:
         limits, threads = self._settings.limit_mm_per_prompt, [self._threads] * _THREADS
         work = partial(warm_up, model, self._intake, self._hasher, limits, threads)
         try:
-            await self._render_thread.run(work)
+            await asyncio.get_running_loop().run_in_executor(self._render_thread, work)
         except Exception as error:  # noqa: BLE001 -- whatever it is, readiness must say so
             _log.exception("the frontend does not get warm")
             why = f"a frontend cannot be warmed up ({type(error).__name__}); its log says more"
@@ -346,7 +348,7 @@ class Frontend:
             await self._cache.close()
         self._writer.close()
         self._supervisor.close()
-        self._render_thread.close()
+        self._render_thread.shutdown(wait=False, cancel_futures=True)
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._context.destroy(linger=100)
 

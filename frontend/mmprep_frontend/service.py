@@ -1,8 +1,8 @@
 """The life of a request in a frontend, whatever door it came through.
 
-Parse and walk on the loop, and a short prompt at once; then, side by side, one hop to the render thread (template, tokens,
-small media) and the fetches; then the offer to the writer; then expansion. What leaves is a :class:`RenderedChat`, which the
-doors turn into answers or frames.
+Parse and walk on the loop; then, side by side, one hop to the render thread (template, tokens, small media) and the
+fetches; then the offer to the writer; then expansion. What leaves is a :class:`RenderedChat`, which the doors turn into
+answers or frames.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ from mmprep_frontend.render.responses import read_responses
 from mmprep_frontend.render.sampling import check_wanted
 from mmprep_frontend.render.tokens import EncodedPrompt
 from mmprep_frontend.render.truncation import truncate, truncate_offsets
-from mmprep_frontend.render_thread import RenderThread
 from mmprep_frontend.rendered import RenderedChat, RenderedItem, Terms, Unasked, Walked
 from mmprep_frontend.tracing.spans import current, record, record_lookup, recording
 from mmprep_frontend.wanted import check_injected, key_of, recalled_within, wanted
@@ -65,11 +64,8 @@ Form: TypeAlias = Literal["chat", "messages", "responses"]
 
 #: Requests above this size are parsed off the loop.
 _LARGE_BODY = 256 * 1024
-#: Bytes of a request's JSON, characters or ids up to which a prompt is made on the loop: within 1 ms, at worst 2.
-_SHORT = 2048
 #: Ids up to which an answer is encoded on the loop.
 _FEW_IDS = 16_384
-_TOO_LATE = "the request's time was over before it was rendered and tokenized"
 #: Bytes of what is remembered of items.
 _KNOWN_BYTES = 16 << 20
 
@@ -94,7 +90,7 @@ class Service:
     writer, intake, hasher, metrics:
         Its parts.
     render_thread:
-        Has the model's tokenizer and templates.
+        One thread; it alone uses the model's tokenizer and templates.
     threads:
         For serialising large answers.
     tensor_dtype:
@@ -118,7 +114,7 @@ class Service:
         intake: Intake,
         hasher: Hasher,
         metrics: Metrics,
-        render_thread: RenderThread,
+        render_thread: ThreadPoolExecutor,
         threads: ThreadPoolExecutor,
         tensor_dtype: str,
         limits: dict[str, int],
@@ -326,8 +322,6 @@ class Service:
         sources = self._intake.sources(conversation.media, attachments)
         key = model.prompt_key(conversation, request, walked.nbytes, walked.scope)
         prompt = model.prompts.get(key)
-        if prompt is None and walked.nbytes <= _SHORT and request.chat_template is None:
-            prompt = await self.at_once(deadline, model.encode_chat_of_few_steps, conversation, request)
         complete = all(map(at_hand, sources))
         nbytes = sum(map(size, sources))
         if prompt is not None and complete and nbytes <= TINY:
@@ -537,27 +531,11 @@ class Service:
         try:
             async with _within(deadline):
                 call = partial(copy_context().run, work) if current.get() is not None else work
-                return await self._render_thread.run(call, *arguments)
+                return await asyncio.get_running_loop().run_in_executor(self._render_thread, call, *arguments)
         finally:
-            self._count_stages()
-
-    async def at_once(self, deadline: float, work: Callable[..., T], *arguments: Any) -> T | None:
-        """Return what ``work``, which takes little, returns here; ``None`` where the render thread is at work."""
-        try:
-            return await self._render_thread.at_once(_in_time, deadline, work, *arguments)
-        finally:
-            self._count_stages()
-
-    async def made(self, deadline: float, size: int, work: Callable[..., T], *arguments: Any) -> T:
-        """Return what ``work`` makes of so many characters or ids: at once where they are few, else on the render thread."""
-        if size <= _SHORT and (done := await self.at_once(deadline, work, *arguments)) is not None:
-            return done
-        return await self.on_render_thread(deadline, work, *arguments)
-
-    def _count_stages(self) -> None:
-        stages = self.served().stages
-        while stages:
-            self.observe(*stages.popleft())
+            stages = self.served().stages
+            while stages:
+                self.observe(*stages.popleft())
 
     def observe(self, stage: str, seconds: float) -> None:
         """Count so much time for ``stage``."""
@@ -600,11 +578,4 @@ async def _within(deadline: float) -> AsyncIterator[None]:
         async with asyncio.timeout_at(deadline):
             yield
     except TimeoutError:
-        raise DeadlineExceeded(_TOO_LATE) from None
-
-
-def _in_time(deadline: float, work: Callable[..., T], *arguments: Any) -> T:
-    """Return what ``work`` returns, begun before ``deadline``; raises DeadlineExceeded."""
-    if now() >= deadline:
-        raise DeadlineExceeded(_TOO_LATE)
-    return work(*arguments)
+        raise DeadlineExceeded("the request's time was over before it was rendered and tokenized") from None

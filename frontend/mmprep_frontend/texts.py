@@ -19,8 +19,8 @@ from mmprep_frontend.render.tokens import EncodedPrompt
 from mmprep_frontend.render.truncation import truncate_offsets
 from mmprep_frontend.service import Body, Service, naming, now
 
-#: How many ids the rest of one answer is worth, and how many characters it is to begin with one more prompt.
-_ANSWER = _PROMPT = 100
+#: How many ids the rest of one answer is worth.
+_ANSWER = 100
 #: Characters and ids that one completion request has tokenized or checked before others get their turn.
 _TURN = 64 * 1024
 
@@ -79,7 +79,7 @@ class Texts:
     async def _encode_prompts(
         self, model: ServedModel, request: CompletionRequest, deadline: float
     ) -> list[EncodedPrompt]:
-        """Return every prompt encoded and cut, some at a time, so that others get their turn."""
+        """Return every prompt encoded and cut, some at a time, so that others get their turn on the render thread."""
         prompts = request.prompts()
         params = [f"prompt[{index}]" for index in range(len(prompts))] if request.is_batch else ["prompt"]
         if model.truncation(request).tokens is None:
@@ -88,8 +88,9 @@ class Texts:
                     model.bounds.check_prompt(len(prompt), param)
         encoded: list[EncodedPrompt] = []
         for turn in _turns([len(prompt) for prompt in prompts]):
-            size = sum(_PROMPT + len(prompt) for prompt in prompts[turn])
-            encoded += await self._service.made(deadline, size, _encode, model, request, prompts[turn], params[turn])
+            encoded += await self._service.on_render_thread(
+                deadline, _encode, model, request, prompts[turn], params[turn]
+            )
         return encoded
 
     async def tokenize(
@@ -117,8 +118,8 @@ class Texts:
             if how.tokens is None:
                 model.bounds.check_counted(len(request.prompt), "prompt")
             text, special = request.prompt, request.adds_special_tokens
-            encoded = await self._service.made(
-                deadline, len(text), lambda: model.encode_text(text, how, add_special_tokens=special)
+            encoded = await self._service.on_render_thread(
+                deadline, lambda: model.encode_text(text, how, add_special_tokens=special)
             )
             token_ids = encoded.token_ids[how.slice_of(len(encoded.token_ids))]
         else:
@@ -129,7 +130,7 @@ class Texts:
                 )
         strings = None
         if request.return_token_strs:
-            strings = await self._service.made(deadline, len(token_ids), model.tokenizer.token_strs, token_ids)
+            strings = await self._service.on_render_thread(deadline, model.tokenizer.token_strs, token_ids)
 
         def answer() -> bytes:
             return encoding.encode(
@@ -155,7 +156,7 @@ class Texts:
             model.tokenizer.check_ids(request.tokens, "tokens")
             return model.tokenizer.decode(request.tokens)
 
-        text = await self._service.made(deadline, len(request.tokens), decode)
+        text = await self._service.on_render_thread(deadline, decode)
         return await self._encode(len(request.tokens), lambda: encoding.encode({"prompt": text}))
 
 
@@ -173,7 +174,7 @@ def _turns(lengths: Sequence[int]) -> Iterator[slice]:
 def _encode(
     model: ServedModel, request: CompletionRequest, prompts: Sequence[str | list[int]], params: Sequence[str]
 ) -> list[EncodedPrompt]:
-    """Return each prompt encoded and cut."""
+    """Return each prompt encoded and cut; on the render thread."""
     how = model.truncation(request)
     encoded = []
     for prompt, param in zip(prompts, params, strict=True):

@@ -8,13 +8,10 @@ import pytest
 from tiny_tokenizer import build, card
 
 from mmprep.digest import Hasher
-from mmprep.errors import DeadlineExceeded, InvalidRequest
+from mmprep.errors import InvalidRequest
 from mmprep.metrics import Metrics
-from mmprep_frontend.media.allowance import MediaLimits
-from mmprep_frontend.media.intake import Intake
 from mmprep_frontend.model import load_model
 from mmprep_frontend.render.loaded_tokenizer import load_tokenizer
-from mmprep_frontend.render_thread import RenderThread
 from mmprep_frontend.service import Service
 from mmprep_frontend.texts import Texts
 
@@ -34,26 +31,21 @@ class Counting(ThreadPoolExecutor):
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def model(directory):
+def model(tmp_path_factory):
+    directory = build(tmp_path_factory.mktemp("model"))
     loaded = load_tokenizer(directory)
     return load_model(directory, card(directory), loaded, name="tiny", max_model_len=50_000, template=None)
 
 
 @pytest.fixture
 def service(model):
-    rendered, threads = Counting(), Counting()
-    limits = MediaLimits(1, 1, 1, 1)
+    render_thread, threads = Counting(), Counting()
     made = Service(
         writer=None,
-        intake=Intake(None, Hasher("blake3"), limits, threads, lambda _seconds: None),
+        intake=None,
         hasher=Hasher("blake3"),
         metrics=Metrics(),
-        render_thread=RenderThread(rendered),
+        render_thread=render_thread,
         threads=threads,
         tensor_dtype="auto",
         limits={},
@@ -61,10 +53,9 @@ def service(model):
         trusts_kwargs=False,
         trusts_templates=False,
     )
-    made.model, made.rendered = model, rendered
-    model.prompts.clear()
+    made.model = model
     yield made
-    rendered.shutdown()
+    render_thread.shutdown()
     threads.shutdown()
 
 
@@ -97,40 +88,4 @@ def test_ids_are_checked_on_the_render_thread(service, model):
     with pytest.raises(InvalidRequest) as refused:
         ask(Texts(service).detokenize(body(tokens=[1] * MANY + [model.tokenizer.vocab_size])))
     assert refused.value.param == f"tokens[{MANY}]"
-    assert service.rendered.given == 1
-
-
-@pytest.mark.parametrize(("words", "on_the_thread"), [(50, False), (2000, True)])
-def test_short_texts_and_chats_are_tokenized_without_a_hop(service, model, words, on_the_thread):
-    text = "cats " * words
-    plain = ask(Texts(service).tokenize(body(prompt=text)))
-    chat = body(messages=[{"role": "user", "content": text}])
-    counted = ask(Texts(service).tokenize(chat))
-    assert model.tokenizer.decode(plain["tokens"]) == text
-    assert text in model.tokenizer.decode(counted["tokens"])
-    assert ask(Texts(service).tokenize(chat)) == counted
-    # The chat of before is remembered.
-    assert service.rendered.given == 2 * on_the_thread
-
-
-def test_many_prompts_are_not_short_because_each_is(service):
-    answers = ask(Texts(service).completions(body(prompt=["a"] * 100), "cmpl-1"))
-    assert [answer["token_ids"] for answer in answers] == [answers[0]["token_ids"]] * 100
-    assert service.rendered.given == 1
-
-
-def test_a_short_chat_whose_template_does_much_goes_to_the_thread(service, directory):
-    template = "{% for n in range(10000) %}{% endfor %}{{ messages[0].content }}"
-    loaded = load_tokenizer(directory)
-    service.model = load_model(directory, card(directory), loaded, name="slow", max_model_len=100, template=template)
-    counted = ask(Texts(service).tokenize(body(messages=[{"role": "user", "content": "cats"}])))
-    assert service.model.tokenizer.decode(counted["tokens"]) == "cats"
-    assert service.rendered.given == 1
-
-
-def test_what_comes_too_late_is_not_begun(service):
-    async def main():
-        with pytest.raises(DeadlineExceeded):
-            await service.at_once(asyncio.get_running_loop().time(), pytest.fail)
-
-    asyncio.run(main())
+    assert service._render_thread.given == 1

@@ -145,19 +145,16 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         finally:
             self._largest = largest
 
-    def rendered(self, template: jinja2.Template, variables: Mapping[str, Any], budget: int | None = None) -> str:
-        """Return the text of a template of this environment; raises :class:`OverBudgetError`, and what it raises.
-
-        ``budget`` is for this rendering, in place of the environment's.
-        """
-        self._begin(budget)
+    def rendered(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
+        """Return the text of a template of this environment; raises :class:`OverBudgetError`, and what it raises."""
+        self._begin()
         try:
             return self._concat(template.root_render_func(template.new_context(dict(variables))))
         finally:
             self._sizes.clear()
 
-    def _begin(self, budget: int | None = None) -> None:
-        self._left = self._budget if budget is None else budget
+    def _begin(self) -> None:
+        self._left = self._budget
         self._look_at = max(0, self._left - _A_WHILE)
         self._begun, self._until = time.monotonic(), None
         self._sizes.clear()

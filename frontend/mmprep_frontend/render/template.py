@@ -110,21 +110,16 @@ class ChatTemplate:
         """Return what the template for ``request`` takes as a message's content."""
         return self._select(request).content_format
 
-    def render(
-        self, conversation: Conversation, request: ChatRequest | TokenizeRequest, budget: int | None = None
-    ) -> str:
+    def render(self, conversation: Conversation, request: ChatRequest | TokenizeRequest) -> str:
         """Return the prompt's text, with sentinels where media belong.
 
         Parameters
         ----------
         conversation: the request's, from :func:`.conversation.walk` in this template's format.
         request: gives the template its other variables.
-        budget: units that are tried, see :mod:`.bounded_jinja`; ``None``: as many as any conversation has.
 
         Raises
         ------
-        OverBudgetError
-            The template wants to do more than was to be tried.
         InvalidRequest
             The model has no template, the template refuses the conversation or fails on it, or the request sets a
             variable that is not its to set.
@@ -136,10 +131,8 @@ class ChatTemplate:
         if request.continue_final_message:
             variables["messages"] = self._open_ended(variables["messages"])
         try:
-            text = chosen.environment.rendered(chosen.template, variables, budget)
+            text = chosen.environment.rendered(chosen.template, variables)
         except OverBudgetError as error:
-            if budget is not None:
-                raise
             raise InvalidRequest(
                 f"The chat template was stopped: {error}. Shorten the conversation.", param="messages"
             ) from None
