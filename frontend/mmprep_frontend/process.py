@@ -404,6 +404,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     settings: FrontendSettings = read_settings(FrontendSettings)
     settings.logs.apply()
+    # Texts are tokenized one by one: the library's own threads would only be woken, which costs as much as a short text.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_memory(_KEPT_BYTES, arenas=1)
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:

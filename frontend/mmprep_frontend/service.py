@@ -11,14 +11,22 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from contextvars import copy_context
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from mmprep.arguments import choose
 from mmprep.digest import Hasher
-from mmprep.errors import DeadlineExceeded, InternalError, InvalidRequest, NotFound, ServiceUnavailable
+from mmprep.errors import (
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    MmprepError,
+    NotFound,
+    ServiceUnavailable,
+)
 from mmprep.items import unpack_meta
 from mmprep.keys import item_key
 from mmprep.metrics import Metrics
@@ -34,8 +42,10 @@ from mmprep_frontend.offered import Offered, OfferItem
 from mmprep_frontend.pace import Pace
 from mmprep_frontend.render.answer import check_length
 from mmprep_frontend.render.conversation import MediaPart
+from mmprep_frontend.render.data_urls import Taken, take_out
 from mmprep_frontend.render.expansion import Expanded, expand
 from mmprep_frontend.render.messages import read_messages
+from mmprep_frontend.render.parts import Message
 from mmprep_frontend.render.places import Asked
 from mmprep_frontend.render.requests import ChatRequest, TokenizeRequest, parse
 from mmprep_frontend.render.responses import read_responses
@@ -181,7 +191,8 @@ class Service:
             With the place in the request as ``param``.
         """
         model, arrived = self.served(), now()
-        asked = await self.parse_body(body, lambda: self._read(model, body, form))
+        read = partial(self._read, model, form)
+        asked, taken = await self.parse_conversation(body, read, lambda asked: asked.request.messages)
         request = asked.request
         with asked.places.renaming(), naming("messages"):
             model.check_name(request.model)
@@ -189,12 +200,12 @@ class Service:
             check_against_model(request, max_model_len=model.max_model_len, vocab_size=model.vocab_size)
             deadline = self.deadline(arrived, request.deadline_ms)
             await self.prepare(model, request, deadline)
-            walked = self.walk(model, request, body, principal)
+            walked = self.walk(model, request, taken, principal)
             prompt, media = await self._prompt_and_media(model, request, walked, attachments, deadline)
             rendering = _Rendering(model, asked, walked, prompt, media, arrived, deadline)
             return self._from_memory(rendering) or await self._render(rendering)
 
-    def _read(self, model: ServedModel, body: Body, form: Form) -> Asked:
+    def _read(self, model: ServedModel, form: Form, body: Body) -> Asked:
         trusted, templates = self.trusts_kwargs, self.trusts_templates
         if form == "messages":
             return read_messages(body, model.template.habits, trusted=trusted, templates=templates)
@@ -207,13 +218,15 @@ class Service:
         if not model.template.is_ready(request):
             await self.on_render_thread(deadline, model.template.prepare, request)
 
-    def walk(self, model: ServedModel, request: ChatRequest | TokenizeRequest, body: Body, principal: str) -> Walked:
+    def walk(self, model: ServedModel, request: ChatRequest | TokenizeRequest, taken: Taken, principal: str) -> Walked:
         """Take the media out of a request's messages and judge what is left; raises InvalidRequest.
 
         The media are of the principal's name space.
         """
         conversation = model.walk(request, self._limits)
-        nbytes = max(0, len(body) - sum(len(part.url) for part in conversation.media))
+        nbytes = max(0, len(taken.json) - sum(len(part.url) for part in conversation.media))
+        if taken.urls:
+            conversation = replace(conversation, media=taken.put_back(conversation.media))
         model.bounds.check_json(nbytes)
         modalities = {part.modality for part in conversation.media}
         kwargs = choose(model.card.arguments, request.mm_processor_kwargs or {}, modalities)
@@ -489,9 +502,25 @@ class Service:
         seconds = self._request_timeout if deadline_ms is None else min(deadline_ms / 1000, self._request_timeout)
         return arrived + seconds
 
+    async def parse_conversation(
+        self, body: Body, read: Callable[[Body], T], messages: Callable[[T], Sequence[Message] | None]
+    ) -> tuple[T, Taken]:
+        """Return what ``read`` makes of ``body``, and the data URLs that were taken out of it before."""
+        await self._pace.step()
+        taken = take_out(body)
+        if taken.urls and len(taken.json) <= _LARGE_BODY:
+            with suppress(MmprepError):  # what is wrong is told of the whole
+                parsed = read(taken.json)
+                if taken.are_media_of(messages(parsed) or ()):
+                    return parsed, taken
+        return await self._parsed(body, lambda: read(body)), Taken(body)
+
     async def parse_body(self, body: Body, work: Callable[[], T]) -> T:
         """Return what ``work`` makes of ``body``, when it is the request's turn; off the loop where it is large."""
         await self._pace.step()
+        return await self._parsed(body, work)
+
+    async def _parsed(self, body: Body, work: Callable[[], T]) -> T:
         if len(body) <= _LARGE_BODY:
             return work()
         async with _within(now() + self._request_timeout):

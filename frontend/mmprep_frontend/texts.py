@@ -131,11 +131,12 @@ class Texts:
     ) -> bytes:
         """Tokenize a text or a chat; media are expanded, and only their plans are computed."""
         model, arrived = self._service.served(), now()
-        request = await self._service.parse_body(
+        request, taken = await self._service.parse_conversation(
             body,
-            lambda: parse(
-                body, "tokenize", trusted=self._service.trusts_kwargs, templates=self._service.trusts_templates
+            lambda json: parse(
+                json, "tokenize", trusted=self._service.trusts_kwargs, templates=self._service.trusts_templates
             ),
+            lambda request: request.messages,
         )
         model.check_name(request.model)
         deadline = self._service.deadline(arrived, request.deadline_ms)
@@ -153,7 +154,7 @@ class Texts:
             await self._service.prepare(model, request, deadline)
             with naming("messages"):
                 token_ids = await self._service.chat_tokens(
-                    model, request, self._service.walk(model, request, body, principal), attachments, deadline
+                    model, request, self._service.walk(model, request, taken, principal), attachments, deadline
                 )
         strings = None
         if request.return_token_strs:

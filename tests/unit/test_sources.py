@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmprep.errors import InvalidRequest, TooLarge
+from mmprep.errors import InvalidRequest, MmprepError, TooLarge
 from mmprep_frontend.media.sources import DataSource, FileSource, HttpSource, inline_source, parse_source
 
 PARAM = "messages[0].content[1].image_url"
@@ -107,6 +107,25 @@ def test_data_above_the_limit_is_refused_before_it_is_decoded_and_the_option_is_
         parse("data:image/png;base64," + "*" * 1400)
     assert caught.value.param == PARAM
     assert isinstance(parse("data:image/png;base64," + "QUJD" * 333 + "QQ=="), DataSource)
+
+
+def outcome(url: str | memoryview) -> tuple[object, ...]:
+    try:
+        source = parse_source(url, param=PARAM, max_bytes=1000)
+        assert isinstance(source, DataSource)
+        return source.size, source.decode()
+    except MmprepError as error:
+        return type(error), error.message, error.param
+
+
+@given(
+    st.sampled_from(("data:image/png;base64,", "data:;base64,", "data:image/png,", "data:é;base64,", "data:")),
+    st.one_of(st.binary(max_size=50).map(base64.b64encode).map(bytes.decode), st.text("QU=J-_ \né", max_size=9)),
+    st.integers(0, 2),
+)
+def test_a_view_of_a_data_url_is_read_as_the_url_itself(head: str, payload: str, cut: int) -> None:
+    url = head + payload[: len(payload) - cut]
+    assert outcome(memoryview(url.encode())) == outcome(url)
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "FILE:/x", "ftp://a.example/x", "blob:abc", "s3://bucket/key"])

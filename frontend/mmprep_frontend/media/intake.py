@@ -148,7 +148,7 @@ class Intake:
     def _source(self, part: MediaPart, attachments: Sequence[memoryview]) -> Source:
         if not part.url:
             return Absent()
-        if attachments and part.url.startswith(_ATTACHMENT):
+        if attachments and isinstance(part.url, str) and part.url.startswith(_ATTACHMENT):
             number = part.url[len(_ATTACHMENT) :]
             if not number.isdecimal() or int(number) >= len(attachments):
                 raise InvalidRequest("the part names an attachment that the request does not have", param=part.param)

@@ -62,7 +62,7 @@ class DataSource:
     param: the place in the request, for errors.
     """
 
-    payload: str
+    payload: str | memoryview
     param: str | None
 
     @property
@@ -78,8 +78,9 @@ class DataSource:
         mmprep.errors.InvalidRequest
             Not strict base64, or empty.
         """
-        missing = -len(self.payload) % 4
-        payload = self.payload + "=" * missing if missing else self.payload
+        payload: str | bytes | memoryview = self.payload
+        if missing := -len(payload) % 4:
+            payload = payload + "=" * missing if isinstance(payload, str) else bytes(payload) + b"=" * missing
         try:
             decoded: bytes = pybase64.b64decode(payload, validate=True)
         except (binascii.Error, ValueError):
@@ -93,14 +94,14 @@ class DataSource:
 
 
 def parse_source(
-    url: str, *, param: str | None, max_bytes: int, local_files: bool = False
+    url: str | memoryview, *, param: str | None, max_bytes: int, local_files: bool = False
 ) -> DataSource | HttpSource | FileSource:
     """Return what kind of source ``url`` is.
 
     Parameters
     ----------
     url:
-        As the request holds it.
+        As the request holds it; a data URL also as a view of its bytes.
     param:
         The place in the request, as ``messages[0].content[1].image_url``.
     max_bytes:
@@ -115,6 +116,8 @@ def parse_source(
     mmprep.errors.TooLarge
         The data is longer than ``max_bytes``.
     """
+    if isinstance(url, memoryview):
+        return _parse_data_url(url, param, max_bytes)
     match = _SCHEME.match(url)
     if match is None:
         raise InvalidRequest(
@@ -136,7 +139,7 @@ def parse_source(
     raise InvalidRequest(f"{scheme}: URLs are not supported here; {_SUPPORTED}", param=param)
 
 
-def inline_source(payload: str, *, param: str | None, max_bytes: int) -> DataSource:
+def inline_source(payload: str | memoryview, *, param: str | None, max_bytes: int) -> DataSource:
     """Return the source for base64 that stands in the request without a URL around it, as in ``input_audio``.
 
     Raises
@@ -151,13 +154,16 @@ def inline_source(payload: str, *, param: str | None, max_bytes: int) -> DataSou
     return DataSource(payload, param)
 
 
-def _parse_data_url(url: str, param: str | None, max_bytes: int) -> DataSource:
+def _parse_data_url(url: str | memoryview, param: str | None, max_bytes: int) -> DataSource:
     start = len("data:")
-    comma = url.find(",", start, start + _MAX_HEAD)
+    head = url[: start + _MAX_HEAD]
+    if isinstance(head, memoryview):
+        head = str(head, "latin-1")
+    comma = head.find(",", start)
     if comma < 0:
         raise InvalidRequest("the data URL is malformed: write data:<type>;base64,<data>", param=param)
     # The type may be wrong, and is not looked at.
-    _, *parameters = (part.strip().lower() for part in url[start:comma].split(";"))
+    _, *parameters = (part.strip().lower() for part in head[start:comma].split(";"))
     if not parameters or parameters[-1] != "base64":
         raise InvalidRequest("the data URL is not base64: write data:<type>;base64,<data>", param=param)
     return inline_source(url[comma + 1 :], param=param, max_bytes=max_bytes)
@@ -180,6 +186,7 @@ def _parse_file_url(url: str, param: str | None) -> tuple[bytes, ...]:
     return names
 
 
-def _decoded_size(payload: str) -> int:
-    padding = 2 if payload.endswith("==") else 1 if payload.endswith("=") else 0
+def _decoded_size(payload: str | memoryview) -> int:
+    end = payload[-2:] if isinstance(payload, str) else str(payload[-2:], "latin-1")
+    padding = 2 if end == "==" else 1 if end.endswith("=") else 0
     return (len(payload) - padding) * 3 // 4

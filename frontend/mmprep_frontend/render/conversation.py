@@ -18,7 +18,7 @@ type: some templates look for the one (Qwen2-Audio's), most for the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -60,7 +60,8 @@ class MediaPart:
     Attributes
     ----------
     modality: ``image``, ``video`` or ``audio``.
-    url: where its bytes are; where it is ``bare``, the bytes themselves, in base64; empty where it has none, but a uuid.
+    url: where its bytes are; where it is ``bare``, the bytes themselves, in base64; empty where it has none, but a uuid. A
+        data URL may still be where it was in the request, see :mod:`.data_urls`.
     param: where the request says so.
     bare: whether there is no URL around the data.
     uuid: the caller's name for it, if any.
@@ -68,7 +69,7 @@ class MediaPart:
     """
 
     modality: str
-    url: str
+    url: str | memoryview
     param: str
     bare: bool = False
     uuid: str | None = None
@@ -108,6 +109,15 @@ def walk(
     walker = _Walker(card, content_format, sentinels)
     converted = [walker.message(message, f"messages[{index}]") for index, message in enumerate(messages)]
     return Conversation(converted, walker.media, len(walker.media) if content_format == "string" else 0)
+
+
+def media_urls(messages: Sequence[Message]) -> Iterator[str]:
+    """Return the URLs of all media in messages, in order; empty ones where they have none."""
+    for message in messages:
+        if isinstance(message.content, list):
+            for part in message.content:
+                if isinstance(part, MediumPart):
+                    yield _source(part)[2]
 
 
 class _Walker:
@@ -228,16 +238,21 @@ def _without_attribution(content: str | list[dict[str, Any]]) -> str | list[dict
     return [part for part in parts if part["type"] != "text" or part["text"]]
 
 
-def _medium(part: MediumPart, param: str) -> MediaPart:
+def _source(part: MediumPart) -> tuple[str, str, str]:
+    """Return a medium's modality, the name of the field that says where it is, and what that says."""
     match part:
         case ImageUrlPart() | InputImagePart():
-            modality, name, url = "image", "image_url", _url(part.image_url)
+            return "image", "image_url", _url(part.image_url)
         case VideoUrlPart():
-            modality, name, url = "video", "video_url", _url(part.video_url)
+            return "video", "video_url", _url(part.video_url)
         case AudioUrlPart():
-            modality, name, url = "audio", "audio_url", _url(part.audio_url)
+            return "audio", "audio_url", _url(part.audio_url)
         case InputAudioPart():
-            modality, name, url = "audio", "input_audio", (part.input_audio and part.input_audio.data) or ""
+            return "audio", "input_audio", (part.input_audio and part.input_audio.data) or ""
+
+
+def _medium(part: MediumPart, param: str) -> MediaPart:
+    modality, name, url = _source(part)
     if not url and part.uuid is None:
         raise InvalidRequest(
             "The part has no data: send them, or the 'uuid' with which they were sent before.", param=f"{param}.{name}"
