@@ -253,6 +253,7 @@ class Queues:
                 return False
             self._queues[job.queue].take(job)
             job.attempt = max(job.attempt, held.attempt)
+        self._pullers.setdefault(puller.id, puller)  # forgotten with its last delivery, if that has made way for this one
         self._hold(
             Delivery(
                 held.token,
