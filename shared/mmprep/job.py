@@ -154,11 +154,7 @@ class Job(_Job):
     def ack(self) -> None:
         """Say that the job is done, and give its tensors up; see :meth:`AsyncJob.ack`."""
         try:
-            self._ask(
-                partial(self._pulling.ack_now, self._held),
-                partial(self._pulling.give_up_ack, self._held),
-                seconds=_SECONDS,
-            )
+            self._ask(partial(self._pulling.ack_now, self._held), seconds=_SECONDS)
         except (WriterLostError, TimeoutError):
             self._run(self._pulling.ack(self._held))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from typing import Any
 
 from mmprep.errors import InvalidRequest
@@ -44,15 +44,13 @@ class LoopThread:
             future.cancel()
             raise
 
-    def ask(self, begin: Callable[[Callable[[Any], None]], None], end: Callable[[], object], *, seconds: float) -> Any:
-        """Return what is told, without a task or a hop to the loop: the caller's thread begins by itself.
+    def ask(self, begin: Callable[[Callable[[Any], None]], Callable[[], object]], *, seconds: float) -> Any:
+        """Return what is told, with one hop to the loop and one back, and no task between them.
 
         Parameters
         ----------
         begin:
-            Called with what takes the outcome, an error too, once and from any thread. What it raises is raised.
-        end:
-            Called on the loop where the wait ends without an outcome: by its time, or by an interrupt.
+            Called on the loop with what takes the outcome, an error too, on the loop and once. Returns what ends the wait.
         seconds:
             For how long the outcome is waited for.
 
@@ -65,18 +63,17 @@ class LoopThread:
         """
         if self._loop.is_closed():
             raise InvalidRequest("this client is closed")
-        outcome = _Outcome()
+        outcome: Future[Any] = Future()
+        ends: list[Callable[[], object]] = []
         try:  # an interrupt may come at once
-            begin(outcome.told)
-            if not outcome.there.acquire(timeout=seconds):
-                raise TimeoutError
+            self._loop.call_soon_threadsafe(_begin, begin, outcome, ends)
+            return outcome.result(seconds)
         except BaseException as error:
-            if outcome.settle():
-                self._loop.call_soon_threadsafe(end)
-                raise
-            if not isinstance(error, TimeoutError):  # else it came in this moment
-                raise
-        return outcome.result()
+            if outcome.cancel():
+                self._loop.call_soon_threadsafe(_end, ends)
+            elif isinstance(error, TimeoutError):
+                return outcome.result()  # it came in this moment
+            raise
 
     def stop(self) -> None:
         """Cancel what is under way, whose callers on other threads are told, end the thread and close the loop."""
@@ -86,32 +83,30 @@ class LoopThread:
         self._loop.close()
 
 
-class _Outcome:
-    """One outcome that one thread waits for; a future costs several times as much."""
+def _begin(
+    begin: Callable[[Callable[[Any], None]], Callable[[], object]],
+    outcome: Future[Any],
+    ends: list[Callable[[], object]],
+) -> None:
+    def told(what: Any) -> None:
+        if not outcome.set_running_or_notify_cancel():
+            return
+        if isinstance(what, BaseException):
+            outcome.set_exception(what)
+        else:
+            outcome.set_result(what)
 
-    __slots__ = ("_open", "_what", "there")
+    if outcome.cancelled():
+        return
+    try:
+        ends.append(begin(told))
+    except Exception as error:  # noqa: BLE001 -- it is the caller's
+        told(error)
 
-    def __init__(self) -> None:
-        #: Held until the outcome is there.
-        self.there = threading.Lock()
-        self.there.acquire()
-        #: Who takes it settles the outcome: who tells it, or who waits no more.
-        self._open = threading.Lock()
-        self._what: Any = None
 
-    def settle(self) -> bool:
-        """Say that there will be no outcome; return whether there was none."""
-        return self._open.acquire(blocking=False)
-
-    def told(self, what: Any) -> None:
-        if self.settle():
-            self._what = what
-            self.there.release()
-
-    def result(self) -> Any:
-        if isinstance(self._what, BaseException):
-            raise self._what
-        return self._what
+def _end(ends: list[Callable[[], object]]) -> None:
+    for end in ends:
+        end()
 
 
 async def _cancel_all() -> None:

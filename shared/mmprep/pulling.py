@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -48,23 +47,9 @@ class Held:
     seconds, deadline: its time, and when that is over at the latest, by ``time.monotonic``.
     taken: the program has it.
     end: what was said of it; ``over``: it was delivered elsewhere.
-    forget: gives up waiting for the answer to that, and says whether there was none.
     """
 
-    __slots__ = (
-        "attempt",
-        "deadline",
-        "end",
-        "error",
-        "forget",
-        "items",
-        "job",
-        "job_id",
-        "queue",
-        "seconds",
-        "taken",
-        "token",
-    )
+    __slots__ = ("attempt", "deadline", "end", "error", "items", "job", "job_id", "queue", "seconds", "taken", "token")
 
     def __init__(self, delivery: messages.Delivery) -> None:
         self.token = delivery.token
@@ -76,7 +61,6 @@ class Held:
         self.error = None if delivery.fault is None else delivery.fault.error()
         self.taken = False
         self.end: Literal["acknowledged", "given back", "over"] | None = None
-        self.forget: Callable[[], bool] | None = None
         self.items: list[Item] = []
         self.job: Any = None
 
@@ -124,8 +108,6 @@ class Pulling:
         self._make_job = make_job or self._job
         self._reader: Reader | None = None
         self._held: dict[bytes, Held] = {}
-        #: Guards the ends of jobs, which several threads may begin.
-        self._guard = threading.Lock()
         #: What waits for the program; also read by other threads.
         self._ready: deque[Held] = deque()
         self._more = asyncio.Event()
@@ -282,14 +264,14 @@ class Pulling:
         failpoints.reach("backend.ack.before")
         await self._end(held, "acknowledged", partial(messages.Ack, token=held.token))
 
-    def ack_now(self, held: Held, told: Callable[[Any], None]) -> None:
-        """Say that a job is done to the writer that is there. May be called from any thread.
+    def ack_now(self, held: Held, told: Callable[[Any], None]) -> Callable[[], None]:
+        """Say that a job is done to the writer that is there; ``told`` is called with the answer or the error, as of :meth:`ack`.
 
-        ``told`` is called on the loop with the answer or the error, as of :meth:`ack`. Raises, as ``told`` may be called with,
-        WriterLostError where it takes :meth:`ack`.
+        Returns what gives up waiting. Raises, as ``told`` may be called with, WriterLostError where it takes :meth:`ack`.
         """
-        self._claim(held, "acknowledged")
+        self._check_open(held)
         assert self._reader is not None
+        failpoints.reach("backend.ack.before")
 
         def answered(outcome: Any) -> None:
             if isinstance(outcome, StaleDelivery):
@@ -300,18 +282,13 @@ class Pulling:
                 self._drop(held)
             told(outcome)
 
-        try:
-            failpoints.reach("backend.ack.before")
-            held.forget = self._reader.tell(partial(messages.Ack, token=held.token), answered)
-        except BaseException:
-            held.end = None
-            raise
+        def give_up() -> None:
+            if forget():
+                held.end = None
 
-    @staticmethod
-    def give_up_ack(held: Held) -> None:
-        """Nobody waits any more for what :meth:`ack_now` has asked; on the loop."""
-        if held.forget is not None and held.forget():
-            held.end = None
+        forget = self._reader.tell(partial(messages.Ack, token=held.token), answered)
+        held.end = "acknowledged"
+        return give_up
 
     async def give_back(self, held: Held, failed: str | None) -> None:
         """Say that a job is not done; ``failed``: why, ``None``: it was not begun."""
@@ -321,8 +298,9 @@ class Pulling:
     async def _end(
         self, held: Held, end: Literal["acknowledged", "given back"], make: Callable[[int], msgspec.Struct]
     ) -> None:
-        self._claim(held, end)
+        self._check_open(held)
         assert self._reader is not None
+        held.end = end
         try:
             await self._reader.call(make)
         except StaleDelivery:
@@ -334,14 +312,12 @@ class Pulling:
             raise
         self._drop(held)
 
-    def _claim(self, held: Held, end: Literal["acknowledged", "given back"]) -> None:
-        """Begin a job's end, which one caller alone does; raises StaleDelivery or InvalidRequest."""
-        with self._guard:
-            if held.end == "over":
-                raise StaleDelivery(_OVER)
-            if held.end is not None:
-                raise InvalidRequest(f"the job was {held.end} already; each job ends once")
-            held.end = end
+    @staticmethod
+    def _check_open(held: Held) -> None:
+        if held.end == "over":
+            raise StaleDelivery(_OVER)
+        if held.end is not None:
+            raise InvalidRequest(f"the job was {held.end} already; each job ends once")
 
     async def drain(self) -> None:
         """Take no more jobs, and give back those that the program does not have. Again is no error."""

@@ -35,9 +35,9 @@ class Reader(Protocol):
         """Say something to the service and return its answer."""
 
     def tell(self, make: Callable[[int], msgspec.Struct], told: Callable[[Any], None]) -> Callable[[], bool]:
-        """Say something to the service, if it is there, once; ``told`` is called with the answer or the error, on the loop.
+        """Say something to the service, if it is there, once; ``told`` is called with the answer or the error.
 
-        May be called from any thread. Returns what gives up waiting, and says whether there was no outcome yet. Raises WriterLostError where nobody is there.
+        Returns what gives up waiting, and says whether there was no outcome yet. Raises WriterLostError where nobody is there.
         """
 
     def open_now(self, address: Address) -> Item | None:

@@ -180,8 +180,6 @@ class Registration:
         #: The last epochs of this service that have ended.
         self._ended: deque[str] = deque(maxlen=_MOST_ENDED)
         self._calls = CallTable()
-        #: Guards what other threads say: either it is said to the writer that is there, or its loss is heard of.
-        self._speaking = threading.RLock()
         self._up = False
         self._standing = Standing()
         self._lock = ProcessLock(runtime.lock_path("backend", backend_id))
@@ -238,9 +236,7 @@ class Registration:
                 async with asyncio.timeout(_CLOSE_SECONDS):
                     await self.call(lambda call: messages.Release(call, ()))
         self._link.close()
-        with self._speaking:
-            self._up = False
-            self._calls.fail_all(InvalidRequest, "this client is closed")
+        self._calls.fail_all(InvalidRequest, "this client is closed")
         self._standing.note()
         mapping, self.mapping = self.mapping, None
         if mapping is not None:
@@ -394,19 +390,16 @@ class Registration:
         )
 
     def tell(self, make: Callable[[int], msgspec.Struct], told: Callable[[Any], None]) -> int:
-        """Ask the writer that is there, once; ``told`` is called on the loop with the answer or the error.
-
-        May be called from any thread. Returns the call's number.
+        """Ask the writer that is there, once; ``told`` is called with the answer or the error. Returns the call's number.
 
         Raises
         ------
         WriterLostError
             None is there.
         """
-        with self._speaking:
-            if not self._up:
-                raise WriterLostError("no writer is there")
-            return self._calls.tell(lambda number: self._link.send_from_thread([pack(make(number))]), told)
+        if not self._up:
+            raise WriterLostError("no writer is there")
+        return self._calls.tell(lambda number: self._link.send([pack(make(number))]), told)
 
     def forget(self, number: int) -> bool:
         """Let nobody be told of a call's outcome; say whether it had none."""
@@ -476,9 +469,8 @@ class Registration:
         return [pack(hello)]
 
     def _on_down(self) -> None:
-        with self._speaking:
-            self._up = False
-            self._calls.fail_all(WriterLostError, "the writer went away; try again")
+        self._up = False
+        self._calls.fail_all(WriterLostError, "the writer went away; try again")
         self._standing.note()
 
     def _on_message(self, frames: list[Any]) -> None:
@@ -506,15 +498,11 @@ class Registration:
     def _refuse(self, error: MmprepError) -> None:
         """The writer does not take this connection: say so to those who wait, and try another one."""
         self._standing.refusal = error
-        with self._speaking:
-            self._up = False
-            self._calls.fail_all(ServiceUnavailable, error.message)
+        self._calls.fail_all(ServiceUnavailable, error.message)
         self._link.reopen()
 
     def _welcomed(self, welcome: messages.WriterWelcome) -> None:
-        with self._speaking:
-            self._up = False
-            self._calls.fail_all(WriterLostError, "the writer has begun anew; try again")
+        self._calls.fail_all(WriterLostError, "the writer has begun anew; try again")
         life = Life(welcome.segment.epoch.hex(), welcome.incarnation)
         if self.mapping is None or self.mapping.epoch != life.epoch:
             try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -38,7 +37,7 @@ class CallTable:
     """Futures by call number, on one event loop."""
 
     def __init__(self, first: int = 1) -> None:
-        self._numbers = itertools.count(first)
+        self._next = first
         self._waiting: dict[int, asyncio.Future[Any] | _Told] = {}
 
     def __len__(self) -> int:
@@ -64,14 +63,15 @@ class CallTable:
     def _enter(self, future: asyncio.Future[Any] | _Told) -> int:
         if len(self._waiting) >= _MOST_CALLS:
             raise Busy("too many calls are under way", retry_after=1.0)
-        number = next(self._numbers)
+        number = self._next
+        self._next += 1
         self._waiting[number] = future
         return number
 
     def tell(self, say: Callable[[int], None], told: Callable[[Any], None]) -> int:
         """Make a call whose outcome, an answer or an error, ``told`` is called with at once; return its number.
 
-        May be called from any thread, if ``say`` may be. Raises as :meth:`open`, and what ``say`` raises; then nobody is told.
+        Raises as :meth:`open`, and what ``say`` raises; then nobody is told.
         """
         number = self._enter(_Told(told))
         try:

@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import threading
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -73,8 +72,6 @@ class Pump:
         self._outbox = Outbox(max_messages=_MOST_WAITING, max_bytes=outbox_bytes)
         self._loop = asyncio.get_running_loop()
         self._fd = int(socket.getsockopt(zmq.FD))
-        #: Guards socket and outbox: other threads send, too.
-        self._guard = threading.Lock()
         self._woken = False
         self._retry: asyncio.TimerHandle | None = None
         self._closed = False
@@ -91,29 +88,12 @@ class Pump:
         zmq.ZMQError
             A ROUTER does not know the peer (any more): ``EHOSTUNREACH``.
         """
-        with self._guard:
-            if self._closed:
-                return
-            self._send(frames)
-        self._wake()
-
-    def send_from_thread(self, frames: Frames) -> None:
-        """Do as :meth:`send`, on any thread. The loop is woken only where there is something for it to do."""
-        with self._guard:
-            if self._closed:
-                return
-            # A look, because sending may have used up the signal that tells the loop of a message.
-            if self._send(frames) and not ready(self._socket)[0]:
-                return
-        self._loop.call_soon_threadsafe(self._run)
-
-    def _send(self, frames: Frames) -> bool:
-        """Send, or let it wait; return whether it went."""
+        if self._closed:
+            return
         peer = frames[0] if self._routes else b""
-        went = not self._outbox.holds(peer) and self._try(frames)
-        if not went:
+        if self._outbox.holds(peer) or not self._try(frames):
             self._outbox.add(peer, frames)
-        return went
+        self._wake()
 
     def close(self, *, linger_ms: int = 0) -> None:
         """Close the socket; what waits in the outbox is dropped.
@@ -123,13 +103,12 @@ class Pump:
         linger_ms:
             For so long ZeroMQ goes on to deliver what it has taken; ending the context waits for that.
         """
-        with self._guard:
-            if not self._closed:
-                self._closed = True
-                self._loop.remove_reader(self._fd)
-                if self._retry is not None:
-                    self._retry.cancel()
-                self._socket.close(linger_ms)
+        if not self._closed:
+            self._closed = True
+            self._loop.remove_reader(self._fd)
+            if self._retry is not None:
+                self._retry.cancel()
+            self._socket.close(linger_ms)
 
     def _try(self, frames: Frames) -> bool:
         try:
@@ -146,16 +125,14 @@ class Pump:
     def _run(self) -> None:
         self._woken = False
         for _ in range(_BATCH):
-            with self._guard:
-                if self._closed:
-                    return
-                # One look serves both directions: a look that finds the socket writable has used up the signal that says so.
-                readable, writable = ready(self._socket)
-                sent = writable and bool(self._outbox) and self._flush()
-                frames = recv_frames(self._socket, copy=self._copy) if readable else []
+            if self._closed:
+                return
+            # One look serves both directions: a look that finds the socket writable has used up the signal that says so.
+            readable, writable = ready(self._socket)
+            sent = writable and bool(self._outbox) and self._flush()
             if readable:
                 # One frame too many is as bad as a million, and tells the handler.
-                self._handle(frames[: MAX_FRAMES + 1])
+                self._handle(recv_frames(self._socket, copy=self._copy)[: MAX_FRAMES + 1])
             elif not sent:
                 if writable and self._outbox:
                     self._run_later()
@@ -256,12 +233,6 @@ class Link:
         """Send one message to the present incarnation of the other side; see :meth:`Pump.send`."""
         if self._pump is not None:
             self._pump.send(frames)
-
-    def send_from_thread(self, frames: Frames) -> None:
-        """Do as :meth:`send`, on any thread."""
-        pump = self._pump
-        if pump is not None:
-            pump.send_from_thread(frames)
 
     def reopen(self) -> None:
         """Give this connection up, and open another one soon: the other side has refused it."""
