@@ -143,6 +143,8 @@ class Space:
 
     def take_writes(self) -> tuple[tuple[int, bytes], ...]:
         """Return and forget the queued records, in order: ``(slot, 128 bytes)``."""
+        if not self._writes:
+            return ()
         writes = tuple(self._writes)
         self._writes.clear()
         return writes

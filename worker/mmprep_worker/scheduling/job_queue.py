@@ -71,6 +71,7 @@ class JobQueue:
     backends: ids of those who pull.
     idle_since: when the last of them left, or when it was made; infinite while somebody pulls.
     jobs: all, by serial; delivered ones too.
+    depth: how many of them wait.
     counts: jobs by what has happened to them: posted, delivered, returned, refused, and the outcomes.
     """
 
@@ -80,22 +81,18 @@ class JobQueue:
         self.backends: dict[str, None] = {}
         self.idle_since = now
         self.jobs: dict[int, Job] = {}
+        self.depth = 0
         self.nbytes = 0
         self.counts: Counter[str] = Counter()
         self.dead: deque[DeadLetter] = deque(maxlen=limits.dead)
         self.holding = Holding(limits.pinned // 2)
         self._limits = limits
         self._max_bytes = limits.nbytes // 2
-        self._producers: Counter[str] = Counter()
+        self._producers: dict[str, int] = {}
         #: The one job that waits: without others there are no turns to take.
         self._lone: Job | None = None
         #: Those that wait, where they are several.
         self._waiting = FairQueue(max_items=limits.jobs, max_bytes=self._max_bytes)
-
-    @property
-    def depth(self) -> int:
-        """How many jobs wait."""
-        return len(self._waiting) if self._lone is None else 1
 
     def waits(self, serial: int) -> bool:
         """Whether a job waits; else it is delivered, or not here."""
@@ -111,7 +108,9 @@ class JobQueue:
         TooLarge
             There never is.
         """
-        held = sum(place.extent for place in job.places)
+        held = 0
+        for place in job.places:
+            held += place.extent
         if job.nbytes > self._max_bytes or held > self.holding.most:
             raise TooLarge(
                 "the request's result is larger than what a queue may hold (--queue-size, and a quarter of --cache-size "
@@ -121,7 +120,7 @@ class JobQueue:
         jobs = self._limits.jobs
         if len(self.jobs) >= jobs or self.nbytes + job.nbytes > self._max_bytes:
             raise Busy(f"queue {self.name!r} is full; post again later", param="queue", retry_after=RETRY_AFTER)
-        if self._producers[job.producer] >= max(1, jobs - jobs // 4):
+        if self._producers.get(job.producer, 0) >= max(1, jobs - jobs // 4):
             raise Busy(
                 f"your jobs take the most that one producer may have of queue {self.name!r}; post again later",
                 param="queue",
@@ -138,14 +137,15 @@ class JobQueue:
         """Take a job that :meth:`check` allows; one that does not wait is with a backend."""
         self.jobs[job.serial] = job
         self.nbytes += job.nbytes
-        self._producers[job.producer] += 1
+        self._producers[job.producer] = self._producers.get(job.producer, 0) + 1
         self.holding.add(job.places)
         self.counts["posted"] += 1
         if waits:
             self._wait(job)
 
     def _wait(self, job: Job, *, first: bool = False) -> None:
-        if not self.depth:
+        self.depth += 1
+        if self.depth == 1:
             self._lone = job
             return
         if self._lone is not None:
@@ -155,6 +155,7 @@ class JobQueue:
 
     def pop(self) -> Job:
         """Take the job whose turn it is; one must wait."""
+        self.depth -= 1
         if self._lone is not None:
             job, self._lone = self._lone, None
             return job
@@ -176,8 +177,9 @@ class JobQueue:
         self._take(job)
         del self.jobs[job.serial]
         self.nbytes -= job.nbytes
-        self._producers[job.producer] -= 1
-        if not self._producers[job.producer]:
+        if self._producers[job.producer] > 1:
+            self._producers[job.producer] -= 1
+        else:
             del self._producers[job.producer]
         self.holding.remove(job.places)
         self.counts[outcome] += 1
@@ -186,10 +188,13 @@ class JobQueue:
 
     def _take(self, job: Job) -> None:
         """Let a job wait no more; nothing where it does not."""
+        if not self.depth:
+            return
         if self._lone is job:
             self._lone = None
-        elif self._lone is None:
-            self._waiting.remove(job.serial)
+        elif not self._waiting.remove(job.serial):
+            return
+        self.depth -= 1
 
     def forgotten_at(self) -> float:
         """Return when the queue may be forgotten, if nothing happens until then; infinite where never."""
@@ -201,6 +206,7 @@ class JobQueue:
         """Check every invariant; raises AssertionError."""
         self._waiting.validate()
         assert self._lone is None or not len(self._waiting), "a job waits beside its queue's others"
+        assert self.depth == len(self._waiting) + (self._lone is not None), "the jobs that wait are miscounted"
         assert self._lone is None or self.jobs.get(self._lone.serial) is self._lone, "a job waits that has ended"
         jobs = list(self.jobs.values())
         self.holding.validate(jobs)

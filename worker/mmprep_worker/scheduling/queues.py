@@ -68,8 +68,8 @@ class Queues:
         #: Tokens that were good when they were acknowledged, and by whom: an answer may be lost.
         self._acked: OrderedDict[bytes, str] = OrderedDict()
         self._ended: list[Ended] = []
-        #: Whether something has changed since :meth:`match` found nothing.
-        self._stirred = False
+        #: Whether something has changed, a job's end for example, since :meth:`match` found nothing. To be read only.
+        self.stirred = False
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -153,7 +153,7 @@ class Queues:
             There is no room for it.
         """
         assert not self.knows(job.id), f"job {job.id} is posted twice"
-        self._stirred = True
+        self.stirred = True
         queue = self._queues.get(job.queue)
         if queue is None:
             if not again:
@@ -206,7 +206,7 @@ class Queues:
         Busy
             There are too many queues.
         """
-        self._stirred = True
+        self.stirred = True
         names = list(dict.fromkeys(queues))
         self._check_number(names)
         puller = self._puller(backend)
@@ -228,7 +228,7 @@ class Queues:
         """
         puller = self._puller(backend)
         listed = set()
-        self._stirred = True
+        self.stirred = True
         lost = []
         for one in held:
             known = puller.held.get(one.token)
@@ -290,7 +290,7 @@ class Queues:
 
     def gone(self, backend: str, now: float) -> None:
         """A backend's process lock has fallen: what it has comes back, and counts as failed."""
-        self._stirred = True
+        self.stirred = True
         puller = self._pullers.get(backend)
         if puller is None:
             return
@@ -311,7 +311,7 @@ class Queues:
         """
         if self._acked.get(made) == backend:
             return
-        self._stirred = True
+        self.stirred = True
         delivery = self._delivery(backend, made)
         self._end(delivery)
         _remember(self._acked, made, backend, self.limits.remembered)
@@ -328,12 +328,12 @@ class Queues:
         StaleDelivery
             The delivery is over, or was another backend's.
         """
-        self._stirred = True
+        self.stirred = True
         self._come_back(self._delivery(backend, made), now, failed=failed)
 
     def put_off(self, made: bytes, until: float, now: float) -> None:
         """A delivery could not be made: its job comes back, and its backend gets nothing before ``until``."""
-        self._stirred = True
+        self.stirred = True
         delivery = self._deliveries[made]
         puller = self._pullers[delivery.backend]
         puller.paused_until = until
@@ -347,8 +347,10 @@ class Queues:
         The backend with the fewest deliveries is served, of several the one that was served longest ago, from its
         queues by turns.
         """
-        if not self._stirred or not any(queue.depth for queue in self._queues.values()):
-            self._stirred = False
+        if not self.stirred:
+            return None
+        if not self._something_waits():
+            self.stirred = False
             return None
         chosen: Puller | None = None
         name = ""
@@ -359,7 +361,7 @@ class Queues:
                         chosen, name = puller, found
                         break
         if chosen is None:
-            self._stirred = False
+            self.stirred = False
             return None
         job = self._queues[name].pop()
         if job.avoid == chosen.id:
@@ -384,9 +386,15 @@ class Queues:
         self._hold(delivery)
         return delivery
 
+    def _something_waits(self) -> bool:
+        for queue in self._queues.values():  # noqa: SIM110 -- asked twice a job, and any() costs more
+            if queue.depth:
+                return True
+        return False
+
     def tick(self, now: float) -> None:
         """Time has passed: deliveries run out, jobs expire, queues that nobody needs are forgotten."""
-        self._stirred = True
+        self.stirred = True
         while self._deliveries:
             delivery = next(iter(self._deliveries.values()))
             if delivery.deadline > now:
@@ -521,7 +529,7 @@ class Queues:
             assert made not in self._acked, "a delivery is acknowledged and lasts"
         for puller in self._pullers.values():
             assert puller.held or puller.queues, "a backend without a queue and without a job is remembered"
-        if not self._stirred:
+        if not self.stirred:
             free = [p for p in self._pullers.values() if p.paused_until == -math.inf and p.may_take(0.0)]
             overlooked = [name for puller in free for name in puller.queues if self._queues[name].depth]
             assert not overlooked, f"a job of queue {overlooked[:1]} waits for nothing"

@@ -242,10 +242,9 @@ class WriterCore:
 
         The segments of spills that have ended go first: what is granted after them may need their memory.
         """
-        removed = [RemoveSegment(sibling_name(self.segment.name, epoch)) for epoch in self.ring.take_removed()]
-        out = removed + self._out
+        out, removed = self._out.copy(), self.ring.take_removed()
         self._out.clear()
-        return out
+        return [RemoveSegment(sibling_name(self.segment.name, epoch)) for epoch in removed] + out if removed else out
 
     @property
     def wake_at(self) -> float:

@@ -14,7 +14,7 @@ A part of the writer's state machine. Rules:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mmprep import errors
@@ -144,9 +144,12 @@ class Jobs:
 
     def dispatch(self, now: float) -> None:
         """Let go of what has ended, and deliver what can be delivered."""
+        if not self.queues.stirred:
+            return
         self._collect(now)
-        while self._ring.settled and (delivery := self.queues.match(now)) is not None:
-            self._deliver(delivery, now)
+        if self._ring.settled:
+            while (delivery := self.queues.match(now)) is not None:
+                self._deliver(delivery, now)
 
     def succeed(self, former: Jobs, now: float) -> None:
         """Go on for the jobs of a core with another ring: they are posted again, and those that have ended are not."""
@@ -181,12 +184,10 @@ class Jobs:
             raise errors.ServiceUnavailable(_TAKING_OVER, retry_after=_TELL_SECONDS)
         if post.items and not self._finds(post):
             return messages.Unlike(post.call)
-        job = self._job(post, poster, content, now)
+        job, slots = self._job(post, poster, content, now)
         self.queues.post(job, now, again=post.again)
-        for place in job.places:
-            entry = self._ring.at(place.slot, place.generation)
-            assert entry is not None, "an entry is gone within one step"
-            self._ring.pin(_holder(job), entry.slot)
+        for slot in slots:
+            self._ring.pin(_holder(job), slot)
         if post.once is not None:
             self.requests.note(post.once.key, post.once.body, job.id, now)
         return messages.Posted(post.call, job.id)
@@ -200,18 +201,23 @@ class Jobs:
             self._metrics.count("mmprep_mm_cache_hits_total", modality=item.modality)
         return True
 
-    def _job(self, post: messages.Post, poster: tuple[str, bytes], content: tuple[bytes, ...], now: float) -> Job:
+    def _job(
+        self, post: messages.Post, poster: tuple[str, bytes], content: tuple[bytes, ...], now: float
+    ) -> tuple[Job, Iterable[int]]:
+        """Return the job, and the ring's slots of its entries, which are there until something else is done."""
         places: dict[int, Place] = {}
+        slots: dict[int, int] = {}
         fault = None
         for slot, generation in post.places:
             entry = self._ring.at(slot, generation)
             if entry is not None:
                 places[generation] = Place(slot, generation, 0 if isinstance(entry, Spill) else entry.extent)
+                slots[generation] = entry.slot
             elif post.again:
                 fault = messages.Fault.of(errors.ServiceUnavailable(_LOST))
             else:
                 raise errors.ServiceUnavailable(_EARLY)
-        return Job(
+        job = Job(
             post.job,
             post.queue,
             poster=poster,
@@ -224,6 +230,7 @@ class Jobs:
             places=() if fault else tuple(places.values()),
             error=fault,
         )
+        return job, () if fault else slots.values()
 
     # --- delivering -----------------------------------------------------------------------------------------------
 
@@ -240,8 +247,10 @@ class Jobs:
         places, content = job.content
         try:
             # Whether a backend may get leases does not change between two of them, so the first decides for all.
-            leases = (self._leasing.grant(peer, slot, generation, "view", now) for slot, generation in places)
-            granted = [] if job.error else list(leases)
+            granted = [
+                self._leasing.grant(peer, slot, generation, "view", now)
+                for slot, generation in (() if job.error else places)
+            ]
         except errors.Busy:
             self.queues.put_off(delivery.token, now + _PAUSE_SECONDS, now)
             return

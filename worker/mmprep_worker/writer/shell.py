@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket as unix
@@ -51,6 +52,9 @@ _BATCH = 128
 #: Milliseconds after which a supervisor that takes no message is gone.
 _SUPERVISOR_MS = 5000
 _CHECK_LOCKS_EVERY = 0.25
+#: Seconds for which what was found out about the next deadlines is good enough: to ask all parts costs as much as a small
+#: message does, and so a deadline may be met so much too late.
+_LOOK_EVERY = 0.01
 #: Starts of a lane that end before it was ever warm, after which the service gives up; later ones wait longer each time.
 _START_TRIES = 4
 
@@ -105,8 +109,9 @@ class WriterShell:
         self._explained: set[int] = set()
         self._stopped = False
         self._locks_checked = 0.0
-        #: As it was before this turn; what this turn brings is seen in the next one, which then comes at once.
+        #: As it was when it was looked at.
         self._core_wakes_at = self._pool_wakes_at = 0.0
+        self._looked_at = -math.inf
         self._pauses = Pauses(time.monotonic(), turn_seconds=_CHECK_LOCKS_EVERY)
 
     # --- setting up -----------------------------------------------------------------------------------------------
@@ -154,6 +159,7 @@ class WriterShell:
             now = time.monotonic()
             if self._pool_wakes_at <= now:
                 self._start_lanes(now)
+                self._looked_at = -math.inf
             ready = self._waiting.wait(self._timeout(now))
             now = time.monotonic()
             self._pauses.turned(now, input_ready=bool(ready))
@@ -175,16 +181,20 @@ class WriterShell:
         return fd
 
     def _timeout(self, now: float) -> float:
-        self._core_wakes_at, self._pool_wakes_at = self._core.wake_at, self._pool.wake_at
+        look_at = self._looked_at + _LOOK_EVERY
+        if look_at <= now:
+            self._looked_at, look_at = now, math.inf
+            self._core_wakes_at, self._pool_wakes_at = self._core.wake_at, self._pool.wake_at
         if self._pauses.behind:
             return 0.0
-        wake = min(self._core_wakes_at, self._pool_wakes_at, self._locks_checked + _CHECK_LOCKS_EVERY)
+        wake = min(self._core_wakes_at, self._pool_wakes_at, self._locks_checked + _CHECK_LOCKS_EVERY, look_at)
         if self._outbox:
             wake = min(wake, now + 0.005)
         return max(0.0, wake - now)
 
     def _end_turn(self, now: float) -> None:
         if self._core_wakes_at <= now and not self._pauses.behind:
+            self._looked_at = -math.inf
             self._core.tick(now)
             self._carry_out()
         if self._locks_checked + _CHECK_LOCKS_EVERY <= now:
@@ -228,7 +238,7 @@ class WriterShell:
         except MmprepError as error:
             self._core.count_refused("writer", error)
             self._core.unreachable(identity, time.monotonic())
-            self._send_frames(identity, [pack(messages.Refused(messages.Fault.of(error)))])
+            self._send_frames([identity, pack(messages.Refused(messages.Fault.of(error)))])
             return
         failpoints.reach("writer.message.before", message)
         self._core.message(identity, message, time.monotonic(), content)
@@ -389,7 +399,7 @@ class WriterShell:
             match action:
                 case Send():
                     failpoints.reach("writer.send.before", action.message)
-                    self._send_frames(action.peer, [pack(action.message), *action.frames])
+                    self._send_frames([action.peer, pack(action.message), *action.frames])
                     failpoints.reach("writer.send.after", action.message)
                 case ToLane():
                     failpoints.reach("writer.lane.before", action.message)
@@ -446,28 +456,30 @@ class WriterShell:
         for spill in self._core.ring.spills:
             unlink(sibling_name(self._segment.name, spill.epoch))
 
-    def _send_frames(self, peer: bytes, frames: list[bytes]) -> None:
-        if self._outbox.holds(peer) or not self._try_send(peer, frames):
-            self._put_off(peer, frames)
+    def _send_frames(self, frames: list[bytes]) -> None:
+        """Send to the peer that the first frame names, behind what waits for it."""
+        if self._outbox.holds(frames[0]) or not self._try_send(frames):
+            self._put_off(frames)
 
-    def _try_send(self, peer: bytes, frames: Sequence[bytes]) -> bool:
+    def _try_send(self, frames: Sequence[bytes]) -> bool:
         """Send if the socket takes it; a peer that is gone takes everything."""
         self._waiting.used(self._control_fd)
         try:
-            send_frames(self._control, [peer, *frames])
+            send_frames(self._control, frames)
         except zmq.Again:
             return False
         except zmq.ZMQError:
-            self._outbox.drop(peer)
-            self._core.unreachable(peer, time.monotonic())
+            self._outbox.drop(frames[0])
+            self._core.unreachable(frames[0], time.monotonic())
         return True
 
     def _flush_outbox(self) -> None:
         for peer, frames in list(self._outbox.first()):
-            if self._try_send(peer, frames) and self._outbox.holds(peer):
+            if self._try_send(frames) and self._outbox.holds(peer):
                 self._outbox.sent(peer)
 
-    def _put_off(self, peer: bytes, frames: list[bytes]) -> None:
+    def _put_off(self, frames: list[bytes]) -> None:
+        peer = frames[0]
         try:
             self._outbox.add(peer, frames)
         except Busy:

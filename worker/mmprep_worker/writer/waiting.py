@@ -59,12 +59,14 @@ class Waiting:
 
     def wait(self, seconds: float) -> list[Callable[[], None]]:
         """Wait for so long at most, and return the handlers of what has come."""
-        ready = {fd for fd in self._used if readable(self._sockets[fd])} if self._used else set()
-        self._used &= ready
-        ready.update([fd for fd, _ in self._epoll.poll(0 if ready else seconds)])
-        if len(ready) > 1:
-            return [handler for fd, handler in self._handlers.items() if fd in ready]
-        return [self._handlers[fd] for fd in ready]
+        used = self._used
+        if used:
+            used &= {fd for fd in used if readable(self._sockets[fd])}
+        events = self._epoll.poll(0 if used else seconds)
+        if not used and len(events) < 2:  # as mostly
+            return [self._handlers[fd] for fd, _ in events]
+        ready = used.union([fd for fd, _ in events])
+        return [handler for fd, handler in self._handlers.items() if fd in ready]
 
     def close(self) -> None:
         """End; the descriptors are their owners'."""
