@@ -210,6 +210,7 @@ def test_an_animation_is_as_long_as_its_frames_are_shown():
         open_clip(data, limits(video_seconds=2.4))
     with pytest.raises(TooLarge, match="--max-image-pixels"):
         open_clip(data, limits(image_pixels=96 * 64 - 1))
+    assert len(list(open_clip(data, limits(96 * 64, video_seconds=2.5)).frames(range(5)))) == 5
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
