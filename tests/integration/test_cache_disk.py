@@ -124,6 +124,22 @@ def test_what_was_not_used_for_longest_goes_first(opened, tmp_path):
     assert len(files(tmp_path)) == 2
 
 
+def test_keeping_and_making_room_do_not_look_through_the_directory(opened, tmp_path, monkeypatch):
+    disk = opened(3 * BLOCK)
+    put(disk, "a")
+
+    def refuse(*_):
+        raise AssertionError("the directory is looked through")
+
+    with monkeypatch.context() as patched:
+        for name in ("scandir", "listdir"):
+            patched.setattr(os, name, refuse)
+        assert [put(disk, name).evicted for name in "bcdef"] == [0, 0, 1, 1, 1]
+        with pytest.raises(AssertionError, match="looked through"):
+            disk.sweep()
+    assert len(files(tmp_path)) == 3
+
+
 def test_a_medium_above_the_present_limit_is_not_read(opened):
     disk = opened()
     put(disk, "a")

@@ -2,15 +2,21 @@
 
 import contextlib
 import gzip
+import re
 import socket
 import socketserver
 import ssl
 import struct
 import threading
 import zlib
+from functools import cache
+from typing import NamedTuple
 
 import pytest
+from tests.bombs import HUGE, avif_of, frames, jpeg_of, tiff_of, tiled, webp_canvas
 from tests.integration.service import DATA, eventually, photo, private_bytes, serving, text, user
+from tests.pictures import bmp, drawn, encoded, gif_of_a_frame
+from tests.videos import animated, edited, filmed
 
 MAX_MEDIUM = 1 << 20
 SECONDS = 3
@@ -123,6 +129,45 @@ EXPECTED = {
 }
 
 
+class Medium(NamedTuple):
+    """What a host sends whole, and what a client is told of it."""
+
+    data: bytes
+    status: int
+    words: str = ""
+    kind: str = "image_url"
+
+
+def half(data, kind="image_url"):
+    return Medium(data[: len(data) // 2], 422, "truncated|broken", kind)
+
+
+@cache
+def media():
+    """Return bombs, lies and halves, by name."""
+    pixels = "--max-image-pixels"
+    film, picture = filmed(20), drawn(300, 200)
+    lies = {f"a film that lies in its {kind.decode()}": (kind, 4) for kind in (b"stts", b"stsc", b"stco")}
+    return {
+        "a JPEG of huge sides": Medium(jpeg_of(HUGE), 413, pixels),
+        "a GIF with a huge screen": Medium(gif_of_a_frame((HUGE, HUGE), (0, 0, 9, 9)), 413, pixels),
+        "a GIF with a huge frame": Medium(gif_of_a_frame((9, 9), (60_000, 60_000, 9, 9)), 413, pixels),
+        "a GIF of many frames": Medium(frames(100), 200),
+        "a WebP with a huge canvas": Medium(webp_canvas(1 << 24), 413, pixels),
+        "a TIFF of huge sides": Medium(tiff_of(HUGE), 413, pixels),
+        "a TIFF with a huge tile": Medium(tiled(1 << 30), 413, "memory"),
+        "an AVIF of huge sides": Medium(avif_of((HUGE, HUGE)), 413, pixels),
+        "a BMP of huge sides": Medium(bmp(24, b"", size=(HUGE, HUGE)), 413, pixels),
+        "an animation with a huge screen": Medium(webp_canvas(1 << 24), 413, pixels, "video_url"),
+        "a film that lies about its time": Medium(edited(film, b"mdhd", 16, 0x7FFFFFFF), 200, kind="video_url"),
+        **{name: Medium(edited(film, *at, 0x00FFFFFF), 422, "broken", "video_url") for name, at in lies.items()},
+        **{f"half a {kind}": half(encoded(picture, kind)) for kind in ("JPEG", "WEBP", "BMP", "TIFF", "AVIF", "GIF")},
+        "half a film": half(film, "video_url"),
+        "half a WebM": half(filmed(20, encoder="libvpx"), "video_url"),
+        "half an animation": half(animated(5), "video_url"),
+    }
+
+
 class Hostile(socketserver.BaseRequestHandler):
     """Does what the path says, for as long as somebody listens and the server is up."""
 
@@ -140,6 +185,8 @@ class Hostile(socketserver.BaseRequestHandler):
         with contextlib.suppress(OSError):
             if what in SAYS:
                 self.request.sendall(SAYS[what])
+            elif what in media():
+                self.request.sendall(whole(media()[what].data))
             else:
                 self._go_on(what)
 
@@ -197,8 +244,8 @@ def service(host, tmp_path_factory):
         yield running
 
 
-def at(url):
-    return user(text("What is this?"), {"type": "image_url", "image_url": {"url": url}})
+def at(url, kind="image_url"):
+    return user(text("What is this?"), {"type": kind, kind: {"url": url}})
 
 
 def test_every_way_has_an_expected_answer():
@@ -214,6 +261,18 @@ def test_what_a_host_does_is_told_with_the_place_and_costs_no_more_than_the_limi
     assert words in error["message"]
     for secret in ("127.0.0.1", host.rpartition(":")[2], "Not here", "SSH"):
         assert secret not in error["message"]
+
+
+@pytest.mark.parametrize("what", media())
+def test_a_bomb_a_lie_or_a_half_that_a_host_sends_is_told_with_the_place_and_costs_no_process(service, host, what):
+    medium, pids = media()[what], service.pids()
+    assert len(medium.data) < MAX_MEDIUM
+    answer = service.chat(at(f"{host}/{what.replace(' ', '%20')}", medium.kind))
+    assert answer.status == medium.status, answer.body[:500]
+    if medium.status != 200:
+        assert answer.error["param"] == f"messages[0].content[1].{medium.kind}"
+        assert re.search(medium.words, answer.error["message"]), answer.error
+    assert service.pids() == pids
 
 
 def test_nothing_is_left_of_all_that(service, host):

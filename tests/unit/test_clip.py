@@ -1,6 +1,10 @@
 """Videos are opened by content, counted by their packets and decoded frame by frame, whatever their headers say."""
 
 import io
+import re
+import struct
+from contextlib import suppress
+from functools import cache
 
 import av
 import numpy as np
@@ -13,6 +17,7 @@ from tests.videos import ENCODERS, animated, decoded, filmed, header_first, reco
 
 from mmprep.errors import DecodeError, MmprepError, TooLarge, UnsupportedMedia
 from mmprep_worker.video.clip import open_clip
+from mmprep_worker.video.segment import check_whole
 
 LIMITS = limits()
 
@@ -205,6 +210,27 @@ def test_an_animation_is_as_long_as_its_frames_are_shown():
         open_clip(data, limits(video_seconds=2.4))
     with pytest.raises(TooLarge, match="--max-image-pixels"):
         open_clip(data, limits(image_pixels=96 * 64 - 1))
+    assert len(list(open_clip(data, limits(96 * 64, video_seconds=2.5)).frames(range(5)))) == 5
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("place", "kind", "said"),
+    [
+        ((30, 30, 96, 64), DecodeError, "change their size"),
+        ((500, 500, 96, 64), DecodeError, "change their size"),
+        ((60_000, 60_000, 96, 64), TooLarge, "--max-image-pixels"),
+    ],
+)
+def test_a_frame_of_a_gif_that_lies_beyond_its_screen_is_refused_before_it_takes_more_than_the_limit(
+    number, place, kind, said
+):
+    data = animated(scene(3, 96, 64), "GIF")
+    starts = [found.start() for found in re.finditer(re.escape(b"\x2c" + struct.pack("<HHHH", 0, 0, 96, 64)), data)]
+    start = starts[number] + 1
+    clip = open_clip(data[:start] + struct.pack("<HHHH", *place) + data[start + 8 :], limits(600 * 600))
+    with pytest.raises(kind, match=said):
+        list(clip.frames(range(clip.count)))
 
 
 def _picture(kind):
@@ -270,6 +296,37 @@ def test_a_file_that_is_cut_off_anywhere_is_an_error_or_shorter(encoder, front):
             continue
         assert len(frames) == clip.count
         assert np.array_equal(frames[0], whole[0])
+
+
+@pytest.mark.parametrize("how", [{"encoder": "libvpx"}, {"container": "matroska"}], ids=["WebM", "Matroska"])
+def test_a_webm_or_matroska_is_refused_where_it_announces_more_bytes_than_there_are(how):
+    data = filmed(20, **how)
+    for length in (len(data) - 1, len(data) // 2):
+        with pytest.raises(DecodeError, match=f"{len(data):,} bytes, and {length:,} are there"):
+            open_clip(data[:length], LIMITS)
+    # In front of the segment, which tells the size, there may be filling; and behind it anything.
+    segment = data.index(b"\x18\x53\x80\x67")
+    filled = data[:segment] + b"\xec\x82" + b"\x18\x53" + data[segment:] + b"\0\0\0"
+    assert open_clip(filled, LIMITS).count == 20
+    with pytest.raises(DecodeError, match="announces"):
+        open_clip(filled[:-4], LIMITS)
+
+
+def test_a_webm_that_was_written_while_nobody_knew_its_length_is_read_as_far_as_it_goes():
+    data = filmed(20, encoder="libvpx", muxer={"live": "1"})
+    assert open_clip(data, LIMITS).count == 20
+    assert 1 <= open_clip(data[: len(data) // 2], LIMITS).count < 20
+
+
+@given(st.binary(max_size=60), st.integers(0, 60))
+def test_whatever_elements_a_file_has_it_is_not_all_there_or_left_to_ffmpeg(elements, begun):
+    with suppress(DecodeError):
+        check_whole(memoryview(_webm()[:begun] + elements))
+
+
+@cache
+def _webm():
+    return filmed(2, encoder="libvpx")
 
 
 @settings(deadline=None, max_examples=60)

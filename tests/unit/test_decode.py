@@ -367,6 +367,15 @@ def test_no_decoder_starts_a_program_or_reads_another_file(monkeypatch):
         decoded(data)
 
 
+def test_nothing_that_a_picture_holds_is_logged(caplog):
+    caplog.set_level("DEBUG")
+    data = encoded(drawn(20, 10), "TIFF", description="a secret of its sender")
+    assert decoded(data).shape == (10, 20, 3)
+    with pytest.raises((DecodeError, UnsupportedMedia)):
+        decoded(tiff(np.zeros((10, 20, 3), np.uint8), photometric=2, tags=[(277, "H", (54_787,))]))
+    assert caplog.records == []
+
+
 def test_a_broken_tiff_writes_nothing_into_the_log(capfd):
     rows = 3000
     noise = np.random.default_rng(1).integers(0, 256, (1, 20_000, 1)).astype(np.uint8)

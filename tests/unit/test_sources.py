@@ -136,6 +136,12 @@ def test_another_scheme_is_refused_with_those_that_are_supported(url: str) -> No
     assert "passwd" not in caught.value.message
 
 
+@pytest.mark.parametrize("url", ["ftp://a.example/x", "cat.png"])
+def test_where_files_are_read_file_urls_are_among_those_that_are_supported(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="supported are http://, https://, data: and file: URLs"):
+        parse_source(url, param=PARAM, max_bytes=1, local_files=True)
+
+
 @pytest.mark.parametrize("url", ["", "QUJD", "/etc/passwd", "iVBORw0KGgo=" * 50, ":", "//a.example/x"])
 def test_what_is_no_url_is_refused_with_what_raw_base64_needs(url: str) -> None:
     with pytest.raises(InvalidRequest, match="data:<type>;base64,"):
@@ -201,3 +207,11 @@ def test_a_file_url_that_could_be_read_in_two_ways_is_refused(url: str) -> None:
     with pytest.raises(InvalidRequest, match="file URL") as caught:
         parse_source(url, param=PARAM, max_bytes=1, local_files=True)
     assert caught.value.param == PARAM
+
+
+@pytest.mark.parametrize(
+    "url", ["file://host/a", "file://127.0.0.1/a", "file://a.png", "FILE://localhost:80/a", "file://localhost"]
+)
+def test_a_host_in_a_file_url_is_told_as_what_it_is(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="of no other host; write file:///directory/file"):
+        parse_source(url, param=PARAM, max_bytes=1, local_files=True)

@@ -1,5 +1,6 @@
 import msgspec
 import pytest
+from blake3 import blake3
 
 from mmprep.card import FieldForm, ItemOptions, ModelCard
 from mmprep.errors import InvalidRequest, NotFound
@@ -78,6 +79,24 @@ def test_what_is_chosen_about_processing_is_told_and_part_of_the_key():
     assert len({item.key for item in (plain, chosen, read, both, other)}) == 5
     recalled = asked(part("u"), None, kwargs=kwargs)
     assert item_key(recalled.variant, CAT.digest) == chosen.key
+
+
+def parts(*parts):
+    """Return the number of parts, then each behind its length."""
+    return b"".join((len(parts).to_bytes(8, "little"), *(len(part).to_bytes(8, "little") + part for part in parts)))
+
+
+def test_the_key_of_a_medium_that_is_read_and_processed_as_a_request_chose_is_that_of_its_version():
+    # A change here changes every such key.
+    keys = set()
+    for names in (("num_frames", "fps"), ("fps", "num_frames")):
+        io = {name: {"num_frames": 16, "fps": 2.5}[name] for name in names}
+        keys.add(asked(part(), CAT, io={"image": io}, kwargs={"image": b'{"max_pixels":1}'}).key)
+    options = parts(b'{"fps":2.5,"num_frames":16}', b'{"max_pixels":1}')
+    given = (b"mmprep item variant 1", SCOPE, b"blake3", b"image", b"fingerprint", b"uint8", options)
+    by_hand = blake3(parts(b"mmprep item key 2", blake3(parts(*given)).digest(), CAT.digest)).digest()
+    assert keys == {by_hand}
+    assert by_hand.hex() == "4533ae926743460aa20bb67644298c7eda128185ef10f8c420cdf351ce2ae15a"
 
 
 def test_the_key_of_what_is_recalled_is_that_of_the_same_medium_with_its_data():

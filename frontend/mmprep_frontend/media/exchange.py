@@ -198,7 +198,10 @@ class Exchange:
         except aiohttp.ClientConnectorDNSError:
             raise FetchBadGateway("the name of the medium's host cannot be resolved") from None
         except (aiohttp.ClientSSLError, ssl.SSLError):
-            raise FetchBadGateway("no trusted TLS connection to the medium's host could be made") from None
+            raise FetchBadGateway(
+                "no trusted TLS connection to the medium's host could be made: its certificate does not prove that name, has "
+                "expired or is signed by nobody known, or it speaks no TLS there"
+            ) from None
         except aiohttp.ClientConnectorError:
             raise PassingError(FetchBadGateway("the medium's host cannot be reached")) from None
         except aiohttp.ClientResponseError:

@@ -78,7 +78,10 @@ _TEREDO: Final = IPv6Network("2001::/32")
 #: "globally unique".
 _ISATAP: Final = frozenset({0x00005EFE, 0x02005EFE})
 
-_FORBIDDEN_ADDRESS = "the URL's host is not on the public network; this service reads only from public addresses"
+_FORBIDDEN_ADDRESS = (
+    "the URL's host is not on the public network; this service reads only from public addresses (it is started without "
+    "--allow-private-networks)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +166,9 @@ class UrlPolicy:
         """
         target = _parse(url)
         if self._allowed and not any(pattern.matches(target) for pattern in self._allowed):
-            raise Forbidden("the URL's host or port is not one of those that this service is set up to read from")
+            raise Forbidden(
+                "the URL's host or port is not one of those that this service reads from (--allowed-media-domains)"
+            )
         literal = _literal(target.host)
         if literal is not None:
             self.judge_address(literal)

@@ -29,6 +29,9 @@ _FILE = re.compile(r"file:(?://(?:localhost)?)?/((?:[\w\-.~!$&'()*+,;=:@/]|%[0-9
 #: Longest head of a data URL, up to its comma, in characters.
 _MAX_HEAD: Final = 1024
 _SUPPORTED: Final = "supported are http://, https:// and data: URLs"
+_SUPPORTED_WITH_FILES: Final = "supported are http://, https://, data: and file: URLs"
+#: A host where none may be.
+_HOST = re.compile(r"file://(?!/|localhost/)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +122,10 @@ def parse_source(
     if isinstance(url, memoryview):
         return _parse_data_url(url, param, max_bytes)
     match = _SCHEME.match(url)
+    supported = _SUPPORTED_WITH_FILES if local_files else _SUPPORTED
     if match is None:
         raise InvalidRequest(
-            f"this is no URL; {_SUPPORTED} (raw base64 needs 'data:<type>;base64,' before it)", param=param
+            f"this is no URL; {supported} (raw base64 needs 'data:<type>;base64,' before it)", param=param
         )
     scheme = match[1].lower()
     if scheme == "data":
@@ -136,7 +140,7 @@ def parse_source(
             f"{_SUPPORTED}",
             param=param,
         )
-    raise InvalidRequest(f"{scheme}: URLs are not supported here; {_SUPPORTED}", param=param)
+    raise InvalidRequest(f"{scheme}: URLs are not supported here; {supported}", param=param)
 
 
 def inline_source(payload: str | memoryview, *, param: str | None, max_bytes: int) -> DataSource:
@@ -170,6 +174,12 @@ def _parse_data_url(url: str | memoryview, param: str | None, max_bytes: int) ->
 
 
 def _parse_file_url(url: str, param: str | None) -> tuple[bytes, ...]:
+    if _HOST.match(url):
+        raise InvalidRequest(
+            "the file URL does not begin with file:///: this service reads its own files, and those of no other host; "
+            "write file:///directory/file",
+            param=param,
+        )
     match = _FILE.fullmatch(url) if len(url) <= MAX_URL_LENGTH else None
     if match is None:
         raise InvalidRequest(

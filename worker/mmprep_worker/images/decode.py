@@ -14,6 +14,7 @@ Not for several threads at once: Pillow's warnings and its limit of pixels are s
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import sys
@@ -24,6 +25,7 @@ from functools import partial
 from typing import Final, TypeAlias
 
 import numpy as np
+import PIL
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, features
@@ -45,6 +47,10 @@ WHITE: Final = (255, 255, 255)
 #: Pillow's names of the libraries whose versions may change pixels.
 _LIBRARIES = ("libjpeg_turbo", "jpg", "webp", "avif", "libtiff", "littlecms2")
 _STANDARD_ERROR = 2
+
+# Pillow logs what senders write: every tag with its value at level debug, and some of what is wrong as an error.
+logging.getLogger(PIL.__name__).setLevel(logging.CRITICAL)
+
 #: Memory for a pixel, in bytes, without which libraries fail that do not say then what they lack.
 _LEAST_BYTES = {"WEBP": 16, "AVIF": 8}
 #: Rows that are converted at a time: bounds the memory beside Pillow's own buffer and the result.

@@ -63,10 +63,12 @@ class Animation:
             image = Image.open(io.BytesIO(self._data), formats=(self._format,))
             # A PNG may begin with a picture that is not of the animation, for those who can't show animations.
             first = int(bool(getattr(image, "default_image", False)))
-            if image.size != (self.width, self.height) or getattr(image, "n_frames", 1) != self.count + first:
+            if getattr(image, "n_frames", 1) != self.count + first:
                 raise DecodeError("the animation is broken: it does not hold the frames that it announces")
             for index in wanted:
                 image.seek(index + first)
+                if image.size != (self.width, self.height):  # a frame of a GIF may lie beyond its screen
+                    raise DecodeError("the animation is broken: its frames change their size; encode it anew")
                 yield _pixels(image)
 
 
@@ -99,10 +101,7 @@ def open_animation(data: memoryview, limits: MediaLimits) -> Animation | None:
         outline = reader(data)
         pixels = outline.width * outline.height
         if pixels > limits.image_pixels:
-            raise TooLarge(
-                f"the animation has frames of {pixels} pixels, above the limit of {limits.image_pixels} "
-                "(--max-image-pixels); send a smaller one"
-            )
+            raise _too_large(f"of {pixels} pixels", limits)
         delays: list[int] = []
         duration = 0
         for delay in outline.delays:
@@ -116,6 +115,12 @@ def open_animation(data: memoryview, limits: MediaLimits) -> Animation | None:
         return Animation(data, outline, delays, limits) if len(delays) > 1 else None
 
 
+def _too_large(size: str, limits: MediaLimits) -> TooLarge:
+    return TooLarge(
+        f"the animation has frames {size}, above the limit of {limits.image_pixels} (--max-image-pixels); send a smaller one"
+    )
+
+
 def _pixels(image: Image.Image) -> NDArray[np.uint8]:
     if image.has_transparency_data:
         below = Image.new("RGBA", image.size, "white")
@@ -126,13 +131,16 @@ def _pixels(image: Image.Image) -> NDArray[np.uint8]:
 @contextmanager
 def _reading(limits: MediaLimits) -> Iterator[None]:
     """Run Pillow with its own limit of pixels set, its warnings silenced, and all errors turned into ours."""
-    Image.MAX_IMAGE_PIXELS = limits.image_pixels
+    # Pillow warns above its limit, and refuses above twice that, before it takes the memory.
+    Image.MAX_IMAGE_PIXELS = (limits.image_pixels + 1) // 2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         except (MmprepError, MemoryError):
             raise
+        except Image.DecompressionBombError:
+            raise _too_large("of more pixels than its canvas", limits) from None
         except Exception:  # noqa: BLE001, on broken data the plug-ins raise whatever they stumble over
             raise DecodeError("the animation is broken or truncated: it cannot be decoded") from None
 

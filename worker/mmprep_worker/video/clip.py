@@ -13,6 +13,7 @@ from mmprep_worker.models.family import MediaLimits
 from mmprep_worker.video.animation import open_animation
 from mmprep_worker.video.boxes import check_boxes
 from mmprep_worker.video.film import MATROSKA, MP4, open_film
+from mmprep_worker.video.segment import check_whole
 
 #: Kinds of the first box of an MP4 or QuickTime file; all but the first are from before there was a mark.
 FIRST_BOXES = frozenset({b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"})
@@ -86,6 +87,7 @@ def open_clip(data: bytes | memoryview, limits: MediaLimits) -> Clip:
         check_boxes(view)
         return open_film(view, MP4, limits)
     if head[:4] == b"\x1a\x45\xdf\xa3":
+        check_whole(view)
         return open_film(view, MATROSKA, limits)
     animation = open_animation(view, limits)
     if animation is not None:
