@@ -128,14 +128,13 @@ async def _keeping(kept: Kept | None) -> AsyncIterator[None]:
     if kept is None:
         yield
         return
-    task = asyncio.create_task(_detach(kept))
+    loop = asyncio.get_running_loop()
+    detaching: list[asyncio.Task[None]] = []
+    timer = loop.call_later(_KEPT_SECONDS, lambda: detaching.append(loop.create_task(kept.detach())))
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-async def _detach(kept: Kept) -> None:
-    await asyncio.sleep(_KEPT_SECONDS)
-    await kept.detach()
+        timer.cancel()
+        if detaching:  # else nothing is waited for: a client that has its answer may go
+            detaching[0].cancel()
+            await asyncio.gather(*detaching, return_exceptions=True)
