@@ -39,7 +39,7 @@ _TOKENS = 4
 _BYTES = 1 << 21
 #: The smallest GIF: one pixel. What is behind it belongs to nothing; of other modalities nothing here looks into the bytes.
 _GIF = bytes.fromhex("47494638396101000100800000ffffff0000002c00000000010001000002024401003b")
-#: Bytes of a made-up medium, as many as a JPEG of 640x480 has: the memory that these take is then there.
+#: Bytes of a made-up medium at most, as many as a JPEG of 640x480 has: the memory that these take is then there.
 _ENCODED = 1 << 17
 _TOOL = {
     "type": "function",
@@ -60,7 +60,7 @@ def warm_up(
         That encode answers, one for each that there is: each gets the memory that an answer takes.
     """
     allowed = {modality: limit for modality, limit in limits.items() if limit > 0}
-    for body in _bodies(model.card, allowed):
+    for body in _bodies(model.card, allowed, min(_ENCODED, intake.most_bytes)):
         with contextlib.suppress(InvalidRequest):
             chat = _render(model, intake, hasher, allowed, parse(body, "chat"))
             for encoding in (JSON, MSGPACK):
@@ -71,9 +71,9 @@ def warm_up(
     model.stages.clear()
 
 
-def _bodies(card: ModelCard, limits: Mapping[str, int]) -> Iterator[bytes]:
+def _bodies(card: ModelCard, limits: Mapping[str, int], nbytes: int) -> Iterator[bytes]:
     text = {"type": "text", "text": _WORDS}
-    data = base64.b64encode(_GIF.ljust(_ENCODED, b"\0")).decode()
+    data = base64.b64encode(_GIF.ljust(nbytes, b"\0")).decode()
     yield _body(_WORDS)
     yield _body(_WORDS, tools=[_TOOL])
     for placeholder in card.placeholders:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
 from mmprep.errors import CLOSED, InvalidRequest
+
+#: Seconds after which a thread that waits looks whether it was interrupted: an interrupt that comes in the moment in which
+#: the wait begins does not end it.
+_SLICE = 0.5
 
 
 class LoopThread:
@@ -37,7 +43,7 @@ class LoopThread:
             raise InvalidRequest(CLOSED)
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            return future.result()
+            return _result(future)
         except CancelledError:
             raise InvalidRequest("it was closed while the call was under way") from None
         except BaseException:
@@ -67,7 +73,7 @@ class LoopThread:
         ends: list[Callable[[], object]] = []
         try:  # an interrupt may come at once
             self._loop.call_soon_threadsafe(_begin, begin, outcome, ends)
-            return outcome.result(seconds)
+            return _result(outcome, seconds)
         except BaseException as error:
             if outcome.cancel():
                 self._loop.call_soon_threadsafe(_end, ends)
@@ -81,6 +87,20 @@ class LoopThread:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def _result(future: Future[Any], seconds: float = math.inf) -> Any:
+    """Return a future's result as it does itself, and be interrupted soon whatever happens; raises TimeoutError."""
+    until = time.monotonic() + seconds
+    while True:
+        left = until - time.monotonic()
+        try:
+            return future.result(min(_SLICE, left))
+        except TimeoutError:
+            if future.done():  # in this moment, or with such an error
+                return future.result()
+            if left <= _SLICE:
+                raise
 
 
 def _begin(

@@ -381,11 +381,11 @@ class Pulling:
     def _drop_late(self) -> None:
         """Forget what is surely over; the program may still ask, and is told by the service."""
         now = time.monotonic()
-        for held in [held for held in self._held.values() if held.deadline <= now]:
-            del self._held[held.token]
-            if not held.taken:
-                held.end = "over"
-                self._drop(held)
+        for held in [held for held in self._held.values() if held.deadline <= now and held.end is None]:
+            if held.taken:
+                del self._held[held.token]
+            else:
+                self._too_late(held)
 
 
 def _wanted(held: Held, content: JobContent, leases: Sequence[bytes]) -> list[tuple[Address, ItemMeta] | None]:

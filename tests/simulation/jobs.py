@@ -208,6 +208,8 @@ class Work:
             raise Violation(f"{backend} may not end {held.job_id}: {error!r}") from error
         except MmprepError as error:
             backend.world.say(f"{backend} cannot end {held.job_id}: {error!r}")
+            for item in held.items:
+                item.release()
 
     async def _use(self, held, content, media):
         backend = self._backend

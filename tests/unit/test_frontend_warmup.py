@@ -71,6 +71,14 @@ def test_texts_tools_and_every_modality_with_a_limit_are_rendered_with_tensors_a
     assert len(model.prompts._prompts) == len(model.stages) == 0
 
 
+def test_media_are_no_larger_than_a_request_may_have(model):
+    most = 1 << 10
+    with ThreadPoolExecutor(2) as threads:
+        for limits in (MediaLimits(most, 1 << 20, 1 << 20, 1 << 20), MediaLimits(1 << 20, most, 1 << 20, 1 << 20)):
+            intake = Intake(None, HASHER, limits, threads, lambda _: None)
+            warmup.warm_up(model, intake, HASHER, {"image": 1}, [threads])
+
+
 def test_a_modality_without_a_limit_is_left_out(warm):
     assert {modality for found, _, _ in warm({"image": 1, "video": 0}) for modality in found} == {"image"}
 

@@ -220,7 +220,8 @@ class Exchange:
                 for piece in undo.pieces(chunk) if undo else (chunk,):
                     size = pieces.nbytes + len(piece)
                     if size > announced:
-                        grew(size)  # first: who has less room left than any medium may have is told so
+                        # First: who has less room left than any medium may have is told so, however much came at once.
+                        grew(min(size, self._max_bytes + 1))
                     if size > self._max_bytes:
                         raise self._too_large()
                     pieces.add(piece)

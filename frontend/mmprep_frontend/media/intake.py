@@ -132,6 +132,11 @@ class Intake:
         self._limits = limits
         self._threads = threads
 
+    @property
+    def most_bytes(self) -> int:
+        """How many bytes a request's one medium may have."""
+        return min(self._limits.medium_bytes, self._limits.request_bytes)
+
     def sources(self, parts: Sequence[MediaPart], attachments: Sequence[memoryview]) -> list[Source]:
         """Return where each part's bytes are, if anywhere; raises InvalidRequest or TooLarge that names the part."""
         sources = [self._source(part, attachments) for part in parts]
