@@ -19,8 +19,9 @@ from mmprep.wire import messages
 from mmprep_worker.scheduling.job import token_incarnation
 
 QUEUES = ("first", "second")
-#: Seconds in which jobs must be taken: some cannot be, and some outlive every run.
+#: Seconds that no run lasts.
 NEVER = 1000.0
+#: Seconds in which jobs must be taken; in the first, some cannot be.
 EXPIRIES = (1.0, 8.0, NEVER, NEVER)
 
 
