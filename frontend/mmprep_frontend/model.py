@@ -219,5 +219,4 @@ def _text_config(directory: Path) -> dict[str, int]:
     except (OSError, ValueError) as error:
         raise StartupError(f"config.json of the model directory cannot be read: {error}") from None
     parts = [part for part in (config.get("llm_config"), config.get("text_config"), config) if isinstance(part, dict)]
-    numbers = [(name, value) for part in parts for name, value in part.items() if type(value) is int]
-    return dict(numbers)
+    return {name: value for part in parts for name, value in part.items() if type(value) is int}

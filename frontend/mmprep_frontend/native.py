@@ -30,8 +30,8 @@ from mmprep.wire.messages import LeaseKind
 from mmprep.wire.sockets import Pump
 from mmprep_frontend.caller import ANONYMOUS
 from mmprep_frontend.injection.service import Injecting
-from mmprep_frontend.posting import COMPLETION_PREFIX, once, post, request_of
-from mmprep_frontend.render.answer import new_request_id
+from mmprep_frontend.posting import once, post, request_of
+from mmprep_frontend.render.answer import CHAT_PREFIX, COMPLETION_PREFIX, new_request_id
 from mmprep_frontend.rendered import RenderedChat, RenderedItem
 from mmprep_frontend.resets import Resets
 from mmprep_frontend.room import Held, Room
@@ -228,7 +228,7 @@ class NativeDoor:
     ) -> None:
         chat = await self._service.chat(body, attachments)
         if chat.request.queue is not None:
-            await self._post(chat, peer, request, [body, *attachments], "chatcmpl-")
+            await self._post(chat, peer, request, [body, *attachments], CHAT_PREFIX)
             return
         try:
             nbytes = chat.inline_bytes()
@@ -275,7 +275,7 @@ class NativeDoor:
             chat.offered.check()
         mapping = chat.offered.mapping if chat.offered is not None else None
         head = Head(
-            request=request_of(chat, model, new_request_id("chatcmpl-")),
+            request=request_of(chat, model, new_request_id(CHAT_PREFIX)),
             token_ids=ids_to_bytes(chat.expanded.token_ids),
             unexpanded_token_ids=ids_to_bytes(chat.prompt.token_ids),
             items=tuple(items),

@@ -18,9 +18,6 @@ from mmprep_frontend.render.answer import generate_request, new_request_id
 from mmprep_frontend.rendered import RenderedChat, RenderedItem
 from mmprep_frontend.service import Service, now
 
-#: What the id of a completion's job begins with.
-COMPLETION_PREFIX = "cmpl-"
-
 _HASHER = Hasher("blake3")
 _NO_ROOM = (
     "no shared memory is free for the request's tensors, and a queue takes only what lies there; post again later"

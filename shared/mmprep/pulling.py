@@ -197,8 +197,7 @@ class Pulling:
             wanted = _wanted(held, content, delivery.leases)
             sources = await self._reader.sources([one for one in wanted if one is not None])
         except MmprepError as error:
-            with contextlib.suppress(MmprepError):
-                await self.give_back(held, f"its content could not be had: {error}")
+            await self._give_back_unless_over(held, f"its content could not be had: {error}")
             return
         self._have(held, content, wanted, sources)
 
@@ -262,11 +261,11 @@ class Pulling:
 
     def _too_late(self, held: Held) -> None:
         """Say that a job waited here for too long: until a backend says a word, no job follows one whose time was over."""
-        self._keep(self._give_back_unless_over(held))
+        self._keep(self._give_back_unless_over(held, None))
 
-    async def _give_back_unless_over(self, held: Held) -> None:
+    async def _give_back_unless_over(self, held: Held, failed: str | None) -> None:
         with contextlib.suppress(MmprepError):
-            await self.give_back(held, None)
+            await self.give_back(held, failed)
 
     def _keep(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run something beside the program, until :meth:`close`."""

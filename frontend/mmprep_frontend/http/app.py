@@ -44,6 +44,7 @@ from mmprep_frontend.http.negotiation import encoding_for
 from mmprep_frontend.http.openapi import describe, page
 from mmprep_frontend.http.ports import Rendered, Service
 from mmprep_frontend.http.sending import Sender
+from mmprep_frontend.render.answer import CHAT_PREFIX, COMPLETION_PREFIX, RESPONSE_PREFIX
 from mmprep_frontend.room import RETRY_AFTER, Room
 from mmprep_frontend.tracing.context import read_parent
 from mmprep_frontend.tracing.spans import Exporter, tracing
@@ -106,10 +107,10 @@ def make_app(
     app = web.Application(middlewares=[_tell])
     app[RUNNING] = Running()
     for path, handler in (
-        ("/v1/chat/completions/render", edge.answering(service.render_chat, prefix="chatcmpl-")),
-        ("/v1/messages/render", edge.answering(service.render_messages, prefix="chatcmpl-")),
-        ("/v1/responses/render", edge.answering(service.render_responses, prefix="resp_")),
-        ("/v1/completions/render", edge.answering(service.render_completions, prefix="cmpl-")),
+        ("/v1/chat/completions/render", edge.answering(service.render_chat, prefix=CHAT_PREFIX)),
+        ("/v1/messages/render", edge.answering(service.render_messages, prefix=CHAT_PREFIX)),
+        ("/v1/responses/render", edge.answering(service.render_responses, prefix=RESPONSE_PREFIX)),
+        ("/v1/completions/render", edge.answering(service.render_completions, prefix=COMPLETION_PREFIX)),
         ("/tokenize", edge.answering(service.tokenize)),
         ("/detokenize", edge.answering(service.detokenize)),
         ("/leases/renew", edge.answering(service.renew_leases, needs_model=False)),

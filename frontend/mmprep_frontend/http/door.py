@@ -23,7 +23,8 @@ from mmprep_frontend.http.exposition import METRICS, HistogramData, Numbers, Ser
 from mmprep_frontend.http.pinned import Pinned
 from mmprep_frontend.http.ports import Rendered
 from mmprep_frontend.injection.service import Injecting
-from mmprep_frontend.posting import COMPLETION_PREFIX, once, post
+from mmprep_frontend.posting import once, post
+from mmprep_frontend.render.answer import CHAT_PREFIX, COMPLETION_PREFIX, RESPONSE_PREFIX
 from mmprep_frontend.render.encodings import JSON
 from mmprep_frontend.render.schema import Schema
 from mmprep_frontend.rendered import RenderedChat
@@ -44,7 +45,7 @@ class LeaseRequest(msgspec.Struct):
 
 _LEASE_REQUEST = Schema(LeaseRequest)
 #: What a queued job's id begins with.
-_JOB_PREFIX: dict[Form, str] = {"chat": "chatcmpl-", "messages": "chatcmpl-", "responses": "resp_"}
+_JOB_PREFIX: dict[Form, str] = {"chat": CHAT_PREFIX, "messages": CHAT_PREFIX, "responses": RESPONSE_PREFIX}
 
 
 class HttpDoor:

@@ -24,6 +24,8 @@ from mmprep_frontend.render.packing import Piece, array_head, ext_head, map_head
 from mmprep_frontend.render.requests import ChatRequest, CompletionRequest, template_kwargs
 from mmprep_frontend.render.sampling import NO_DEFAULTS, Defaults, sampling_params
 
+#: What the ids of requests, and of the jobs that they become, begin with.
+CHAT_PREFIX, COMPLETION_PREFIX, RESPONSE_PREFIX = "chatcmpl-", "cmpl-", "resp_"
 #: Bytes of a tensor up to which it is copied to what stands around it.
 _SMALL = 4096
 _packed = msgspec.msgpack.encode
