@@ -326,6 +326,30 @@ def test_what_one_frontend_downloads_others_wait_for(world):
     check(world, main)
 
 
+def test_who_looked_just_before_it_was_written_asks_nobody_either(world):
+    class Gated(CacheDisk):
+        def keep(self, *arguments, **options):
+            gate.wait()
+            return super().keep(*arguments, **options)
+
+    async def main():
+        cache = world.cache
+        first = await cache.fetch(world.url, scope=SCOPE, param="p", timeout=20.0)
+        cache.keep(first.keepable, first.data, Hasher("blake3").content_digest(first.data), "blake3")
+        del first
+        second = asyncio.create_task(cache.fetch(world.url, scope=SCOPE, param="p", timeout=20.0))
+        await asyncio.sleep(0)
+        while cache._lookups:
+            await asyncio.sleep(0)
+        gate.set()
+        cache._writer.submit(int).result()  # all is written, and the loop has not heard of it
+        await second
+        assert len(world.host.asked) == 1
+
+    gate = threading.Event()
+    check(world, main, kind=Gated)
+
+
 def test_what_comes_to_nothing_keeps_nobody_waiting(world):
     async def main():
         async with world.another() as other:

@@ -148,7 +148,9 @@ class MediaCache:
         self._claims = Claims(disk.home)
         self._lookups = 0
         self._elsewhere: dict[bytes, asyncio.Future[None]] = {}
-        self._keeping: dict[bytes, int] = {}
+        #: What waits to be written, in bytes, and its reply, which is shared until the loop knows that it was written: whoever
+        #: looked before finds the one or the other.
+        self._keeping: dict[bytes, tuple[int, Keepable]] = {}
         #: Keys of what was written last.
         self._written: deque[bytes] = deque(maxlen=_BACKLOG)
         self._uses = Uses(lambda names, done: self._later(partial(disk.touch, names), done))
@@ -213,7 +215,7 @@ class MediaCache:
         if keepable.reset != self._resets:
             return
         key, reply = keepable.key, keepable.reply
-        waiting = sum(self._keeping.values())
+        waiting = sum(nbytes for nbytes, _ in self._keeping.values())
         if key in self._keeping or len(self._keeping) >= _BACKLOG or (waiting and waiting + len(data) > _BACKLOG_BYTES):
             return
         kept = Kept(
@@ -227,7 +229,7 @@ class MediaCache:
             validators=reply.validators,
             ask=reply.keeping == "ask",
         )
-        self._keeping[key] = len(data)
+        self._keeping[key] = len(data), keepable
 
         def write() -> tuple[Change, float]:
             started = time.monotonic()
