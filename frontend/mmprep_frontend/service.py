@@ -28,15 +28,14 @@ from mmprep.errors import (
     ServiceUnavailable,
 )
 from mmprep.items import unpack_meta
-from mmprep.keys import item_key
 from mmprep.metrics import Metrics
-from mmprep.wire.messages import ItemAnswer, LeaseTo, Recalled
+from mmprep.wire.messages import ItemAnswer, LeaseTo, Need, Recalled
 from mmprep_frontend.caller import ANONYMOUS
 from mmprep_frontend.dispatch import WriterLink
 from mmprep_frontend.known import KnownItems
-from mmprep_frontend.media.embeddings import embedded_item
+from mmprep_frontend.media.embeddings import EmbeddedItem, embedded_item
 from mmprep_frontend.media.intake import SMALL, TINY, Intake, Medium, Source, at_hand, first_error, size
-from mmprep_frontend.media.keys import scope, variant
+from mmprep_frontend.media.keys import scope
 from mmprep_frontend.model import ServedModel
 from mmprep_frontend.offered import Offered, OfferItem
 from mmprep_frontend.pace import Pace
@@ -259,8 +258,9 @@ class Service:
 
     def _terms(self, rendering: _Rendering) -> Terms:
         request, walked = rendering.asked.request, rendering.walked
+        need: Need = "plan" if request.payload == "none" else "tensors"
         return Terms(
-            need="plan" if request.payload == "none" else "tensors",
+            need=need,
             lease=_lease(request),
             dtype=request.mm_dtype or self._tensor_dtype,
             io=request.io,
@@ -268,6 +268,7 @@ class Service:
             scope=walked.scope,
             priority=request.priority or 0,
             deadline=rendering.deadline,
+            for_job=request.queue is not None and need == "tensors",
         )
 
     # --- from memory ----------------------------------------------------------------------------------------------
@@ -278,9 +279,9 @@ class Service:
         media = [medium for medium in rendering.media if medium is not None]
         if rendering.asked.request.queue is None or ring is None or not media or len(media) < len(parts):
             return None
-        if any(part.grid is not None for part in parts):
-            return None
         terms = self._terms(rendering)
+        if any(map(terms.stays_here, parts)):
+            return None
         asked = [self._wanted(rendering.model, *one, terms) for one in zip(parts, media, strict=True)]
         items, offered = [], []
         for part, item in zip(parts, asked, strict=True):
@@ -361,36 +362,27 @@ class Service:
     async def _all_items(
         self, model: ServedModel, parts: Sequence[MediaPart], media: Sequence[Medium | None], terms: Terms
     ) -> tuple[Offered | None, list[RenderedItem]]:
-        """Return all items in order, those that came embedded as they are, and the offer of the others."""
-        if all(part.grid is None for part in parts):
-            return await self._items(model, parts, media, terms)
+        """Return all items in order, those that came embedded and travel as they are, and the offer of the others."""
         both = list(zip(parts, media, strict=True))
-        own = [await self.on_thread(self._own_item, model, *one, terms) for one in both if one[0].grid is not None]
-        others = [one for one in both if one[0].grid is None]
+        others = [one for one in both if not terms.stays_here(one[0])]
+        if len(others) == len(both):
+            return await self._items(model, parts, media, terms)
+        own = [await self.on_thread(self._own_item, model, *one, terms) for one in both if terms.stays_here(one[0])]
         offered: Offered | None = None
         items: list[RenderedItem] = []
         if others:
             offered, items = await self._items(model, [part for part, _ in others], [m for _, m in others], terms)
         waiting, ready = iter(items), iter(own)
-        return offered, [next(waiting if part.grid is None else ready) for part in parts]
+        return offered, [next(ready if terms.stays_here(part) else waiting) for part in parts]
 
     def _own_item(self, model: ServedModel, part: MediaPart, medium: Medium, terms: Terms) -> RenderedItem:
-        placeholder, how = model.card.placeholder(part.modality), model.card.embeds[part.modality]
-        assert placeholder is not None
-        assert part.grid is not None
-        item = embedded_item(
-            part.modality, medium.data, part.grid, how, token_id=placeholder.token_id, param=part.param
-        )
-        processed = variant(
-            scope=terms.scope,
-            hash_name=self._hasher.name,
-            modality=part.modality,
-            fingerprint=model.card.fingerprint,
-            dtype=item.meta.fields[0].dtype,
-            options=b"embedded" + item.meta.cpu[how.grid],
-        )
-        key = item_key(processed, medium.digest)
-        return RenderedItem(part, key, ItemAnswer("computed", meta=item.meta.pack()), item.meta, item.region)
+        item = self._embedded(model, part, medium, terms)
+        meta = item.embeddings.meta
+        region = None if terms.need == "plan" else item.region()
+        return RenderedItem(part, item.wanted.key, ItemAnswer("computed", meta=meta.pack()), meta, region)
+
+    def _embedded(self, model: ServedModel, part: MediaPart, medium: Medium, terms: Terms) -> EmbeddedItem:
+        return embedded_item(part, medium, card=model.card, scope=terms.scope, hash_name=self._hasher.name)
 
     async def _items(
         self, model: ServedModel, parts: Sequence[MediaPart], media: Sequence[Medium | None], terms: Terms
@@ -422,6 +414,9 @@ class Service:
         return offered, items
 
     def _wanted(self, model: ServedModel, part: MediaPart, medium: Medium | None, terms: Terms) -> OfferItem | Recalled:
+        if part.grid is not None:
+            assert medium is not None, "embeddings are sent each time"
+            return self._embedded(model, part, medium, terms).wanted
         return wanted(
             part,
             medium,
