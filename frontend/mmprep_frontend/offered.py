@@ -41,6 +41,7 @@ class OfferItem:
     options: packed ItemOptions for the lane.
     cost: estimated pixels.
     alias: the caller's name for it, if any.
+    variant: makes the key, with the digest; empty where there is no alias to recall it by.
     """
 
     key: bytes
@@ -50,6 +51,7 @@ class OfferItem:
     options: bytes
     cost: int
     alias: messages.Alias | None = None
+    variant: bytes = b""
 
     def offered(self) -> messages.Offered:
         """Return what the writer is told of it."""

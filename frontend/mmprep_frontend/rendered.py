@@ -10,7 +10,7 @@ import numpy as np
 from mmprep.card import Io
 from mmprep.items import ItemMeta
 from mmprep.registration import Mapping as RingMapping
-from mmprep.wire.messages import ItemAnswer, LeaseTo, Need
+from mmprep.wire.messages import ItemAnswer, LeaseTo, Need, Remembered
 from mmprep.wire.messages import Offered as OfferedItem
 from mmprep_frontend.media.intake import Medium
 from mmprep_frontend.offered import Offered
@@ -83,13 +83,13 @@ class Unasked:
     Attributes
     ----------
     items: what is told with the job.
-    media: theirs.
+    media: theirs; ``None`` for those that the request only names.
     ring: in which their places lie, or beside which.
     ask: renders the chat anew, of the writer's answer.
     """
 
-    items: tuple[OfferedItem, ...]
-    media: Sequence[Medium]
+    items: tuple[OfferedItem | Remembered, ...]
+    media: Sequence[Medium | None]
     ring: RingMapping
     ask: Callable[[], Awaitable[RenderedChat]]
 

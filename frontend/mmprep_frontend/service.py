@@ -276,22 +276,22 @@ class Service:
     def _from_memory(self, rendering: _Rendering) -> RenderedChat | None:
         """Render a chat for a queue of what is remembered of its items; ``None`` where that is not enough."""
         parts, ring = rendering.walked.conversation.media, self.writer.mapping
-        media = [medium for medium in rendering.media if medium is not None]
-        if rendering.asked.request.queue is None or ring is None or not media or len(media) < len(parts):
+        if rendering.asked.request.queue is None or ring is None or not parts:
             return None
         terms = self._terms(rendering)
         if any(map(terms.stays_here, parts)):
             return None
-        asked = [self._wanted(rendering.model, *one, terms) for one in zip(parts, media, strict=True)]
-        items, offered = [], []
-        for part, item in zip(parts, asked, strict=True):
-            known = self._known.get(item.key, terms.need, ring.epoch) if isinstance(item, OfferItem) else None
-            if known is None or isinstance(item, Recalled):
-                return None
-            items.append(RenderedItem(part, item.key, known.answer, known.meta))
-            offered.append(item.offered())
+        asked = self._asked(rendering.model, parts, rendering.media, terms)
+        found = self._known.recollect(asked, terms.need, ring.epoch)
+        if found is None:
+            return None
+        items = [
+            RenderedItem(part, told.key, item.answer, item.meta)
+            for part, (item, told) in zip(parts, found, strict=True)
+        ]
         chat = self._rendered(rendering, items)
-        chat.unasked = Unasked(tuple(offered), media, ring, partial(self._render_asked, rendering))
+        told = tuple(one.told for one in found)
+        chat.unasked = Unasked(told, rendering.media, ring, partial(self._render_asked, rendering))
         return chat
 
     async def _render_asked(self, rendering: _Rendering) -> RenderedChat:
@@ -302,7 +302,7 @@ class Service:
         """The writer has found the items of a chat that was rendered from memory, between ``started`` and now."""
         assert chat.unasked is not None, "the writer was asked before"
         for medium, item in zip(chat.unasked.media, chat.items, strict=True):
-            if item.answer.length:
+            if medium is not None and item.answer.length:
                 self._intake.decoded(medium)
         if (trace := current.get()) is not None:
             told = [(item.part.modality, item.answer) for item in chat.items]
@@ -387,8 +387,7 @@ class Service:
     async def _items(
         self, model: ServedModel, parts: Sequence[MediaPart], media: Sequence[Medium | None], terms: Terms
     ) -> tuple[Offered, list[RenderedItem]]:
-        recalled = recalled_within(parts, media)
-        asked = [self._wanted(model, *one, terms) for one in zip(parts, recalled, strict=True)]
+        asked = self._asked(model, parts, media, terms)
         offered = await self._offer(parts, asked, terms)
         for answer, medium in zip(offered.items, media, strict=True):
             # Where only a plan was asked for, nobody may have looked behind the header.
@@ -403,15 +402,28 @@ class Service:
             for part, item, answer in zip(parts, asked, offered.items, strict=True):
                 meta = unpack_meta(answer.meta)
                 check_injected(part, meta, model.card, terms.dtype)
-                items.append(RenderedItem(part, key_of(item, answer, meta), answer, meta))
-                if isinstance(item, OfferItem) and meta.injected is None and not answer.inline:
-                    self._known.note(item.key, answer, meta, offered.mapping.epoch)
+                key = key_of(item, answer, meta)
+                items.append(RenderedItem(part, key, answer, meta))
+                if meta.injected is None and not answer.inline:
+                    self._known.note(key, answer, meta, offered.mapping.epoch)
+                    if isinstance(item, Recalled):
+                        self._known.note_alias(item.alias, item.variant, key)
         except (ValueError, NotFound) as error:
             offered.give_back()
             if isinstance(error, NotFound):
                 raise
             raise InternalError("an item's metadata cannot be read") from None
         return offered, items
+
+    def _asked(
+        self, model: ServedModel, parts: Sequence[MediaPart], media: Sequence[Medium | None], terms: Terms
+    ) -> list[OfferItem | Recalled]:
+        """Return what the writer is asked for; what aliases will stand for then is remembered."""
+        asked = [self._wanted(model, *one, terms) for one in zip(parts, recalled_within(parts, media), strict=True)]
+        for item in asked:
+            if isinstance(item, OfferItem) and item.alias is not None:
+                self._known.note_alias(item.alias.id, item.variant, item.key)
+        return asked
 
     def _wanted(self, model: ServedModel, part: MediaPart, medium: Medium | None, terms: Terms) -> OfferItem | Recalled:
         if part.grid is not None:
