@@ -21,6 +21,7 @@ from tests.integration.test_full_ring import fill_with_views
 from mmprep import Backend, Client, InvalidRequest, MediaError, ProtocolError, TooLarge
 from mmprep.card import ItemOptions
 from mmprep.digest import Hasher
+from mmprep.failpoints import VARIABLE
 from mmprep.runtime import parse_endpoint
 from mmprep_frontend.dispatch import WriterLink
 from mmprep_frontend.offered import OfferItem
@@ -31,9 +32,16 @@ SMALL, LARGE = (1, 8, 8), (1, 14, 14)
 
 
 @pytest.fixture(scope="module")
-def service():
+def offers(tmp_path_factory):
+    """Return a file that is there when the frontend has asked the writer for media by an offer."""
+    return tmp_path_factory.mktemp("offers") / "made"
+
+
+@pytest.fixture(scope="module")
+def service(offers):
     options = ("--cache-size", "1MiB", "--spill-size", "400KiB", "--max-media-size", "1MiB")
-    with serving(*options, "--queues", "declared", "--frontends", 1) as running:
+    env = {VARIABLE: f"frontend.offer.sent=touch:{offers}"}
+    with serving(*options, "--queues", "declared", "--frontends", 1, env=env) as running:
         yield running
 
 
@@ -98,15 +106,17 @@ def test_every_bit_arrives_also_of_what_is_no_number(client, backend, dtype, ord
     job.ack()
 
 
-def test_the_same_embedding_is_one_item_of_the_cache_until_it_is_evicted_or_cleared(service, client, backend):
-    """The second job is made without asking the writer first; that of the third is asked for, and sent again."""
+def test_the_same_embedding_is_one_item_of_the_cache_until_it_is_evicted_or_cleared(service, offers, client, backend):
+    """Jobs of what the frontend knows to be there are made without asking the writer first."""
     assert service.post("/reset_mm_cache", {}).status == 200
     chat, twice = user(part(SMALL)), user(part(SMALL), part(SMALL))
     for asked, found, empties in ((chat, 0, False), (chat, 1, False), (twice, 2, False), (chat, 0, True)):
         if empties:
             assert service.post("/reset_mm_cache", {}).status == 200
         before = counted(service)
+        offers.unlink(missing_ok=True)
         client.post(asked, queue="engine")
+        assert offers.exists() == (not found)
         number = len(asked[0]["content"])
         assert [after - then for after, then in zip(counted(service), before, strict=True)] == [number, found]
         job = backend.pull()
