@@ -28,7 +28,7 @@ class RenderedItem:
     key: bytes
     answer: ItemAnswer
     meta: ItemMeta
-    #: The tensors of a medium that came embedded, where they travel; they were never with the writer.
+    #: The tensors of a medium that came embedded, where they go back as they came; they were never with the writer.
     own: memoryview | None = None
 
 
@@ -46,7 +46,7 @@ class Terms:
     scope: the name space of the items' keys.
     priority: lower is more urgent.
     deadline: by the loop's clock.
-    for_job: whether all tensors are to lie in shared memory, also those of media that came embedded.
+    in_memory: whether all tensors are to lie in shared memory, also those of media that came embedded.
     """
 
     need: Need
@@ -57,11 +57,11 @@ class Terms:
     scope: bytes
     priority: int
     deadline: float
-    for_job: bool = False
+    in_memory: bool = False
 
     def stays_here(self, part: MediaPart) -> bool:
         """Whether a medium is one that the writer does not hear of: it is embedded already, and its tensors travel, if any."""
-        return part.grid is not None and not self.for_job
+        return part.grid is not None and not self.in_memory
 
 
 @dataclass(frozen=True, slots=True)

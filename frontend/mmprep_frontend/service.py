@@ -268,7 +268,7 @@ class Service:
             scope=walked.scope,
             priority=request.priority or 0,
             deadline=rendering.deadline,
-            for_job=request.queue is not None and need == "tensors",
+            in_memory=request.payload == "shm" or (request.queue is not None and need == "tensors"),
         )
 
     # --- from memory ----------------------------------------------------------------------------------------------

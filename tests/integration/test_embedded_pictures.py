@@ -96,11 +96,21 @@ def test_hashes_follow_the_content_and_tell_tenants_apart(service):
     assert hashes(user(other)) != plain[:1]
 
 
-def test_they_travel_where_addresses_were_asked_for_and_nothing_does_where_nothing_was(service, expected):
+def test_addresses_are_of_the_same_arrays_and_nothing_travels_where_nothing_was_asked_for(service, expected):
+    queries = 'mmprep_mm_cache_queries_total{modality="image"}'
+    before = service.metrics().get(queries, 0)
     with Backend(service.endpoint) as backend:
-        features = service.render(CHAT, mm_payload="shm", backend_id=backend.id)["features"]
-    assert features["mm_addresses"] == {"image": [None, None]}
-    check_tensors(features["kwargs_data"]["image"])
+        for _ in range(2):
+            features = service.render(CHAT, mm_payload="shm", backend_id=backend.id)["features"]
+            assert features["kwargs_data"] is None
+            for grid, address in zip(GRIDS, features["mm_addresses"]["image"], strict=True):
+                item = backend.open(address)
+                arrays = item.materialize()
+                item.release()
+                assert np.array_equal(arrays["image_embeds"], rows(grid))
+                assert arrays["image_grid_thw"].tolist() == list(grid)
+    assert service.metrics()[queries] == before + 4
+    assert service.status()["ring"]["entries"] == 2
     none = service.render(CHAT, mm_payload="none")
     assert none["token_ids"] == expected
     assert none["features"]["kwargs_data"] is none["features"]["mm_metadata"] is None

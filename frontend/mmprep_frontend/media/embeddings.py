@@ -1,8 +1,8 @@
 """Pictures that somebody else has embedded already, as a request has them; :mod:`mmprep.embeddings` reads their files. Pure.
 
-The range in the prompt is as long as the embeddings have rows. In an answer their tensors travel, and the writer never hears
-of them, since there is nothing to compute again. The tensors of a job lie in shared memory, so for a queue they are offered
-to the writer as other media are, and stay in its cache like them.
+The range in the prompt is as long as the embeddings have rows. Where their tensors are to travel the writer never hears of
+them, since there is nothing to compute. Where addresses are asked for, and for a queue, they are to lie in shared memory: then
+they are offered to the writer as other media are, and stay in its cache like them.
 """
 
 from __future__ import annotations
