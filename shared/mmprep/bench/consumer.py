@@ -21,7 +21,7 @@ def _run(orders: dict[str, Any]) -> None:
         for _ in range(orders["jobs"] - 1):
             assert job is not None
             done = time.perf_counter()
-            job.ack()
+            job.ack(wait=orders["waits"])
             job = backend.pull()
             times.append(1000 * (time.perf_counter() - done))
         assert job is not None
