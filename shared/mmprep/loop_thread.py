@@ -102,8 +102,7 @@ def _result(future: Future[Any]) -> Any:
 
 
 class _Outcome:
-    """What one thread waits for and another one tells it: a future with less to it, because a job's end waits for two of its
-    hops between threads."""
+    """What one thread waits for and the loop tells it: a future with less to it, because engines wait here between jobs."""
 
     __slots__ = ("_claim", "_end", "_there", "_what")
 

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -20,7 +20,8 @@ import msgspec
 
 from mmprep import failpoints
 from mmprep.address import Address
-from mmprep.errors import CLOSED, InvalidRequest, MmprepError, ProtocolError, ServiceUnavailable, StaleDelivery
+from mmprep.endings import Endings
+from mmprep.errors import InvalidRequest, MmprepError, ProtocolError, ServiceUnavailable, StaleDelivery
 from mmprep.item import Item, Runner, Source
 from mmprep.items import ItemMeta, unpack_meta
 from mmprep.job import Asker, AsyncJob, Job
@@ -36,8 +37,6 @@ _log = logging.getLogger("mmprep.pulling")
 _BEGIN_SECONDS = 10.0
 #: Seconds for the last words when the backend closes.
 _CLOSE_SECONDS = 1.0
-#: Seconds until the service is told of jobs that are done, several at a time.
-_SOON_SECONDS = 0.01
 _OVER = "the job is not this delivery's any more: its time was over, or it was delivered elsewhere"
 
 
@@ -113,20 +112,20 @@ class Pulling:
         #: What waits for the program; also read by other threads.
         self._ready: deque[Held] = deque()
         self._more = asyncio.Event()
+        #: Other threads that wait for a job, each with whom to call when one may be there.
+        self._takers: deque[Callable[[Any], None]] = deque()
         self._loop = asyncio.get_running_loop()
         self._begun: asyncio.Future[None] = self._loop.create_future()
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
-        self._closed = False
-        #: Jobs that are done, of which the service is to be told soon; other threads put them there.
-        self._acked: deque[Held] = deque()
-        self._telling_soon = False
+        self._endings = Endings(credits, self._forget)
 
     # --- the registration's ---------------------------------------------------------------------------------------
 
     def use(self, reader: Reader) -> None:
         """Take items by this reader, and tell the service by it what becomes of jobs; before the first job comes."""
         self._reader = reader
+        self._endings.use(reader)
 
     def greets(self) -> list[tuple[Callable[[int], msgspec.Struct], Callable[[asyncio.Future[Any]], None]]]:
         """Return what a new writer is told first: the jobs that are here, and which queues they shall come from.
@@ -224,6 +223,7 @@ class Pulling:
         held.job = self._make_job(self, held, content)
         self._ready.append(held)
         self._more.set()
+        self._wake_taker()
 
     def _job(self, pulling: Pulling, held: Held, content: JobContent) -> AsyncJob | Job:
         if self._run is None or self._ask is None:
@@ -288,6 +288,35 @@ class Pulling:
             self._more.clear()
             await self._more.wait()
 
+    @property
+    def draining(self) -> bool:
+        """Whether no more jobs come. May be asked by any thread."""
+        return self._draining
+
+    def wait(self, told: Callable[[Any], None]) -> Callable[[], None]:
+        """Call ``told`` when a job may be here that nobody has taken, or this drains; return what gives up waiting."""
+        if self._ready or self._draining:
+            told(None)
+            return lambda: None
+        self._takers.append(told)
+
+        def give_up() -> None:
+            if told in self._takers:
+                self._takers.remove(told)
+            elif self._ready:  # what it was called for is another one's
+                self._wake_taker()
+
+        return give_up
+
+    def _wake_taker(self) -> None:
+        if self._takers:
+            self._takers.popleft()(None)
+
+    def _wake_all(self) -> None:
+        self._more.set()
+        while self._takers:
+            self._wake_taker()
+
     async def ack(self, held: Held) -> None:
         """Say that a job is done."""
         failpoints.reach("backend.ack.before")
@@ -322,55 +351,14 @@ class Pulling:
     def ack_soon(self, held: Held) -> None:
         """Say that a job is done, soon and together with others, and give its tensors up. May be called from any thread.
 
-        Nobody is told what the service says to that. Where no writer is there, the next one is told. As long as half of
-        the credits are not used up by such jobs, none of them keeps this backend from getting others.
+        Nobody is told what the service says to that.
         """
-        if self._closed:
-            raise InvalidRequest(CLOSED)
         self._check_open(held)
         failpoints.reach("backend.ack.before")
+        self._endings.add(held)
         held.end = "acknowledged"
         for item in held.items:
             item.release()
-        self._acked.append(held)
-        if 2 * len(self._acked) >= self._credits:
-            self._loop.call_soon_threadsafe(self._tell_acked)
-        elif not self._telling_soon:
-            self._telling_soon = True
-            self._loop.call_soon_threadsafe(self._tell_acked_soon)
-
-    def _tell_acked_soon(self) -> None:
-        self._telling_soon = True
-        self._loop.call_later(_SOON_SECONDS, self._tell_acked_in_time)
-
-    def _tell_acked_in_time(self) -> None:
-        self._telling_soon = False  # before what is there is taken: what comes now has a timer of its own
-        self._tell_acked()
-
-    def _tell_acked(self) -> None:
-        for batch in self._take_acked():
-            self._keep(self._tell_of(batch))
-
-    def _take_acked(self) -> Iterator[list[Held]]:
-        while self._acked:
-            yield [self._acked.popleft() for _ in range(min(len(self._acked), messages.MAX_CREDITS))]
-
-    async def _tell_of(self, done: list[Held]) -> None:
-        """Tell the service of jobs that are done. They stay among those that are here until it has heard that."""
-        assert self._reader is not None
-        try:
-            answer = await self._reader.call(partial(messages.Acks, tokens=tuple(held.token for held in done)))
-        except MmprepError as error:
-            if not self._closed:
-                _log.warning("the service could not be told of jobs that are done, and will be: %s", error)
-                self._acked.extend(done)
-                self._tell_acked_soon()
-            return
-        for held in done:
-            self._held.pop(held.token, None)
-        if isinstance(answer, messages.Kept):
-            over = {held.job_id for held in done if held.token in answer.lost}
-            _log.info("these jobs were done after their time was over: %s", ", ".join(sorted(over)))
 
     async def give_back(self, held: Held, failed: str | None) -> None:
         """Say that a job is not done; ``failed``: why, ``None``: it was not begun."""
@@ -411,21 +399,19 @@ class Pulling:
             await self._reader.call(partial(messages.Pull, queues=(), credits=0))
             await self._give_all_back(lambda held: not held.taken, None)
         finally:
-            self._more.set()
+            self._wake_all()
 
     async def close(self) -> None:
         """Give back everything: what the program has and has not ended has failed."""
-        self._closed = True
         with contextlib.suppress(MmprepError, TimeoutError):
             async with asyncio.timeout(_CLOSE_SECONDS):
-                for batch in self._take_acked():
-                    await self._tell_of(batch)
+                await self._endings.close()
                 await self.drain()
                 await self._give_all_back(lambda held: held.taken, "the backend closed before the job was acknowledged")
         for task in self._tasks:
             task.cancel()
         self._draining = True
-        self._more.set()
+        self._wake_all()
 
     async def _give_all_back(self, which: Callable[[Held], bool], why: str | None) -> None:
         for held in [held for held in self._held.values() if held.end is None and which(held)]:
@@ -434,8 +420,11 @@ class Pulling:
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
-    def _drop(self, held: Held) -> None:
+    def _forget(self, held: Held) -> None:
         self._held.pop(held.token, None)
+
+    def _drop(self, held: Held) -> None:
+        self._forget(held)
         for item in held.items:
             item.release()
 
