@@ -1,19 +1,25 @@
 """What the writer has said of items: enough to make a job of them without asking first. Used on the event loop.
 
-It is a memory, no promise: what is remembered may have gone since. The writer looks when the job is posted, and takes it
-only if everything is where it was. Plans are true for ever, because keys are made of contents.
+It is a memory, no promise: what is remembered may have gone since, and an alias may stand for other content, of which another
+frontend has heard. The writer looks when the job is posted, and takes it only if everything is where it was, and aliases
+lead where they led. Plans are true for ever, because keys are made of contents. What was injected is not remembered: its key
+is made of its name.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from mmprep.items import ItemMeta
-from mmprep.wire.messages import ItemAnswer, Need
+from mmprep.wire.messages import ItemAnswer, Need, Offered, Recalled, Remembered
+from mmprep_frontend.offered import OfferItem
 
 #: Bytes of memory for each byte of packed metadata, which is kept unpacked too, and for an entry with its key.
 _META, _ENTRY = 6, 1200
+#: Aliases that are remembered; 5 MB of memory.
+_MOST_ALIASES = 16_384
 
 
 class KnownItem(NamedTuple):
@@ -24,18 +30,29 @@ class KnownItem(NamedTuple):
     epoch: str
 
 
+class Recollection(NamedTuple):
+    """What an item of a request would be found as, and how the writer is told of it with a job."""
+
+    item: KnownItem
+    told: Offered | Remembered
+
+
 class KnownItems:
-    """Items by key, least recently used out first.
+    """Items by key, and keys by alias and variant; both least recently used out first.
 
     Parameters
     ----------
     max_bytes:
-        Of memory, by :meth:`size`.
+        Of memory of the items, by :meth:`size`.
+    max_aliases:
+        That are remembered.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, max_aliases: int = _MOST_ALIASES) -> None:
         self._max_bytes = max_bytes
+        self._max_aliases = max_aliases
         self._items: OrderedDict[bytes, KnownItem] = OrderedDict()
+        self._keys: OrderedDict[bytes, bytes] = OrderedDict()
         self._bytes = 0
 
     def __len__(self) -> int:
@@ -77,6 +94,41 @@ class KnownItems:
         self._items.move_to_end(key)
         return item
 
+    def note_alias(self, alias: bytes, variant: bytes, key: bytes) -> None:
+        """Remember which item an alias stands for in a variant; both have 32 bytes."""
+        name = alias + variant
+        self._keys[name] = key
+        self._keys.move_to_end(name)
+        if len(self._keys) > self._max_aliases:
+            self._keys.popitem(last=False)
+
+    def recollect(self, asked: Sequence[OfferItem | Recalled], need: Need, epoch: str) -> list[Recollection] | None:
+        """Return what would be answered for all items of a request if nothing has changed, ``None`` where that is not known.
+
+        It is not known either where a part names an alias that a later part sends with a medium: the writer would have to look
+        what it stands for in between.
+        """
+        sent = {item.alias.id for item in asked if isinstance(item, OfferItem) and item.alias is not None}
+        found = []
+        for item in asked:
+            if isinstance(item, OfferItem):
+                told: Offered | Remembered | None = item.offered()
+            else:
+                told = None if item.alias in sent else self._remembered(item)
+            known = None if told is None else self.get(told.key, need, epoch)
+            if told is None or known is None:
+                return None
+            found.append(Recollection(known, told))
+        return found
+
+    def _remembered(self, item: Recalled) -> Remembered | None:
+        name = item.alias + item.variant
+        key = self._keys.get(name)
+        if key is None:
+            return None
+        self._keys.move_to_end(name)
+        return Remembered(item.alias, item.variant, item.modality, key)
+
     def forget(self, key: bytes) -> None:
         """Remember nothing of an item."""
         item = self._items.pop(key, None)
@@ -87,3 +139,4 @@ class KnownItems:
         """Check the invariants; raises AssertionError."""
         assert self._bytes == sum(map(self.size, self._items.values())), "bytes are miscounted"
         assert self._bytes <= self._max_bytes, "above the limit"
+        assert len(self._keys) <= self._max_aliases, "there are more aliases than the limit"

@@ -19,7 +19,14 @@ from mmprep_frontend.tensors import TensorLink, Tensors
 if TYPE_CHECKING:
     from mmprep_frontend.dispatch import WriterLink
 
+#: Bytes of an item for each pixel of the cost that a picture of equal work has; and the least cost.
+_BYTES_A_PIXEL, _LEAST_COST = 64, 4096
 _REPLACED = "the worker was replaced while the answer was written; try again"
+
+
+def copying_cost(nbytes: int) -> int:
+    """Return what an item costs whose tensors a lane has only to check and to copy, in pixels."""
+    return max(_LEAST_COST, nbytes // _BYTES_A_PIXEL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +41,7 @@ class OfferItem:
     options: packed ItemOptions for the lane.
     cost: estimated pixels.
     alias: the caller's name for it, if any.
+    variant: makes the key, with the digest; empty where there is no alias to recall it by.
     """
 
     key: bytes
@@ -43,6 +51,7 @@ class OfferItem:
     options: bytes
     cost: int
     alias: messages.Alias | None = None
+    variant: bytes = b""
 
     def offered(self) -> messages.Offered:
         """Return what the writer is told of it."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from mmprep.digest import Hasher
-from mmprep.errors import Busy, InvalidRequest
+from mmprep.errors import Busy
 from mmprep.job_content import JobContent
 from mmprep.result import HeadItem, Place, ids_to_bytes
 from mmprep.wire import messages
@@ -107,8 +107,6 @@ def _ranges(chat: RenderedChat) -> list[tuple[int, int]]:
 
 def _item(item: RenderedItem, offset: int, length: int) -> HeadItem:
     answer, place = item.answer, None
-    if item.own is not None:
-        raise InvalidRequest("Pictures that are embedded already cannot be queued; render them.", param=item.part.param)
     if answer.inline:
         raise Busy(_NO_ROOM, retry_after=1.0)
     if answer.length:

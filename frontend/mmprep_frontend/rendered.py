@@ -10,7 +10,7 @@ import numpy as np
 from mmprep.card import Io
 from mmprep.items import ItemMeta
 from mmprep.registration import Mapping as RingMapping
-from mmprep.wire.messages import ItemAnswer, LeaseTo, Need
+from mmprep.wire.messages import ItemAnswer, LeaseTo, Need, Remembered
 from mmprep.wire.messages import Offered as OfferedItem
 from mmprep_frontend.media.intake import Medium
 from mmprep_frontend.offered import Offered
@@ -28,7 +28,7 @@ class RenderedItem:
     key: bytes
     answer: ItemAnswer
     meta: ItemMeta
-    #: The tensors of a medium that came embedded; they were never with the writer.
+    #: The tensors of a medium that came embedded, where they travel; they were never with the writer.
     own: memoryview | None = None
 
 
@@ -46,6 +46,7 @@ class Terms:
     scope: the name space of the items' keys.
     priority: lower is more urgent.
     deadline: by the loop's clock.
+    for_job: whether all tensors are to lie in shared memory, also those of media that came embedded.
     """
 
     need: Need
@@ -56,6 +57,11 @@ class Terms:
     scope: bytes
     priority: int
     deadline: float
+    for_job: bool = False
+
+    def stays_here(self, part: MediaPart) -> bool:
+        """Whether a medium is one that the writer does not hear of: it is embedded already, and its tensors travel, if any."""
+        return part.grid is not None and not self.for_job
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +83,13 @@ class Unasked:
     Attributes
     ----------
     items: what is told with the job.
-    media: theirs.
+    media: theirs; ``None`` for those that the request only names.
     ring: in which their places lie, or beside which.
     ask: renders the chat anew, of the writer's answer.
     """
 
-    items: tuple[OfferedItem, ...]
-    media: Sequence[Medium]
+    items: tuple[OfferedItem | Remembered, ...]
+    media: Sequence[Medium | None]
     ring: RingMapping
     ask: Callable[[], Awaitable[RenderedChat]]
 

@@ -28,15 +28,14 @@ from mmprep.errors import (
     ServiceUnavailable,
 )
 from mmprep.items import unpack_meta
-from mmprep.keys import item_key
 from mmprep.metrics import Metrics
-from mmprep.wire.messages import ItemAnswer, LeaseTo, Recalled
+from mmprep.wire.messages import ItemAnswer, LeaseTo, Need, Recalled
 from mmprep_frontend.caller import ANONYMOUS
 from mmprep_frontend.dispatch import WriterLink
 from mmprep_frontend.known import KnownItems
-from mmprep_frontend.media.embeddings import embedded_item
+from mmprep_frontend.media.embeddings import EmbeddedItem, embedded_item
 from mmprep_frontend.media.intake import SMALL, TINY, Intake, Medium, Source, at_hand, first_error, size
-from mmprep_frontend.media.keys import scope, variant
+from mmprep_frontend.media.keys import scope
 from mmprep_frontend.model import ServedModel
 from mmprep_frontend.offered import Offered, OfferItem
 from mmprep_frontend.pace import Pace
@@ -259,8 +258,9 @@ class Service:
 
     def _terms(self, rendering: _Rendering) -> Terms:
         request, walked = rendering.asked.request, rendering.walked
+        need: Need = "plan" if request.payload == "none" else "tensors"
         return Terms(
-            need="plan" if request.payload == "none" else "tensors",
+            need=need,
             lease=_lease(request),
             dtype=request.mm_dtype or self._tensor_dtype,
             io=request.io,
@@ -268,6 +268,7 @@ class Service:
             scope=walked.scope,
             priority=request.priority or 0,
             deadline=rendering.deadline,
+            for_job=request.queue is not None and need == "tensors",
         )
 
     # --- from memory ----------------------------------------------------------------------------------------------
@@ -275,22 +276,22 @@ class Service:
     def _from_memory(self, rendering: _Rendering) -> RenderedChat | None:
         """Render a chat for a queue of what is remembered of its items; ``None`` where that is not enough."""
         parts, ring = rendering.walked.conversation.media, self.writer.mapping
-        media = [medium for medium in rendering.media if medium is not None]
-        if rendering.asked.request.queue is None or ring is None or not media or len(media) < len(parts):
-            return None
-        if any(part.grid is not None for part in parts):
+        if rendering.asked.request.queue is None or ring is None or not parts:
             return None
         terms = self._terms(rendering)
-        asked = [self._wanted(rendering.model, *one, terms) for one in zip(parts, media, strict=True)]
-        items, offered = [], []
-        for part, item in zip(parts, asked, strict=True):
-            known = self._known.get(item.key, terms.need, ring.epoch) if isinstance(item, OfferItem) else None
-            if known is None or isinstance(item, Recalled):
-                return None
-            items.append(RenderedItem(part, item.key, known.answer, known.meta))
-            offered.append(item.offered())
+        if any(map(terms.stays_here, parts)):
+            return None
+        asked = self._asked(rendering.model, parts, rendering.media, terms)
+        found = self._known.recollect(asked, terms.need, ring.epoch)
+        if found is None:
+            return None
+        items = [
+            RenderedItem(part, told.key, item.answer, item.meta)
+            for part, (item, told) in zip(parts, found, strict=True)
+        ]
         chat = self._rendered(rendering, items)
-        chat.unasked = Unasked(tuple(offered), media, ring, partial(self._render_asked, rendering))
+        told = tuple(one.told for one in found)
+        chat.unasked = Unasked(told, rendering.media, ring, partial(self._render_asked, rendering))
         return chat
 
     async def _render_asked(self, rendering: _Rendering) -> RenderedChat:
@@ -301,7 +302,7 @@ class Service:
         """The writer has found the items of a chat that was rendered from memory, between ``started`` and now."""
         assert chat.unasked is not None, "the writer was asked before"
         for medium, item in zip(chat.unasked.media, chat.items, strict=True):
-            if item.answer.length:
+            if medium is not None and item.answer.length:
                 self._intake.decoded(medium)
         if (trace := current.get()) is not None:
             told = [(item.part.modality, item.answer) for item in chat.items]
@@ -361,42 +362,32 @@ class Service:
     async def _all_items(
         self, model: ServedModel, parts: Sequence[MediaPart], media: Sequence[Medium | None], terms: Terms
     ) -> tuple[Offered | None, list[RenderedItem]]:
-        """Return all items in order, those that came embedded as they are, and the offer of the others."""
-        if all(part.grid is None for part in parts):
-            return await self._items(model, parts, media, terms)
+        """Return all items in order, those that came embedded and travel as they are, and the offer of the others."""
         both = list(zip(parts, media, strict=True))
-        own = [await self.on_thread(self._own_item, model, *one, terms) for one in both if one[0].grid is not None]
-        others = [one for one in both if one[0].grid is None]
+        others = [one for one in both if not terms.stays_here(one[0])]
+        if len(others) == len(both):
+            return await self._items(model, parts, media, terms)
+        own = [await self.on_thread(self._own_item, model, *one, terms) for one in both if terms.stays_here(one[0])]
         offered: Offered | None = None
         items: list[RenderedItem] = []
         if others:
             offered, items = await self._items(model, [part for part, _ in others], [m for _, m in others], terms)
         waiting, ready = iter(items), iter(own)
-        return offered, [next(waiting if part.grid is None else ready) for part in parts]
+        return offered, [next(ready if terms.stays_here(part) else waiting) for part in parts]
 
     def _own_item(self, model: ServedModel, part: MediaPart, medium: Medium, terms: Terms) -> RenderedItem:
-        placeholder, how = model.card.placeholder(part.modality), model.card.embeds[part.modality]
-        assert placeholder is not None
-        assert part.grid is not None
-        item = embedded_item(
-            part.modality, medium.data, part.grid, how, token_id=placeholder.token_id, param=part.param
-        )
-        processed = variant(
-            scope=terms.scope,
-            hash_name=self._hasher.name,
-            modality=part.modality,
-            fingerprint=model.card.fingerprint,
-            dtype=item.meta.fields[0].dtype,
-            options=b"embedded" + item.meta.cpu[how.grid],
-        )
-        key = item_key(processed, medium.digest)
-        return RenderedItem(part, key, ItemAnswer("computed", meta=item.meta.pack()), item.meta, item.region)
+        item = self._embedded(model, part, medium, terms)
+        meta = item.embeddings.meta
+        region = None if terms.need == "plan" else item.region()
+        return RenderedItem(part, item.wanted.key, ItemAnswer("computed", meta=meta.pack()), meta, region)
+
+    def _embedded(self, model: ServedModel, part: MediaPart, medium: Medium, terms: Terms) -> EmbeddedItem:
+        return embedded_item(part, medium, card=model.card, scope=terms.scope, hash_name=self._hasher.name)
 
     async def _items(
         self, model: ServedModel, parts: Sequence[MediaPart], media: Sequence[Medium | None], terms: Terms
     ) -> tuple[Offered, list[RenderedItem]]:
-        recalled = recalled_within(parts, media)
-        asked = [self._wanted(model, *one, terms) for one in zip(parts, recalled, strict=True)]
+        asked = self._asked(model, parts, media, terms)
         offered = await self._offer(parts, asked, terms)
         for answer, medium in zip(offered.items, media, strict=True):
             # Where only a plan was asked for, nobody may have looked behind the header.
@@ -411,9 +402,12 @@ class Service:
             for part, item, answer in zip(parts, asked, offered.items, strict=True):
                 meta = unpack_meta(answer.meta)
                 check_injected(part, meta, model.card, terms.dtype)
-                items.append(RenderedItem(part, key_of(item, answer, meta), answer, meta))
-                if isinstance(item, OfferItem) and meta.injected is None and not answer.inline:
-                    self._known.note(item.key, answer, meta, offered.mapping.epoch)
+                key = key_of(item, answer, meta)
+                items.append(RenderedItem(part, key, answer, meta))
+                if meta.injected is None and not answer.inline:
+                    self._known.note(key, answer, meta, offered.mapping.epoch)
+                    if isinstance(item, Recalled):
+                        self._known.note_alias(item.alias, item.variant, key)
         except (ValueError, NotFound) as error:
             offered.give_back()
             if isinstance(error, NotFound):
@@ -421,7 +415,20 @@ class Service:
             raise InternalError("an item's metadata cannot be read") from None
         return offered, items
 
+    def _asked(
+        self, model: ServedModel, parts: Sequence[MediaPart], media: Sequence[Medium | None], terms: Terms
+    ) -> list[OfferItem | Recalled]:
+        """Return what the writer is asked for; what aliases will stand for then is remembered."""
+        asked = [self._wanted(model, *one, terms) for one in zip(parts, recalled_within(parts, media), strict=True)]
+        for item in asked:
+            if isinstance(item, OfferItem) and item.alias is not None:
+                self._known.note_alias(item.alias.id, item.variant, item.key)
+        return asked
+
     def _wanted(self, model: ServedModel, part: MediaPart, medium: Medium | None, terms: Terms) -> OfferItem | Recalled:
+        if part.grid is not None:
+            assert medium is not None, "embeddings are sent each time"
+            return self._embedded(model, part, medium, terms).wanted
         return wanted(
             part,
             medium,

@@ -94,6 +94,7 @@ def wanted(
         options=msgspec.msgpack.encode(options),
         cost=max(least, pixels or len(medium.data) * a_byte),
         alias=None if name is None else Alias(name, medium.digest, other),
+        variant=b"" if name is None else processed,
     )
 
 

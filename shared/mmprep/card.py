@@ -21,6 +21,10 @@ IoValue: TypeAlias = bool | _Whole | float | _Text | tuple[_Whole, ...] | None
 #: What a request may choose about reading one medium: how many frames of a video are taken, say.
 Io: TypeAlias = Annotated[dict[_Text, IoValue], msgspec.Meta(max_length=16)]
 
+_Side = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+#: Time, height and width of a medium, in patches.
+Grid: TypeAlias = tuple[_Side, _Side, _Side]
+
 
 class ItemOptions(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What a request may choose for one medium. All of it is part of the item's key.
@@ -30,11 +34,13 @@ class ItemOptions(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     dtype: of the main tensor; one of the card's for the modality.
     io: how the medium is read, from :func:`pack_io`; empty where the request chose nothing.
     kwargs: how it is processed, from :func:`mmprep.arguments.choose`; empty where the request chose nothing.
+    grid: of a medium that is embedded already, whose bytes :mod:`mmprep.embeddings` reads; ``None`` for all others.
     """
 
     dtype: _Text
     io: _Packed = b""
     kwargs: _Packed = b""
+    grid: Grid | None = None
 
 
 def pack_io(io: Mapping[str, IoValue]) -> bytes:

@@ -339,7 +339,7 @@ def test_who_looked_just_before_it_was_written_asks_nobody_either(world):
         del first
         second = asyncio.create_task(cache.fetch(world.url, scope=SCOPE, param="p", timeout=20.0))
         await asyncio.sleep(0)
-        while cache._lookups:
+        while cache._lookups:  # noqa: ASYNC110 -- the test waits for turns of the loop
             await asyncio.sleep(0)
         gate.set()
         cache._writer.submit(int).result()  # all is written, and the loop has not heard of it

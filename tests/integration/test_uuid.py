@@ -17,6 +17,7 @@ from tests.integration.service import decode_item, image, serving, text, user
 from transformers import AutoImageProcessor
 
 from mmprep import Backend, Client, NotFound, __version__, embedded
+from mmprep.failpoints import VARIABLE
 from mmprep.result import unpack_head
 from mmprep.runtime import RuntimeDir
 from mmprep.wire import messages
@@ -30,8 +31,15 @@ ABSENT = [{}, {"image_url": None}, {"image_url": {}}, {"image_url": {"url": None
 
 
 @pytest.fixture(scope="module")
-def service():
-    with serving("--frontends", 2, "--cache-size", "8MiB") as running:
+def offers(tmp_path_factory):
+    """Return a file that is there when a frontend has asked the writer for media by an offer."""
+    return tmp_path_factory.mktemp("offers") / "made"
+
+
+@pytest.fixture(scope="module")
+def service(offers):
+    env = {VARIABLE: f"frontend.offer.sent=touch:{offers}"}
+    with serving("--frontends", 2, "--cache-size", "8MiB", env=env) as running:
         yield running
 
 
@@ -94,7 +102,7 @@ def not_found(service, parts, param, **fields):
 
 
 def through(endpoint, body):
-    """Send one chat to the frontend with this endpoint and return the hashes in its answer, or the error."""
+    """Send one chat to the frontend with this endpoint and return the hashes in its answer, the job's id, or the error."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.linger, socket.rcvtimeo = 1000, 60_000
         socket.connect(endpoint)
@@ -105,6 +113,8 @@ def through(endpoint, body):
     answer = unpack(header, messages.FromFrontend)
     if isinstance(answer, messages.Failed):
         return answer.fault.error()
+    if isinstance(answer, messages.Response):
+        return msgspec.json.decode(frames[0])["request_id"]
     return [item.hash.hex() for item in unpack_head(frames[0]).items]
 
 
@@ -148,6 +158,93 @@ def test_every_payload_is_had_by_uuid(service, processor, uuid, cat):
         item = backend.open(features["mm_addresses"]["image"][0])
         assert np.array_equal(item.materialize()["pixel_values"], pixels)
         item.release()
+
+
+class Queue:
+    """Posts through a frontend that is named, and sees what the job is, and whether the writer was asked before."""
+
+    def __init__(self, backend, offers):
+        self._backend = backend
+        self._offers = offers
+
+    def post(self, endpoint, *parts, **fields):
+        """Return the job, acknowledged, and whether it was made by an offer; or the error."""
+        self._offers.unlink(missing_ok=True)
+        told = through(endpoint, {"messages": user(*parts), "queue": "by-uuid", **fields})
+        if not isinstance(told, str):
+            return told
+        job = self._backend.pull()
+        assert job.id == told
+        pixels = []
+        if fields.get("mm_payload") != "none":
+            with job.view() as items:
+                pixels = [arrays["pixel_values"].copy() for arrays in items["image"]]
+        job.ack()
+        return [item.hash for item in job.items["image"]], pixels, self._offers.exists()
+
+
+@pytest.fixture
+def queue(service, offers):
+    with Backend(service.endpoint, queue="by-uuid") as backend:
+        yield Queue(backend, offers)
+
+
+def test_a_job_by_uuid_alone_takes_one_word_with_the_writer_where_its_frontend_knows_the_picture(
+    service, queue, processor, uuid, cat
+):
+    """The one frontend has sent it; the other learns by asking once what it stands for, and where that lies."""
+    first, second = RuntimeDir(service.runtime_dir).frontends()
+    expected, pixels = [hash_of(service, cat)], expected_pixels(processor, cat)
+    for endpoint, part, asks in (
+        (first, sent(cat, uuid), True),
+        (first, alone(uuid), False),
+        (second, alone(uuid), True),
+        (second, alone(uuid), False),
+    ):
+        noted, found, asked = queue.post(endpoint, part)
+        assert (noted, asked) == (expected, asks)
+        assert np.array_equal(found[0], pixels)
+    assert queue.post(second, alone(uuid), mm_payload="none") == (expected, [], False)
+    before = service.metrics()
+    noted, found, asked = queue.post(second, image(cat, "png"), alone(uuid), alone(uuid))
+    assert (noted, asked) == (expected * 3, False)
+    after = service.metrics()
+    for name in ("queries", "hits"):
+        assert (
+            after[f'mmprep_mm_cache_{name}_total{{modality="image"}}'] - 3
+            == before[f'mmprep_mm_cache_{name}_total{{modality="image"}}']
+        )
+
+
+def test_a_job_is_of_what_a_uuid_stands_for_whichever_frontend_has_heard_of_it(service, queue, processor, uuid):
+    first, second = RuntimeDir(service.runtime_dir).frontends()
+    cat, dog = picture(), picture()
+    names = [uuid, uuid + "2"]
+    queue.post(second, sent(cat, names[0]), sent(dog, names[1]))
+    assert not queue.post(second, *map(alone, names))[2]
+    queue.post(first, sent(dog, names[0]), sent(cat, names[1]))
+    noted, pixels, asked = queue.post(second, *map(alone, names))
+    assert asked, "it took what it remembered for what is so"
+    assert noted == [hash_of(service, dog), hash_of(service, cat)]
+    for found, data in zip(pixels, (dog, cat), strict=True):
+        assert np.array_equal(found, expected_pixels(processor, data))
+    assert queue.post(second, *map(alone, names))[::2] == (noted, False)
+    # What a name stood for before it is sent in the same request is for the writer to say.
+    noted, _, asked = queue.post(second, alone(names[0]), sent(cat, names[0]), alone(names[0]))
+    assert (noted, asked) == ([hash_of(service, data) for data in (dog, cat, cat)], True)
+
+
+def test_a_job_by_a_uuid_that_stands_for_nothing_any_more_is_a_404_that_names_its_part(service, queue, uuid, cat):
+    first, _ = RuntimeDir(service.runtime_dir).frontends()
+    queue.post(first, sent(cat, uuid))
+    assert not queue.post(first, alone(uuid))[2]
+    assert service.post("/reset_mm_cache", {}).status == 200
+    for fields in ({}, {"mm_payload": "none"}):
+        error = queue.post(first, text("?"), alone(uuid), **fields)
+        assert (type(error), error.param) == (NotFound, "messages[0].content[1].uuid")
+    answer = service.chat(user(text("?"), alone(uuid)), queue="by-uuid")
+    assert (answer.status, answer.error["param"]) == (404, "messages[0].content[1].uuid")
+    assert queue.post(first, sent(cat, uuid))[0] == [hash_of(service, cat)]
 
 
 def test_tokens_are_counted_by_uuid(service, uuid, cat):

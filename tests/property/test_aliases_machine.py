@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from tests.machines import at_length
 
-from mmprep.wire.messages import Alias, Offered, Recalled
+from mmprep.keys import item_key
+from mmprep.wire.messages import Alias, Offered, Recalled, Remembered
 from mmprep_worker.writer.aliases import Aliases
 
+VARIANT = b"v" * 32
 ALIASES = st.sampled_from([bytes([number]) * 32 for number in range(8)])
 DIGESTS = st.sampled_from([bytes([100 + number]) * 32 for number in range(3)])
 ITEMS = st.one_of(
@@ -55,6 +57,22 @@ class AliasesMachine(RuleBasedStateMachine):
         for item in items:
             if isinstance(item, Offered) and item.alias is not None:
                 self.use(item.alias.id, item.alias.digest)
+
+    @rule(aliases=st.lists(ALIASES, max_size=3), digests=st.lists(DIGESTS, min_size=3, max_size=3), sent=ITEMS)
+    def see_whether_what_is_remembered_is_so(self, aliases, digests, sent):
+        remembered = [
+            Remembered(alias, VARIANT, "image", item_key(VARIANT, digest))
+            for alias, digest in zip(aliases, digests, strict=False)
+        ]
+        expected = True
+        for alias, digest in zip(aliases, digests, strict=False):
+            found = dict(self.model).get(alias)
+            self.use(alias, found)
+            if found != digest:
+                expected = False
+                break
+        items = [*remembered, sent] if isinstance(sent, Offered) else remembered
+        assert self.aliases.lead_to(items) == expected
 
     @rule()
     def clear(self):

@@ -19,10 +19,12 @@ from tests.property.test_writer_core_machine import (
     NAMED,
     PICK,
     SPILL_BYTES,
+    VARIANT,
     Terms,
     WriterCoreMachine,
 )
 
+from mmprep.keys import item_key
 from mmprep.layout import State
 from mmprep.wire import messages
 from mmprep_worker.ring.spills import Spill
@@ -30,6 +32,7 @@ from mmprep_worker.ring.spills import Spill
 QUEUE = "q"
 #: A queue takes these, one or two at a time.
 SMALL = [MEDIA[0], MEDIA[1], MEDIA[5]]
+BY_KEY = {medium.key: medium for medium in MEDIA}
 
 
 class WriterQueuesMachine(WriterCoreMachine):
@@ -59,10 +62,19 @@ class WriterQueuesMachine(WriterCoreMachine):
                 self.remembered[entry.key] = 0 if isinstance(entry, Spill) else entry.slot, entry.generation
 
     @precondition(lambda self: self.living("frontend"))
-    @rule(pick=PICK, media=st.lists(st.sampled_from(SMALL), min_size=1, max_size=2), jobs=st.integers(1, 3))
-    def post_what_was_just_computed(self, pick, media, jobs):
+    @rule(
+        pick=PICK,
+        media=st.lists(st.sampled_from(SMALL), min_size=1, max_size=2),
+        jobs=st.integers(1, 3),
+        names=st.none() | st.permutations(ALIASES),
+        exchanged=st.booleans(),
+        need=st.sampled_from(["tensors", "tensors", "plan"]),
+    )
+    def post_what_was_just_computed(self, *, pick, media, jobs, names, exchanged, need):
+        """By its names alone, where it has some; wrongly, where they are exchanged."""
         connection = self.choose(self.living("frontend"), pick)
-        self.make_offer(connection, media, Terms("tensors", None, 20, 0, 0))
+        given = [None] * len(media) if names is None else names[: len(media)]
+        self.make_offer(connection, media, Terms("tensors", None, 20, 0, 0), given)
         self.work_goes_on(2)
         self.let_go(connection)
         for number in range(jobs):
@@ -70,8 +82,9 @@ class WriterQueuesMachine(WriterCoreMachine):
                 self.post_without_an_offer(
                     pick=pick,
                     media=media,
-                    need="tensors",
-                    aliases=[None] * 3,
+                    need=need,
+                    aliases=given[::-1] if exchanged else given,
+                    alone=[True] * len(media),
                     look=not number,
                     again=False,
                     seconds=20,
@@ -83,26 +96,23 @@ class WriterQueuesMachine(WriterCoreMachine):
         media=st.lists(st.sampled_from(MEDIA), min_size=1, max_size=3),
         need=st.sampled_from(["tensors", "tensors", "plan"]),
         aliases=st.lists(st.none() | st.sampled_from(ALIASES), min_size=3, max_size=3),
+        alone=st.lists(st.booleans(), min_size=3, max_size=3),
         look=st.booleans(),
         again=st.booleans(),
         seconds=st.sampled_from([2, 20]),
     )
-    def post_without_an_offer(self, *, pick, media, need, aliases, look, again, seconds):
+    def post_without_an_offer(self, *, pick, media, need, aliases, alone, look, again, seconds):
+        """Media whose aliases are ``alone`` are only remembered by them."""
         connection = self.choose(self.living("frontend"), pick)
         if look:
             self.places_are_remembered()
         places = [self.remembered.get(medium.key, (1, 7)) for medium in media] if need == "tensors" else []
         job = f"job-{next(self.numbers)}"
         self.posted[job] = dict(zip((generation for _, generation in places), media, strict=False))
-        names = [
-            (item.alias.id, m)
-            for item, m in zip(self.items(media, Terms(need, None, 1, 0, 0), aliases), media, strict=True)
-            if item.alias
-        ]
-        under_way = {flight.key for flight in self.core.flights}
-        self.aliases |= dict(names)
-        self.superseded |= {alias for alias, _ in names if NAMED[ALIASES.index(alias)] not in under_way}
-        items = tuple(self.items(media, Terms(need, None, 1, 0, 0), aliases))
+        items = tuple(
+            messages.Remembered(item.alias.id, VARIANT, "image", item.key) if item.alias and only else item
+            for item, only in zip(self.items(media, Terms(need, None, 1, 0, 0), aliases), alone, strict=False)
+        )
         for _ in range(1 + again):
             if not connection.open:
                 return
@@ -112,6 +122,15 @@ class WriterQueuesMachine(WriterCoreMachine):
         holders, jobs = self.core.ring.holders, {known.id for known in self.core.queues.jobs}
         flights = {flight.id for flight in self.core.flights}
         known, there = self.core.queues.knows(job), self.are_there(items, places)
+        remembered = [item for item in items if isinstance(item, messages.Remembered)]
+        stood = {alias: item_key(VARIANT, digest) for alias, digest in self.core.aliases._digests.items()}
+        if any(stood.get(item.alias) != item.key for item in remembered):
+            there = False
+        last_sent = {alias: medium.key for alias, medium in self.aliases.items()}
+        names = {i.alias.id: BY_KEY[i.key] for i in items if isinstance(i, messages.Offered) and i.alias}
+        under_way = {flight.key for flight in self.core.flights}
+        self.aliases |= names
+        self.superseded |= {alias for alias in names if NAMED[ALIASES.index(alias)] not in under_way}
         number = next(self.numbers)
         connection.asked[number] = messages.Post
         post = messages.Post(number, job, QUEUE, connection.id, 0, 1, seconds * 1000, places, items=items)
@@ -126,7 +145,10 @@ class WriterQueuesMachine(WriterCoreMachine):
             assert isinstance(self.outcome, messages.Posted)
         elif there is not None:
             assert there != isinstance(self.outcome, messages.Unlike), "it was not looked where the items are"
-        event(type(self.outcome).__name__ + (" by places" if places else " by plans"))
+        if isinstance(self.outcome, messages.Posted) and not known:
+            assert all(last_sent.get(item.alias) == item.key for item in remembered), "a name stands for other content"
+        how = (" by places" if places else " by plans") + (" and by aliases" if remembered else "")
+        event(type(self.outcome).__name__ + how)
         if not isinstance(self.outcome, messages.Posted):
             assert self.core.ring.holders <= holders, "what was refused holds something"
             assert job in jobs or not self.core.queues.knows(job), "what was refused is there"

@@ -1,22 +1,35 @@
-"""Reading embeddings: numpy's own files, everything else refused, and nothing but the documented error from any bytes."""
+"""Embeddings: numpy's own files are read, everything else is refused, and any bytes give the documented error and no other.
+
+What a frontend reads of a file and what a lane makes of the same bytes is compared with what numpy reads.
+"""
 
 import base64
 import contextlib
 import io
 import pickle
 
+import msgspec
 import numpy as np
 import pytest
+from blake3 import blake3
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mmprep.card import Embeds
+from mmprep.card import Embeds, ItemOptions, ModelCard, Placeholder
+from mmprep.embeddings import read_npy
 from mmprep.errors import InvalidRequest
-from mmprep.items import field_array
-from mmprep_frontend.media.embeddings import embedded_item, read_npy
+from mmprep.items import field_array, region_size
+from mmprep.keys import item_key
+from mmprep_frontend.media.embeddings import embedded_item
+from mmprep_frontend.media.intake import Medium
+from mmprep_frontend.media.keys import variant
+from mmprep_frontend.render.conversation import MediaPart
+from mmprep_worker.models.embedded import open_embedded
 
 HOW = Embeds("image_embeds", 8, "image_grid_thw", 2)
+CARD = ModelCard("any", b"f", (Placeholder("image", "<i>", 7, "<i>"),), {}, {}, embeds={"image": HOW})
 GRID = (1, 4, 6)
+SCOPE = b"s" * 32
 
 
 def npy(array, version=None):
@@ -29,9 +42,19 @@ def rows(count=6, width=8, dtype="<f4"):
     return np.random.default_rng(1).standard_normal((count, width)).astype(dtype)
 
 
-def item(data=None, grid=GRID, how=HOW):
+def item(data=None, grid=GRID, scope=SCOPE):
     data = npy(rows()) if data is None else data
-    return embedded_item("image", data, grid, how, token_id=7, param="p")
+    part = MediaPart("image", "data", "p", bare=True, grid=grid)
+    medium = Medium(data, blake3(data).digest(), 0.0)
+    return embedded_item(part, medium, card=CARD, scope=scope, hash_name="blake3")
+
+
+def filled(data, grid=GRID, card=CARD):
+    """Return the metadata of what a lane makes of a file, and the memory that it fills for it, all of which was ones."""
+    prepared = open_embedded(card, "image", memoryview(data), grid)
+    region = memoryview(bytearray(b"\xff" * region_size(prepared.meta.fields)))
+    prepared.fill({spec.name: field_array(region, spec) for spec in prepared.meta.fields})
+    return prepared.meta, region
 
 
 @pytest.mark.parametrize("dtype", ["<f4", "<f2", "<i8", "<i4", "<u8", "<u4"])
@@ -66,6 +89,7 @@ def test_what_numpy_writes_is_read_as_numpy_reads_it(dtype, shape, order, versio
         npy(np.zeros(3, "<f4")).replace(b"(3,)", b"(-3)"),
         npy(np.zeros(3, "<f4")).replace(b"'<f4'", b"open()"),
         b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 0xFFFF,
+        b"\x93NUMPY\x01\x00" + (600).to_bytes(2, "little") + npy(np.zeros(3, "<f4"))[10:128].ljust(600) + bytes(12),
         b"\x93NUMPY\x03\x00" + npy(np.zeros(3, "<f4"))[8:],
     ],
 )
@@ -100,17 +124,88 @@ def test_changed_bytes_are_an_array_or_the_documented_error(place, change):
 @pytest.mark.parametrize("grid", [GRID, [1, 4, 6], base64.b64encode(npy(np.array(GRID))).decode()])
 def test_an_item_holds_the_embeddings_as_they_came(dtype, grid):
     embedded = item(npy(rows(dtype=dtype)), grid)
-    told, sides = embedded.meta.fields
+    meta, region = embedded.embeddings.meta, embedded.region()
+    told, sides = meta.fields
     assert (told.name, told.kind, told.keep_on_cpu) == ("image_embeds", "flat", False)
-    assert np.array_equal(field_array(embedded.region, told), rows(dtype=dtype))
+    assert np.array_equal(field_array(region, told), rows(dtype=dtype))
     assert (sides.name, sides.dtype, sides.shape, sides.keep_on_cpu) == ("image_grid_thw", "int64", (3,), True)
-    assert field_array(embedded.region, sides).tolist() == list(GRID)
-    assert embedded.meta.cpu == {"image_grid_thw": np.array(GRID, "<i8").tobytes()}
-    assert (embedded.meta.plan.token_ids(), embedded.meta.plan.is_embed()) == ([7] * 6, None)
+    assert field_array(region, sides).tolist() == list(GRID)
+    assert meta.cpu == {"image_grid_thw": np.array(GRID, "<i8").tobytes()}
+    assert (meta.plan.token_ids(), meta.plan.is_embed()) == ([7] * 6, None)
+
+
+@given(
+    st.binary(min_size=6 * 8 * 4, max_size=6 * 8 * 4),
+    st.sampled_from(["<f4", "<f2"]),
+    st.sampled_from("CF"),
+    st.sampled_from([(1, 0), (2, 0)]),
+    st.booleans(),
+)
+def test_a_lane_makes_of_a_file_what_numpy_reads_and_the_frontend_has_told(bits, dtype, order, version, batched):
+    """Whatever the numbers are, also none: every bit of them."""
+    array = np.frombuffer(bits, dtype)[:48].reshape((1, 6, 8) if batched else (6, 8), order=order)
+    data = npy(np.asarray(array, order=order), version)
+    meta, region = filled(data)
+    told, sides = meta.fields
+    expected = np.load(io.BytesIO(data), allow_pickle=False).reshape(6, 8)
+    assert field_array(region, told).tobytes() == expected.tobytes()
+    assert field_array(region, sides).tolist() == list(GRID)
+    embedded = item(data)
+    assert meta == embedded.embeddings.meta
+    assert region[told.offset : told.offset + told.nbytes] == embedded.region()[told.offset : told.offset + told.nbytes]
+
+
+def test_the_file_is_what_is_offered_under_a_key_of_its_digest_grid_and_dtype():
+    data = npy(rows())
+    wanted = item(data).wanted
+    assert (wanted.medium, wanted.digest, wanted.alias) == (data, blake3(data).digest(), None)
+    assert msgspec.msgpack.decode(wanted.options, type=ItemOptions) == ItemOptions("float32", grid=GRID)
+    options = b"embedded" + np.array(GRID, "<i8").tobytes()
+    names = {"hash_name": "blake3", "modality": "image", "fingerprint": CARD.fingerprint, "options": options}
+    assert wanted.key == item_key(variant(scope=SCOPE, dtype="float32", **names), blake3(data).digest())
+    others = [
+        item(npy(rows() * 2)),
+        item(data, (1, 6, 4)),
+        item(npy(rows(dtype="<f2"))),
+        item(data, scope=b"o" * 32),
+    ]
+    assert len({wanted.key, *(other.wanted.key for other in others)}) == 5
+    written = base64.b64encode(npy(np.array(GRID))).decode()
+    assert item(data, written).wanted == item(data, list(GRID)).wanted == wanted
+
+
+@pytest.mark.parametrize(
+    ("data", "grid"),
+    [
+        (npy(rows())[:-1], GRID),
+        (npy(rows()) + b"\0", GRID),
+        (npy(rows()).replace(b"(6, 8)", b"(9, 8)"), GRID),
+        (npy(rows()).replace(b"'<f4'", b"'<f2'"), GRID),
+        (npy(rows()).replace(b"(6, 8)", b"(6,-8)"), GRID),
+        (npy(rows()).replace(b"(6, 8), }", b"(1<<40,)}"), GRID),
+        (npy(rows())[:12], GRID),
+        (b"", GRID),
+        (npy(rows()), (1, 4, 4)),
+        (npy(rows()), (1 << 20, 1 << 20, 1 << 20)),
+        (npy(np.zeros((0, 8), "<f4")), (1 << 20, 1 << 20, 1 << 20)),
+        (npy(rows(width=9)), GRID),
+        (npy(rows(dtype="<i4")), GRID),
+    ],
+)
+def test_a_lane_asks_for_no_memory_for_a_file_whose_lengths_lie(data, grid):
+    with pytest.raises(InvalidRequest) as refused:
+        open_embedded(CARD, "image", memoryview(data), grid)
+    assert refused.value.param is None, "the place in the request is the frontend's to name"
+
+
+def test_a_lane_whose_model_takes_no_embeddings_refuses_them():
+    for card, modality in ((CARD, "video"), (msgspec.structs.replace(CARD, embeds={}), "image")):
+        with pytest.raises(InvalidRequest, match="embedded already"):
+            open_embedded(card, modality, memoryview(npy(rows())), GRID)
 
 
 def test_a_batch_of_one_is_one():
-    assert item(npy(rows()[None])).meta.fields == item().meta.fields
+    assert item(npy(rows()[None])).embeddings.meta == item().embeddings.meta
 
 
 @pytest.mark.parametrize(
@@ -128,6 +223,7 @@ def test_a_batch_of_one_is_one():
         (npy(rows()), (1, -4, -6), "p.image_grid_thw"),
         (npy(rows()), (1, 4, 1 << 40), "p.image_grid_thw"),
         (npy(rows()), "?", "p.image_grid_thw"),
+        (npy(rows()), base64.b64encode(npy(np.zeros(300, "<i8"))).decode(), "p.image_grid_thw"),
         (npy(rows()), base64.b64encode(b"x").decode(), "p.image_grid_thw"),
         (npy(rows()), base64.b64encode(npy(np.array([1.5, 4, 6], "<f4"))).decode(), "p.image_grid_thw"),
     ],

@@ -237,8 +237,14 @@ def test_jobs_that_are_done_are_told_several_at_a_time_and_those_whose_time_was_
 
 
 def guessed(world, call, job, *keys, places=(), queue="q", **fields):
-    """Post a job that was made of what is remembered of its items; return the answer."""
-    items = tuple(messages.Offered(key, "image", 1, 10, fields.pop("alias", None)) for key in keys)
+    """Post a job that was made of what is remembered of its items; return the answer.
+
+    A key may be an item as it is told, too.
+    """
+    items = tuple(
+        messages.Offered(key, "image", 1, 10, fields.pop("alias", None)) if isinstance(key, bytes) else key
+        for key in keys
+    )
     post = messages.Post(call, job, queue, "producer", 0, 1, 9000, tuple(places), items=items, **fields)
     world.core.message(b"f0", post, world.now, [b"content of " + job.encode()])
     world.carry_out()
@@ -332,3 +338,66 @@ def test_a_name_that_comes_with_a_job_stands_for_its_content_whatever_becomes_of
     for digest, places in ((b"x" * 32, []), (b"y" * 32, [(3, 3)])):
         guessed(world, 1, "job", item_key(variant, digest), places=places, alias=messages.Alias(name, digest))
         assert world.core.aliases.get(name) == digest
+
+
+NAME, OTHER_NAME, VARIANT = b"n" * 32, b"o" * 32, b"v" * 32
+CAT, DOG = (item_key(VARIANT, digest * 32) for digest in (b"c", b"d"))
+
+
+def named(world, **digests):
+    """Let names stand for contents, as offers of another frontend do."""
+    for name, digest in digests.items():
+        world.core.aliases.point({"name": NAME, "other": OTHER_NAME}[name], digest.encode() * 32)
+
+
+def remembered(key, name=NAME):
+    return messages.Remembered(name, VARIANT, "image", key)
+
+
+def test_a_job_of_what_a_name_stands_for_is_taken_as_one_whose_medium_is_there(world):
+    world.cached(CAT)
+    pull(world)
+    named(world, name="c")
+    before = counted(world)
+    assert guessed(world, 1, "job", remembered(CAT), places=[place_of(world, CAT)]) == messages.Posted(1, "job")
+    assert guessed(world, 2, "of a plan", remembered(CAT)) == messages.Posted(2, "of a plan")
+    assert counted(world) == (before[0] + 2, before[1] + 2)
+    assert [len(sent.message.leases) for sent in delivered(world)] == [1, 0]
+
+
+def test_a_job_is_not_taken_where_a_name_stands_for_other_content_by_now_or_for_none(world):
+    """Names that are exchanged lead to the same two places, and to plans that are there."""
+    for key in (CAT, DOG):
+        world.cached(key, 1000)
+    pull(world)
+    both = [place_of(world, CAT), place_of(world, DOG)]
+    before = counted(world)
+    for names in ({}, {"name": "d", "other": "c"}, {"name": "c", "other": "c"}):
+        named(world, **names)
+        for places in (both, []):
+            asked = remembered(CAT), remembered(DOG, OTHER_NAME)
+            assert guessed(world, 1, "job", *asked, places=places) == messages.Unlike(1)
+    assert guessed(world, 2, "job", DOG, remembered(CAT, OTHER_NAME), places=both) == messages.Posted(2, "job")
+    world.say("f1", messages.Clear(9))
+    assert guessed(world, 3, "after all", remembered(CAT)) == messages.Unlike(3)
+    assert counted(world) == (before[0] + 2, before[1] + 2)
+
+
+def test_a_job_that_is_said_twice_is_one_also_where_its_name_stands_for_something_else_meanwhile(world):
+    world.cached(CAT)
+    pull(world, credit=0)
+    named(world, name="c")
+    place = place_of(world, CAT)
+    assert guessed(world, 1, "job", remembered(CAT), places=[place]) == messages.Posted(1, "job")
+    named(world, name="d")
+    assert guessed(world, 2, "job", remembered(CAT), places=[place]) == messages.Posted(2, "job")
+    assert guessed(world, 3, "another", remembered(CAT), places=[place]) == messages.Unlike(3)
+
+
+def test_a_name_that_a_job_brings_counts_after_what_the_job_remembers_of_it(world):
+    world.cached(CAT)
+    pull(world)
+    named(world, name="c")
+    place, dog = place_of(world, CAT), messages.Alias(NAME, b"d" * 32)
+    assert guessed(world, 1, "job", remembered(CAT), CAT, places=[place], alias=dog) == messages.Posted(1, "job")
+    assert world.core.aliases.get(NAME) == b"d" * 32

@@ -19,14 +19,12 @@ from mmprep_frontend.injection.body import Injection, read_injection
 from mmprep_frontend.injection.item import PackedItem, pack
 from mmprep_frontend.media.keys import alias, injected_hash, injected_key, scope
 from mmprep_frontend.model import ServedModel
-from mmprep_frontend.offered import InjectedItem
+from mmprep_frontend.offered import InjectedItem, copying_cost
 from mmprep_frontend.room import Held
 from mmprep_frontend.service import Body, Service, now
 
 #: How often an item is offered, where others inject under its name at the same time.
 _TRIES = 4
-#: Bytes of an item for each pixel of the cost that a picture of equal work has; and the least cost.
-_BYTES_A_PIXEL, _LEAST_COST = 64, 4096
 
 
 class Injecting:
@@ -74,7 +72,7 @@ class Injecting:
         of = scope(principal, injection.cache_salt)
         key = injected_key(scope=of, modality=packed.modality, fingerprint=model.card.fingerprint, name=injection.key)
         name = alias(scope=of, modality=packed.modality, uuid=injection.key)
-        cost = max(_LEAST_COST, len(packed.frame) // _BYTES_A_PIXEL)
+        cost = copying_cost(len(packed.frame))
         item = InjectedItem(key, packed.modality, memoryview(packed.frame), digest, cost, name)
         cached = await self._keep(item, deadline, injection.priority)
         self._service.metrics.count("mmprep_injections_total", modality=packed.modality)

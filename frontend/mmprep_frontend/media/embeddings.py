@@ -1,141 +1,120 @@
-"""Pictures that somebody else has embedded already: read, checked, and laid out as an item.
+"""Pictures that somebody else has embedded already, as a request has them; :mod:`mmprep.embeddings` reads their files. Pure.
 
-They come as the bytes of a ``.npy`` file, in base64. That is a header of plain text and the numbers; nothing in it is
-executed. Pickled tensors, which ``torch.save`` writes, are not read: unpickling runs what its sender likes.
-
-The range in the prompt is as long as the embeddings have rows. They are never kept in the cache, since there is nothing
-to compute again.
+The range in the prompt is as long as the embeddings have rows. In an answer their tensors travel, and the writer never hears
+of them, since there is nothing to compute again. The tensors of a job lie in shared memory, so for a queue they are offered
+to the writer as other media are, and stay in its cache like them.
 """
 
 from __future__ import annotations
 
-import ast
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NamedTuple
 
 import msgspec
-import numpy as np
 import pybase64
-from numpy.typing import NDArray
 
-from mmprep.card import Embeds
+from mmprep.card import Grid, ItemOptions, ModelCard
+from mmprep.digest import HashName
+from mmprep.embeddings import Embeddings, read_embeddings, read_npy
 from mmprep.errors import InvalidRequest
-from mmprep.items import ItemMeta, Plan, Run, lay_out, region_size
+from mmprep.items import field_array, region_size
+from mmprep.keys import item_key
+from mmprep_frontend.media.intake import Medium
+from mmprep_frontend.media.keys import variant
+from mmprep_frontend.offered import OfferItem, copying_cost
+from mmprep_frontend.render.conversation import MediaPart
 
-_MAGIC = b"\x93NUMPY"
-#: By the version: bytes of the header's length.
-_LENGTHS = {b"\x01\x00": 2, b"\x02\x00": 4}
-_LONGEST_HEADER = 10_000
-_DTYPES = {"<f4": "float32", "<f2": "float16"}
-_WHOLE = ("<i8", "<i4", "<u8", "<u4")
-_AXES = 3
-_LARGEST_GRID = 1 << 20
+_LARGEST_SIDE = 1 << 20
+#: Characters of the base64 of three numbers' ``.npy`` file; numpy's has 204.
+_LONGEST_GRID = 1024
 
 
-@dataclass(frozen=True)
-class EmbeddedItem:
-    """One item, ready to be sent: its metadata, and its tensors as they are laid out."""
+class EmbeddedItem(NamedTuple):
+    """One embedded medium as an item.
 
-    meta: ItemMeta
-    region: memoryview
+    Attributes
+    ----------
+    embeddings: its metadata and tensors.
+    wanted: what the writer is asked for, where it is: the file, for a lane to copy the tensors from. Its key is what the item
+        is to engines in any case.
+    """
+
+    embeddings: Embeddings
+    wanted: OfferItem
+
+    def region(self) -> memoryview:
+        """Return the tensors as they are laid out, copied."""
+        specs = self.embeddings.meta.fields
+        region = memoryview(bytearray(region_size(specs)))
+        for spec in specs:
+            field_array(region, spec)[...] = self.embeddings.arrays[spec.name]
+        return region
 
 
 def embedded_item(
-    modality: str, data: bytes | memoryview, grid: str | Sequence[int], how: Embeds, *, token_id: int, param: str
+    part: MediaPart, medium: Medium, *, card: ModelCard, scope: bytes, hash_name: HashName
 ) -> EmbeddedItem:
-    """Return the item of one embedded medium.
+    """Return the item of an embedded medium; nothing is copied.
 
     Parameters
     ----------
-    modality: of the medium.
-    data: the ``.npy`` file of the embeddings, float32 or float16, of shape (rows, ``how.width``).
+    part:
+        Of the request; it tells the grid.
+    medium:
+        Its ``.npy`` file.
+    card:
+        Of the served model, which takes such media.
+    scope:
+        From :func:`mmprep_frontend.media.keys.scope`.
+    hash_name:
+        Which hash the medium's digest is of.
+
+    Raises
+    ------
+    InvalidRequest
+        It is no such file, or contradicts the grid; ``param`` names the place.
+    """
+    how, placeholder = card.embeds[part.modality], card.placeholder(part.modality)
+    assert placeholder is not None
+    assert part.grid is not None, "a medium that is not embedded is read as if it were"
+    grid = read_grid(part.grid, f"{part.param}.{how.grid}")
+    embeddings = read_embeddings(part.modality, medium.data, grid, how, token_id=placeholder.token_id, param=part.param)
+    dtype = embeddings.meta.fields[0].dtype
+    processed = variant(
+        scope=scope,
+        hash_name=hash_name,
+        modality=part.modality,
+        fingerprint=card.fingerprint,
+        dtype=dtype,
+        options=b"embedded" + embeddings.meta.cpu[how.grid],
+    )
+    wanted = OfferItem(
+        key=item_key(processed, medium.digest),
+        modality=part.modality,
+        medium=medium.data,
+        digest=medium.digest,
+        options=msgspec.msgpack.encode(ItemOptions(dtype, grid=grid)),
+        cost=copying_cost(len(medium.data)),
+    )
+    return EmbeddedItem(embeddings, wanted)
+
+
+def read_grid(grid: str | Sequence[int], param: str) -> Grid:
+    """Return time, height and width in patches.
+
+    Parameters
+    ----------
     grid: three numbers, or the ``.npy`` file of them in base64.
-    how: of the card.
-    token_id: of the placeholder.
     param: the place in the request.
 
     Raises
     ------
     InvalidRequest
-        They are no such arrays, or contradict each other.
+        They are no three sides.
     """
-    rows = read_npy(data, param)
-    if rows.ndim == _AXES and rows.shape[0] == 1:
-        rows = rows[0]
-    dtype = _DTYPES.get(rows.dtype.str)
-    if dtype is None:
-        raise InvalidRequest("The embeddings must be float32 or float16, little-endian.", param=param)
-    sides = _sides(grid, f"{param}.{how.grid}")
-    count = math.prod(sides) // how.merge**2
-    if rows.shape != (count, how.width) or math.prod(sides) % how.merge**2:
-        raise InvalidRequest(
-            f"The embeddings are of shape {rows.shape}; with '{how.grid}' of {list(sides)} this model takes "
-            f"({math.prod(sides) / how.merge**2:g}, {how.width}).",
-            param=param,
-        )
-    specs = lay_out([(how.field, dtype, rows.shape, "flat", False), (how.grid, "int64", (_AXES,), "batched", True)])
-    told = np.array(sides, "<i8").tobytes()
-    region = bytearray(region_size(specs))
-    for spec, raw in zip(specs, (rows.tobytes(), told), strict=True):
-        region[spec.offset : spec.offset + spec.nbytes] = raw
-    meta = ItemMeta(modality, Plan((Run(token_id, count),)), specs, {how.grid: told})
-    return EmbeddedItem(meta, memoryview(region))
-
-
-def read_npy(data: bytes | memoryview, param: str) -> NDArray[Any]:
-    """Return the array in a ``.npy`` file, over its bytes where it lies in C's order.
-
-    Nothing is allocated that the header alone asks for. The format is numpy's, versions 1 and 2.
-
-    Raises
-    ------
-    InvalidRequest
-        It is no such file, or holds anything but numbers.
-    """
-    view = memoryview(data)
-    size = _LENGTHS.get(bytes(view[6:8]))
-    if bytes(view[:6]) != _MAGIC or size is None:
-        raise InvalidRequest(
-            "This is no .npy file: send the bytes of one in base64 (numpy.save). Tensors that torch.save wrote are not "
-            "read, since they are pickled.",
-            param=param,
-        )
-    start = 8 + size
-    end = start + int.from_bytes(view[8:start], "little")
-    if end - start > _LONGEST_HEADER or end > len(view):
-        _broken(param)
-    dtype, fortran, shape = _header(bytes(view[start:end]), param)
-    body = view[end:]
-    if len(body) != math.prod(shape) * dtype.itemsize:
-        _broken(param)
-    array: NDArray[Any] = np.frombuffer(body, dtype)
-    return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
-
-
-def _header(text: bytes, param: str) -> tuple[np.dtype[Any], bool, tuple[int, ...]]:
-    try:
-        header = ast.literal_eval(text.decode("latin-1"))
-        descr, fortran, shape = header["descr"], header["fortran_order"], header["shape"]
-    except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError):
-        _broken(param)
-    if not isinstance(shape, tuple) or not all(isinstance(n, int) and 0 <= n <= 1 << 40 for n in shape):
-        _broken(param)
-    if descr not in (*_DTYPES, *_WHOLE) or not isinstance(fortran, bool):
-        raise InvalidRequest("The .npy file must hold plain little-endian numbers.", param=param)
-    return np.dtype(descr), fortran, shape
-
-
-def _broken(param: str) -> NoReturn:
-    raise InvalidRequest("The .npy file is broken: its header does not say what follows it.", param=param)
-
-
-def _sides(grid: str | Sequence[int], param: str) -> tuple[int, int, int]:
-    """Return time, height and width in patches."""
     if isinstance(grid, str):
         try:
-            decoded = pybase64.b64decode(grid, validate=True)
+            decoded = pybase64.b64decode(grid, validate=True) if len(grid) <= _LONGEST_GRID else b""
         except ValueError:
             raise InvalidRequest("This is not valid base64.", param=param) from None
         grid = read_npy(decoded, param).reshape(-1).tolist()
@@ -145,6 +124,6 @@ def _sides(grid: str | Sequence[int], param: str) -> tuple[int, int, int]:
         raise InvalidRequest(
             "The grid is three whole numbers: time, height and width in patches.", param=param
         ) from None
-    if not all(0 < side <= _LARGEST_GRID for side in sides):
+    if not all(0 < side <= _LARGEST_SIDE for side in sides):
         raise InvalidRequest("Each side of the grid is at least one patch.", param=param)
     return sides

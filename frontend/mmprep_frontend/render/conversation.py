@@ -181,7 +181,7 @@ class _Walker:
             return part.refusal
         if isinstance(part, ImageEmbedsPart):
             if part.uuid is not None:
-                raise InvalidRequest("Embeddings are not kept: leave 'uuid' out.", param=f"{param}.uuid")
+                raise InvalidRequest("Embeddings are found under no name: leave 'uuid' out.", param=f"{param}.uuid")
             medium = self._embedded(part, param)
         else:
             medium = _medium(part, param)

@@ -22,6 +22,7 @@ from typing import IO, Any, Literal, Self
 import zmq
 
 from mmprep import embedded
+from mmprep.cli.attended import attended
 from mmprep.cli.desk import DeskClient
 from mmprep.cli.ready import url_when_ready
 from mmprep.errors import ServiceUnavailable
@@ -119,7 +120,7 @@ def service(
     options: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Service]:
-    """Start a service, give it, and stop it.
+    """Start a service from the main thread, give it, and stop it; it ends with this process, however that ends.
 
     Parameters
     ----------
@@ -133,7 +134,7 @@ def service(
     """
     with tempfile.TemporaryDirectory(prefix="mmprep-bench-", dir="/tmp") as directory:
         runtime_dir = f"{directory}/r"
-        command = [sys.executable, "-m", "mmprep.cli", "serve", str(model), "--runtime-dir", runtime_dir]
+        command = attended("serve", str(model), "--runtime-dir", runtime_dir)
         command += ["--port", "0", "--frontends", str(frontends), "--lanes", str(lanes), "--cache-size", cache_size]
         command += options
         started = time.monotonic()

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from mmprep.cli.attended import attended
 from mmprep.errors import ServiceUnavailable
 from mmprep.runtime import RuntimeDir
 from mmprep.segment import segments_of
@@ -27,7 +28,7 @@ _ROLES = {"mmprep_frontend": "frontend", "mmprep_worker": "writer", "mmprep_work
 
 
 class Service:
-    """One ``mmprep serve``.
+    """One ``mmprep serve``, started from the main thread; it ends with this process, however that ends.
 
     Parameters
     ----------
@@ -43,11 +44,9 @@ class Service:
         self.runtime_dir = directory / "r"
         self.log = directory / "service.log"
         self._environment = {**os.environ, **environment}
-        command = [sys.executable, "-m", "mmprep.cli", "serve", "--runtime-dir", str(self.runtime_dir), "--port", "0"]
+        command = attended("serve", "--runtime-dir", str(self.runtime_dir), "--port", "0", *options)
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*command, *options], stdin=subprocess.DEVNULL, stderr=log, env=self._environment
-            )
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log, env=self._environment)
         self.port = 0
         self.runtime_id = ""
 

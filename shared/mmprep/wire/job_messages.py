@@ -19,6 +19,7 @@ from mmprep.wire.parts import (
     LeaseId,
     Name,
     Offered,
+    Remembered,
     ShortText,
     Token,
     Wire,
@@ -41,7 +42,8 @@ class Post(Wire, frozen=True):
     whose pins end with it, as by :class:`Unpin`, unless it is refused.
 
     ``items``: the job was made of what the frontend remembers of these, without an offer. They count as offered with the
-    job, which is taken where each is there: in its place, or, of a job without places, as a plan.
+    job, which is taken where each is there, in its place, or, of a job without places, as a plan, and where each alias stands
+    for what it is remembered for. None is both sent and remembered.
     """
 
     call: Call
@@ -55,7 +57,7 @@ class Post(Wire, frozen=True):
     once: Once | None = None
     again: bool = False
     releases: Call | None = None
-    items: Annotated[tuple[Offered, ...], msgspec.Meta(max_length=MAX_ITEMS)] = ()
+    items: Annotated[tuple[Offered | Remembered, ...], msgspec.Meta(max_length=MAX_ITEMS)] = ()
 
 
 class Posted(Wire, frozen=True):

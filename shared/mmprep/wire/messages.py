@@ -73,6 +73,7 @@ from mmprep.wire.parts import (
     Offered as Offered,
     Recalled as Recalled,
     Refused as Refused,
+    Remembered as Remembered,
     ShortText as ShortText,
     Token as Token,
     Wire as Wire,

@@ -155,6 +155,17 @@ class Recalled(Wire, frozen=True):
         return 0
 
 
+class Remembered(Wire, frozen=True):
+    """One item of a job that was made without an offer, whose medium the frontend does not have: what ``alias`` stood for when
+    it last heard of it. In ``variant`` that is the item of ``key``.
+    """
+
+    alias: Digest
+    variant: Digest
+    modality: Modality
+    key: Digest
+
+
 class Injected(Wire, frozen=True):
     """One item of an offer that was processed elsewhere; the frontend has it, laid out as :mod:`mmprep.injected` says.
 

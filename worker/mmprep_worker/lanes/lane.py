@@ -48,6 +48,7 @@ from mmprep.without_torch import leave_torch_out
 from mmprep_worker.lanes.config import LaneConfig
 from mmprep_worker.lanes.garbage import garbage
 from mmprep_worker.lanes.warmup import ColdError, warm_up
+from mmprep_worker.models.embedded import open_embedded
 from mmprep_worker.models.family import Family, Prepared
 from mmprep_worker.models.injected import open_injected
 from mmprep_worker.models.registry import load_family
@@ -145,6 +146,9 @@ class Lane:
         if task.need == "plan":
             meta = ItemMeta(task.modality, family.plan(task.modality, medium, options), (), {})
             self._send(messages.Planned(task.task), meta.pack())
+            return
+        if options.grid is not None:
+            self._hand_over(task, open_embedded(family.card, task.modality, medium, options.grid), started)
             return
         self._hand_over(task, family.open(task.modality, medium, options), started)
 

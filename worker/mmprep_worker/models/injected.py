@@ -7,7 +7,6 @@ finite: what is not a number would spread over the whole answer of an engine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -16,8 +15,9 @@ from numpy.typing import NDArray
 
 from mmprep.errors import InvalidRequest, ProtocolError
 from mmprep.injected import check_forms, unpack_item
-from mmprep.items import ItemMeta, Plan, field_array
+from mmprep.items import Plan, field_array
 from mmprep_worker.models.family import Family
+from mmprep_worker.models.ready import ReadyItem
 
 #: Elements that are looked at in one go, so that looking needs little memory.
 _PIECE = 1 << 20
@@ -25,22 +25,7 @@ _PIECE = 1 << 20
 _EXPONENT = np.uint16(0x7F80)
 
 
-class InjectedItem:
-    """One item, processed already: filling is a copy; see :class:`mmprep_worker.models.family.Prepared`."""
-
-    decode_ns = 0
-
-    def __init__(self, meta: ItemMeta, arrays: Mapping[str, NDArray[Any]]) -> None:
-        self.meta = meta
-        self._arrays = arrays
-
-    def fill(self, tensors: Mapping[str, NDArray[Any]]) -> None:
-        """Copy the tensors."""
-        for name, array in self._arrays.items():
-            tensors[name][...] = array
-
-
-def open_injected(family: Family, modality: str, frame: memoryview, digest: bytes) -> InjectedItem:
+def open_injected(family: Family, modality: str, frame: memoryview, digest: bytes) -> ReadyItem:
     """Return an item that was packed by :func:`mmprep.injected.pack_item`.
 
     Parameters
@@ -70,7 +55,7 @@ def open_injected(family: Family, modality: str, frame: memoryview, digest: byte
         if not _is_finite(arrays[spec.name], spec.dtype):
             raise InvalidRequest("it holds values that are no finite numbers", param=f"fields.{spec.name}")
     family.check_injected(modality, meta.plan, arrays)
-    return InjectedItem(msgspec.structs.replace(meta, injected=digest), arrays)
+    return ReadyItem(msgspec.structs.replace(meta, injected=digest), arrays)
 
 
 def embeds(plan: Plan) -> int:

@@ -12,6 +12,8 @@ An alias is a digest of scope, modality and uuid, which a frontend makes; the wr
   by an alias, whatever he calls it, and no alias is a key.
 - A recalled item is found in the cache or computed by a flight that others have opened; it never opens one. Where there is
   neither, :func:`~mmprep_worker.scheduling.flight.nobody_has_it` tells to send the data.
+- A job that its frontend has made of what it remembers is taken where each alias leads to the very key that it is remembered
+  for: another frontend may have heard of other content since.
 - What was injected is found under a key that is made of its name, without this table, so that the next writer finds it
   too. A name stands for one of the two: content that is sent with it takes the place of what was injected, whose entry goes,
   and when an item has been injected its alias is forgotten.
@@ -24,7 +26,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 from mmprep.keys import item_key
-from mmprep.wire.messages import Item, Offered, Recalled
+from mmprep.wire.messages import Item, Offered, Recalled, Remembered
 from mmprep_worker.scheduling.flight import nobody_has_it
 from mmprep_worker.writer.state import PendingCall, failed
 
@@ -84,11 +86,20 @@ class Aliases:
                 else:
                     pending.answers[position] = failed(nobody_has_it())
 
-    def note(self, items: Iterable[Item]) -> None:
-        """Let the aliases in an offer stand for what they came with."""
+    def note(self, items: Iterable[Item | Remembered]) -> None:
+        """Let the aliases in an offer, or of a job, stand for what they came with."""
         for item in items:
             if isinstance(item, Offered) and item.alias is not None:
                 self.point(item.alias.id, item.alias.digest)
+
+    def lead_to(self, items: Iterable[Offered | Remembered]) -> bool:
+        """Whether the aliases that are remembered stand for what they are remembered for."""
+        for item in items:
+            if isinstance(item, Remembered):
+                digest = self.get(item.alias)
+                if digest is None or item_key(item.variant, digest) != item.key:
+                    return False
+        return True
 
     def validate(self) -> None:
         """Check the invariants; raises AssertionError."""

@@ -120,7 +120,7 @@ class Calls:
         else:
             self._finish(pending, now)
 
-    def supersede(self, items: Iterable[messages.Item]) -> None:
+    def supersede(self, items: Iterable[messages.Item | messages.Remembered]) -> None:
         """Take out what was injected under the names that came with other content now; its own call may have pinned it."""
         for item in items:
             if isinstance(item, messages.Offered) and item.alias is not None and item.alias.injected is not None:

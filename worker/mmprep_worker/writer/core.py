@@ -208,6 +208,7 @@ class WriterCore:
             self._holds,
             self._leasing,
             metrics,
+            aliases=self.aliases,
             peers=self.peers,
             out=self._out,
         )
@@ -455,11 +456,12 @@ class WriterCore:
             self._takers.get(kind, self._about_leases)(peer, message, now)
 
     def _post(self, peer: Peer, post: messages.Post, content: Sequence[bytes], now: float) -> None:
-        for item in post.items:
-            if item.alias is not None:
-                self.aliases.note((item,))
-                self._calls.supersede((item,))
-        self._send(peer, self._jobs.post(peer, post, tuple(content), now))
+        try:
+            answer = self._jobs.post(peer, post, tuple(content), now)
+        finally:
+            self.aliases.note(post.items)
+            self._calls.supersede(post.items)
+        self._send(peer, answer)
         if post.releases is not None:
             self._calls.unpin(peer, post.releases)
 

@@ -25,6 +25,7 @@ from mmprep_worker.ring.spills import Spill
 from mmprep_worker.scheduling.job import Delivery, Held, Job, Place
 from mmprep_worker.scheduling.once import Requests
 from mmprep_worker.scheduling.queues import Queues
+from mmprep_worker.writer.aliases import Aliases
 from mmprep_worker.writer.holds import Holds
 from mmprep_worker.writer.leasing import Leasing
 from mmprep_worker.writer.state import Peer, Send
@@ -55,6 +56,8 @@ class Jobs:
 
     Parameters
     ----------
+    aliases:
+        What jobs that were made without an offer may name their items by.
     out:
         Where what is to be sent goes.
     peers:
@@ -69,6 +72,7 @@ class Jobs:
         leasing: Leasing,
         metrics: Metrics,
         *,
+        aliases: Aliases,
         peers: Mapping[bytes, Peer],
         out: list[Any],
     ) -> None:
@@ -78,6 +82,7 @@ class Jobs:
         self._holds = holds
         self._leasing = leasing
         self._metrics = metrics
+        self._aliases = aliases
         self._peers = peers
         self._out = out
         #: Those who pull, by id.
@@ -205,7 +210,8 @@ class Jobs:
 
     def _finds(self, post: messages.Post) -> bool:
         """Whether the items of a job that was made without an offer are there; those that are count as found."""
-        if not self._holds.there([item.key for item in post.items], post.places):
+        keys = [item.key for item in post.items]
+        if not self._aliases.lead_to(post.items) or not self._holds.there(keys, post.places):
             return False
         for item in post.items:
             self._metrics.count("mmprep_mm_cache_queries_total", modality=item.modality)
