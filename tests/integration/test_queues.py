@@ -234,6 +234,33 @@ def test_jobs_whose_ends_are_not_waited_for_are_done_and_free_their_credits_also
     service.quiet()
 
 
+def test_threads_that_wait_at_one_backend_get_every_job_once_also_where_others_give_up_waiting(service, client):
+    done, lock = [], threading.Lock()
+
+    def work(timeout):
+        while len(done) < 30:
+            job = backend.pull(timeout)
+            if job is not None:
+                job.ack()
+                with lock:
+                    done.append(job.id)
+            elif timeout is None:  # it drains
+                return
+
+    with Backend(service.endpoint, queue="threads", credits=2) as backend:
+        threads = [threading.Thread(target=work, args=(timeout,)) for timeout in (None, None, 0.001, 0.002)]
+        for thread in threads:
+            thread.start()
+        ids = {client.post(user(text("?")), queue="threads") for _ in range(30)}
+        for thread in threads[2:]:
+            thread.join()
+        backend.drain()
+        for thread in threads[:2]:
+            thread.join()
+    assert len(done) == 30
+    assert set(done) == ids
+
+
 def test_many_backends_share_a_queue_and_one_serves_two(service, client):
     done, lock = [], threading.Lock()
 
