@@ -122,7 +122,7 @@ class AsyncJob(_Job):
         ----------
         wait:
             Until the service has heard it. Else it is told within some milliseconds, together with other jobs that are done:
-            that costs it half as much. If this process dies before, or the delivery was over, the job is done again elsewhere,
+            that costs its writer less. If this process dies before, or the delivery was over, the job is done again elsewhere,
             of which the program is not told.
 
         Raises
