@@ -10,7 +10,9 @@ registration dies with its process, however it ends, and its leases and deliveri
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -375,8 +377,16 @@ class Backend:
 
     def pull(self, timeout: float | None = None) -> Job | None:
         """Return the next job; see :meth:`AsyncBackend.pull`. Several threads may wait at once."""
-        job: Job | None = self._backend.pulling.take_now()
-        return job or self._thread.run(self._backend.pull(timeout))
+        pulling = self._backend.pulling
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            job: Job | None = pulling.take_now()
+            if job is not None or pulling.draining:
+                return job
+            try:
+                self._thread.ask(pulling.wait, seconds=until - time.monotonic())
+            except TimeoutError:
+                return None
 
     def drain(self) -> None:
         """Take no more jobs; see :meth:`AsyncBackend.drain`. It ends the iterations of all threads."""

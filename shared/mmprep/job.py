@@ -115,8 +115,15 @@ class _Job:
 class AsyncJob(_Job):
     """A job of an :class:`~mmprep.backend.AsyncBackend`."""
 
-    async def ack(self) -> None:
+    async def ack(self, *, wait: bool = True) -> None:
         """Say that the job is done, and give its tensors up.
+
+        Parameters
+        ----------
+        wait:
+            Until the service has heard it. Else it is told within some milliseconds, together with other jobs that are done:
+            that costs its writer less. If this process dies before, or the delivery was over, the job is done again elsewhere,
+            of which the program is not told.
 
         Raises
         ------
@@ -127,7 +134,10 @@ class AsyncJob(_Job):
         ServiceUnavailable
             Nobody heard it; say it again.
         """
-        await self._pulling.ack(self._held)
+        if wait:
+            await self._pulling.ack(self._held)
+        else:
+            self._pulling.ack_soon(self._held)
 
     async def nack(self, why: str = "the backend failed over it") -> None:
         """Say that the job failed here, and let it be tried again; after ``--job-attempts`` failures it is given up.
@@ -151,8 +161,11 @@ class Job(_Job):
         self._run = run
         self._ask = ask
 
-    def ack(self) -> None:
+    def ack(self, *, wait: bool = True) -> None:
         """Say that the job is done, and give its tensors up; see :meth:`AsyncJob.ack`."""
+        if not wait:
+            self._pulling.ack_soon(self._held)
+            return
         try:
             self._ask(partial(self._pulling.ack_now, self._held), seconds=_SECONDS)
         except (WriterLostError, TimeoutError):

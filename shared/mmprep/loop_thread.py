@@ -69,17 +69,19 @@ class LoopThread:
         """
         if self._loop.is_closed():
             raise InvalidRequest(CLOSED)
-        outcome: Future[Any] = Future()
-        ends: list[Callable[[], object]] = []
+        outcome = _Outcome()
         try:  # an interrupt may come at once
-            self._loop.call_soon_threadsafe(_begin, begin, outcome, ends)
-            return _result(outcome, seconds)
+            self._loop.call_soon_threadsafe(outcome.begin, begin)
+            if not outcome.comes(seconds):
+                raise TimeoutError
         except BaseException as error:
-            if outcome.cancel():
-                self._loop.call_soon_threadsafe(_end, ends)
-            elif isinstance(error, TimeoutError):
-                return outcome.result()  # it came in this moment
-            raise
+            if outcome.give_up():
+                self._loop.call_soon_threadsafe(outcome.end)
+                raise
+            if not isinstance(error, TimeoutError):
+                raise
+            outcome.comes(math.inf)  # it came in this moment
+        return outcome.get()
 
     def stop(self) -> None:
         """Cancel what is under way, whose callers on other threads are told, end the thread and close the loop."""
@@ -89,44 +91,68 @@ class LoopThread:
         self._loop.close()
 
 
-def _result(future: Future[Any], seconds: float = math.inf) -> Any:
-    """Return a future's result as it does itself, and be interrupted soon whatever happens; raises TimeoutError."""
-    until = time.monotonic() + seconds
+def _result(future: Future[Any]) -> Any:
+    """Return a future's result as it does itself, and be interrupted soon whatever happens."""
     while True:
-        left = until - time.monotonic()
         try:
-            return future.result(min(_SLICE, left))
+            return future.result(_SLICE)
         except TimeoutError:
             if future.done():  # in this moment, or with such an error
                 return future.result()
-            if left <= _SLICE:
-                raise
 
 
-def _begin(
-    begin: Callable[[Callable[[Any], None]], Callable[[], object]],
-    outcome: Future[Any],
-    ends: list[Callable[[], object]],
-) -> None:
-    def told(what: Any) -> None:
-        if not outcome.set_running_or_notify_cancel():
+class _Outcome:
+    """What one thread waits for and the loop tells it: a future with less to it, because engines wait here between jobs."""
+
+    __slots__ = ("_claim", "_end", "_there", "_what")
+
+    def __init__(self) -> None:
+        #: Who has it decides what comes of the wait: an outcome, or none.
+        self._claim = threading.Lock()
+        #: Held until there is an outcome.
+        self._there = threading.Lock()
+        self._there.acquire()
+        self._what: Any = None
+        self._end: Callable[[], object] | None = None
+
+    # On the loop
+
+    def begin(self, begin: Callable[[Callable[[Any], None]], Callable[[], object]]) -> None:
+        if self._claim.locked():  # nobody waits any more
             return
-        if isinstance(what, BaseException):
-            outcome.set_exception(what)
-        else:
-            outcome.set_result(what)
+        try:
+            self._end = begin(self._told)
+        except Exception as error:  # noqa: BLE001 -- it is the caller's
+            self._told(error)
 
-    if outcome.cancelled():
-        return
-    try:
-        ends.append(begin(told))
-    except Exception as error:  # noqa: BLE001 -- it is the caller's
-        told(error)
+    def _told(self, what: Any) -> None:
+        if self._claim.acquire(blocking=False):
+            self._what = what
+            self._there.release()
 
+    def end(self) -> None:
+        """End what was begun, of which nobody wants to know any more."""
+        if self._end is not None:
+            self._end()
 
-def _end(ends: list[Callable[[], object]]) -> None:
-    for end in ends:
-        end()
+    # On the thread that waits
+
+    def comes(self, seconds: float) -> bool:
+        """Wait; return whether there is an outcome."""
+        until = time.monotonic() + seconds
+        while not self._there.acquire(timeout=max(0.0, min(_SLICE, until - time.monotonic()))):
+            if time.monotonic() >= until:
+                return False
+        return True
+
+    def give_up(self) -> bool:
+        """Wait no more; return whether there is, and will be, no outcome."""
+        return self._claim.acquire(blocking=False)
+
+    def get(self) -> Any:
+        if isinstance(self._what, BaseException):
+            raise self._what
+        return self._what
 
 
 async def _cancel_all() -> None:

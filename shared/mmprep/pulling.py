@@ -20,6 +20,7 @@ import msgspec
 
 from mmprep import failpoints
 from mmprep.address import Address
+from mmprep.endings import Endings
 from mmprep.errors import InvalidRequest, MmprepError, ProtocolError, ServiceUnavailable, StaleDelivery
 from mmprep.item import Item, Runner, Source
 from mmprep.items import ItemMeta, unpack_meta
@@ -111,16 +112,20 @@ class Pulling:
         #: What waits for the program; also read by other threads.
         self._ready: deque[Held] = deque()
         self._more = asyncio.Event()
+        #: Other threads that wait for a job, each with whom to call when one may be there.
+        self._takers: deque[Callable[[Any], None]] = deque()
         self._loop = asyncio.get_running_loop()
         self._begun: asyncio.Future[None] = self._loop.create_future()
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
+        self._endings = Endings(credits, self._forget)
 
     # --- the registration's ---------------------------------------------------------------------------------------
 
     def use(self, reader: Reader) -> None:
         """Take items by this reader, and tell the service by it what becomes of jobs; before the first job comes."""
         self._reader = reader
+        self._endings.use(reader)
 
     def greets(self) -> list[tuple[Callable[[int], msgspec.Struct], Callable[[asyncio.Future[Any]], None]]]:
         """Return what a new writer is told first: the jobs that are here, and which queues they shall come from.
@@ -218,6 +223,7 @@ class Pulling:
         held.job = self._make_job(self, held, content)
         self._ready.append(held)
         self._more.set()
+        self._wake_taker()
 
     def _job(self, pulling: Pulling, held: Held, content: JobContent) -> AsyncJob | Job:
         if self._run is None or self._ask is None:
@@ -282,6 +288,35 @@ class Pulling:
             self._more.clear()
             await self._more.wait()
 
+    @property
+    def draining(self) -> bool:
+        """Whether no more jobs come. May be asked by any thread."""
+        return self._draining
+
+    def wait(self, told: Callable[[Any], None]) -> Callable[[], None]:
+        """Call ``told`` when a job may be here that nobody has taken, or this drains; return what gives up waiting."""
+        if self._ready or self._draining:
+            told(None)
+            return lambda: None
+        self._takers.append(told)
+
+        def give_up() -> None:
+            if told in self._takers:
+                self._takers.remove(told)
+            elif self._ready:  # what it was called for is another one's
+                self._wake_taker()
+
+        return give_up
+
+    def _wake_taker(self) -> None:
+        if self._takers:
+            self._takers.popleft()(None)
+
+    def _wake_all(self) -> None:
+        self._more.set()
+        while self._takers:
+            self._wake_taker()
+
     async def ack(self, held: Held) -> None:
         """Say that a job is done."""
         failpoints.reach("backend.ack.before")
@@ -312,6 +347,18 @@ class Pulling:
         forget = self._reader.tell(partial(messages.Ack, token=held.token), answered)
         held.end = "acknowledged"
         return give_up
+
+    def ack_soon(self, held: Held) -> None:
+        """Say that a job is done, soon and together with others, and give its tensors up. May be called from any thread.
+
+        Nobody is told what the service says to that.
+        """
+        self._check_open(held)
+        failpoints.reach("backend.ack.before")
+        self._endings.add(held)
+        held.end = "acknowledged"
+        for item in held.items:
+            item.release()
 
     async def give_back(self, held: Held, failed: str | None) -> None:
         """Say that a job is not done; ``failed``: why, ``None``: it was not begun."""
@@ -352,18 +399,19 @@ class Pulling:
             await self._reader.call(partial(messages.Pull, queues=(), credits=0))
             await self._give_all_back(lambda held: not held.taken, None)
         finally:
-            self._more.set()
+            self._wake_all()
 
     async def close(self) -> None:
         """Give back everything: what the program has and has not ended has failed."""
         with contextlib.suppress(MmprepError, TimeoutError):
             async with asyncio.timeout(_CLOSE_SECONDS):
+                await self._endings.close()
                 await self.drain()
                 await self._give_all_back(lambda held: held.taken, "the backend closed before the job was acknowledged")
         for task in self._tasks:
             task.cancel()
         self._draining = True
-        self._more.set()
+        self._wake_all()
 
     async def _give_all_back(self, which: Callable[[Held], bool], why: str | None) -> None:
         for held in [held for held in self._held.values() if held.end is None and which(held)]:
@@ -372,8 +420,11 @@ class Pulling:
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
-    def _drop(self, held: Held) -> None:
+    def _forget(self, held: Held) -> None:
         self._held.pop(held.token, None)
+
+    def _drop(self, held: Held) -> None:
+        self._forget(held)
         for item in held.items:
             item.release()
 

@@ -119,7 +119,9 @@ def test_requests_over_http_are_measured_by_what_they_cost_each_role(run):
 def test_jobs_through_a_queue_are_counted_against_the_writer(run):
     part = run[0]["parts"]["queues"]
     assert part["jobs"] > part["handed_over"] > 0
-    assert min(part["jobs_per_second"], part["jobs_per_writer_second"]) > 0
+    assert part["waited"]["jobs"] == part["jobs"]
+    for stream in (part, part["waited"]):
+        assert min(stream["jobs_per_second"], stream["jobs_per_writer_second"]) > 0
     assert 0 < part["next_job_ms"]["p50"] <= part["next_job_ms"]["p99"]
 
 

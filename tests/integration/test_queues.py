@@ -217,6 +217,50 @@ def test_nothing_comes_beyond_the_credits(service, client):
         assert [first.id, second.id] == ids
 
 
+def test_jobs_whose_ends_are_not_waited_for_are_done_and_free_their_credits_also_when_the_backend_leaves_at_once(
+    service, client
+):
+    with Backend(service.endpoint, queue="hasty", credits=4) as backend:
+        ids = [client.post(CHAT, queue="hasty") for _ in range(9)]
+        done = []
+        for _ in ids:
+            job = backend.pull()
+            job.ack(wait=False)
+            done.append(job.id)
+        with pytest.raises(InvalidRequest, match="already"):
+            job.ack(wait=False)
+    assert done == ids
+    assert queue_of(service, "hasty")["jobs"] == {"posted": 9, "delivered": 9, "acked": 9}
+    service.quiet()
+
+
+def test_threads_that_wait_at_one_backend_get_every_job_once_also_where_others_give_up_waiting(service, client):
+    done, lock = [], threading.Lock()
+
+    def work(timeout):
+        while len(done) < 30:
+            job = backend.pull(timeout)
+            if job is not None:
+                job.ack()
+                with lock:
+                    done.append(job.id)
+            elif timeout is None:  # it drains
+                return
+
+    with Backend(service.endpoint, queue="threads", credits=2) as backend:
+        threads = [threading.Thread(target=work, args=(timeout,)) for timeout in (None, None, 0.001, 0.002)]
+        for thread in threads:
+            thread.start()
+        ids = {client.post(user(text("?")), queue="threads") for _ in range(30)}
+        for thread in threads[2:]:
+            thread.join()
+        backend.drain()
+        for thread in threads[:2]:
+            thread.join()
+    assert len(done) == 30
+    assert set(done) == ids
+
+
 def test_many_backends_share_a_queue_and_one_serves_two(service, client):
     done, lock = [], threading.Lock()
 
@@ -359,6 +403,22 @@ def test_jobs_outlive_the_writer_those_that_wait_and_those_that_are_delivered(se
 
 
 # --- wrong words ------------------------------------------------------------------------------------------------------
+
+
+def test_the_next_writer_is_told_of_jobs_whose_ends_were_not_waited_for(service, client):
+    with Backend(service.endpoint, queue="heard", credits=4) as backend:
+        client.post(user(text("?")), queue="heard")
+        job = backend.pull()
+        pid = service.pids()["writer"][0]
+        os.kill(pid, signal.SIGSTOP)
+        job.ack(wait=False)
+        os.kill(pid, signal.SIGKILL)
+        following = client.post(user(text("!")), queue="heard")
+        job = backend.pull()
+        assert (job.id, job.attempt) == (following, 1)
+        service.status_when(lambda s: s["queues"]["heard"]["delivered"] == 1, "the word that the first job is done")
+        job.ack()
+        assert queue_of(service, "heard")["depth"] == 0
 
 
 def test_a_request_is_posted_once_under_its_key(service, client):

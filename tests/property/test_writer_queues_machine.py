@@ -188,13 +188,34 @@ class WriterQueuesMachine(WriterCoreMachine):
         else:
             self.ask(connection, messages.GiveBack, token, "it failed" if how == "failed" else None)
 
+    @precondition(lambda self: self.delivered and self.living("backend"))
+    @rule(pick=PICK, others=st.booleans())
+    def end_all_jobs_of_a_backend(self, pick, others):
+        """One that says too much says what it may, too."""
+        backend = self.delivered[self.choose(sorted(self.delivered), pick)]
+        tokens = sorted(token for token, owner in self.delivered.items() if others or owner == backend)
+        foreign = [token for token in tokens if self.delivered[token] != backend]
+        for token in tokens:
+            if token not in foreign:
+                del self.delivered[token]
+        connection = self.current("backend", backend)
+        if connection is None or not connection.open:
+            return
+        self.outcome = None
+        self.ask(connection, messages.Acks, tuple(tokens))
+        if foreign:
+            assert set(foreign) <= set(self.outcome.lost)
+
     def receive(self, connection, message, frames):
         match message:
+            case messages.Kept():
+                assert connection.asked.pop(message.call) is messages.Acks
+                self.outcome = message
             case messages.Delivery():
                 self.job_arrives(connection, message)
                 if message.done:
                     kind = connection.asked.pop(message.done)
-                    assert kind in {messages.Ack, messages.GiveBack}, "a job answers another call"
+                    assert kind in {messages.Ack, messages.Acks, messages.GiveBack}, "a job answers another call"
             case messages.Finished():
                 assert not {job.id for job in self.core.queues.jobs} & set(message.jobs), "a job is told to have ended"
             case messages.Posted() | messages.Unlike():

@@ -227,7 +227,11 @@ class Work:
             await pulling.give_back(held, "it is too hard" if choose < 0.5 else None)
             return
         self._ledger.says_done(held.job_id)
-        if choose < 0.5:
+        if choose < 0.3:
+            pulling.ack_soon(held)
+            self._ledger.done += 1
+            return
+        if choose < 0.6:
             await pulling.ack(held)
         else:
             await self._ack_now(held)

@@ -211,6 +211,28 @@ def test_a_backend_that_ends_a_job_is_answered_with_none_of_anothers(world):
     assert world.inbox.pop("engine")[-1].message == messages.Done(2)
 
 
+def test_jobs_that_are_done_are_told_several_at_a_time_and_those_whose_time_was_over_are_named(world):
+    world.cached(A)
+    pull(world, credit=2)
+    for number in range(5):
+        posted(world, number + 1, f"job-{number}", A)
+    first, second = (sent.message for sent in delivered(world))
+    world.say("engine", messages.Acks(2, (first.token, second.token)))
+    third, fourth = (sent.message for sent in world.inbox.pop("engine"))
+    assert [(sent.job, sent.done) for sent in (third, fourth)] == [("job-2", 2), ("job-3", 0)]
+    world.say("engine", messages.GiveBack(3, third.token, None))
+    (again,) = (sent.message for sent in world.inbox.pop("engine"))
+    world.say("engine", messages.Acks(4, (third.token, fourth.token)))
+    kept, last = sorted(
+        (sent.message for sent in world.inbox.pop("engine")), key=lambda m: type(m).__name__, reverse=True
+    )
+    assert (kept, last.job) == (messages.Kept(4, (third.token,)), "job-4")
+    world.say("engine", messages.Acks(5, (fourth.token, again.token, last.token)))
+    assert [sent.message for sent in world.inbox.pop("engine")] == [messages.Done(5)], "what is said again does no harm"
+    assert world.core.ring.holders == frozenset()
+    world.core.validate()
+
+
 # --- jobs that are made without an offer --------------------------------------------------------------------------------
 
 

@@ -38,6 +38,7 @@ CHUNK, CREDITS = 1024 * 1024, 8
 #: Words of one backend that may be worked on at once, and leases that it may have.
 _MOST_CALLS, _MOST_LEASES = 256, 4096
 _OPEN_SECONDS = 10.0
+_OVER = "the job is not this delivery's any more: it was delivered elsewhere, or has ended"
 _LOST = "the lease has run out, or is none of this backend; ask for the item again"
 _STALLED = "the tensors were not read in time, and their lease is over; ask for the item again"
 
@@ -194,6 +195,8 @@ class Session:
                 self._work(message.call, self._renew(message))
             case messages.Pull():
                 self._work(message.call, self._pull(message))
+            case messages.Acks():
+                self._end_jobs(message)
             case messages.Ack() | messages.GiveBack():
                 self._work(message.call, self._end_job(message))
             case _:
@@ -330,7 +333,7 @@ class Session:
     async def _end_job(self, message: messages.Ack | messages.GiveBack) -> None:
         found = self._jobs.get(message.token)
         if found is None or self._pulling is None:
-            raise StaleDelivery("the job is not this delivery's any more: it was delivered elsewhere, or has ended")
+            raise StaleDelivery(_OVER)
         held, leases = found
         try:
             if isinstance(message, messages.Ack):
@@ -342,6 +345,20 @@ class Session:
             raise
         self._forget_job(message.token, leases)
         self._send(messages.Done(message.call))
+
+    def _end_jobs(self, message: messages.Acks) -> None:
+        """Take jobs as done. The backend does not ask what the writer says to that: it is told by the way, with others."""
+        over = []
+        for token in message.tokens:
+            held, leases = self._jobs.get(token, (None, ()))
+            self._forget_job(token, leases)
+            try:
+                if held is None or self._pulling is None:
+                    raise StaleDelivery(_OVER)
+                self._pulling.ack_soon(held)
+            except (StaleDelivery, InvalidRequest):
+                over.append(token)
+        self._send(messages.Kept(message.call, tuple(over)) if over else messages.Done(message.call))
 
     def _forget_job(self, token: bytes, leases: tuple[bytes, ...]) -> None:
         self._jobs.pop(token, None)

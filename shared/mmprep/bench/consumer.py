@@ -1,6 +1,7 @@
 """The consumer of the queues' measurement, a process of its own: a backend that acknowledges each job at once.
 
-It says how long it took from each acknowledgement to having the next job: two words with the writer, one after the other.
+It says how long it took from each acknowledgement to having the next job. Where it ``waits`` for the answer to the one, it
+comes with the other.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ def _run(orders: dict[str, Any]) -> None:
         for _ in range(orders["jobs"] - 1):
             assert job is not None
             done = time.perf_counter()
-            job.ack()
+            job.ack(wait=orders["waits"])
             job = backend.pull()
             times.append(1000 * (time.perf_counter() - done))
         assert job is not None
-        job.ack()
+        job.ack(wait=orders["waits"])
         seconds = time.perf_counter() - started
     say_answer({"seconds": seconds, "next_ms": times})
 

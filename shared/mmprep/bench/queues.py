@@ -2,7 +2,8 @@
 
 Each job is a chat with one picture that is cached. Producer and consumer are processes of their own, whose time is not
 counted: jobs a second *of the writer* are jobs by the CPU seconds that the writer used for them, from the offer of their
-keys to the end of their leases.
+keys to the end of their leases. They are measured with a consumer that does not wait for the answer when it says that a job
+is done, and with one that does. The hand-over is that of a consumer that waits and may have one job at a time.
 """
 
 from __future__ import annotations
@@ -45,19 +46,20 @@ def measure(model: Path, directory: Path, amount: Amount) -> dict[str, Any]:
             "1h",
         ]
         with service(model, frontends=1, lanes=_LANES, cache_size=amount.ring, options=options) as running:
-            streamed = _stream(running, paths, amount.streamed)
+            streamed = _stream(running, paths, amount.streamed, waits=False)
+            waited = _stream(running, paths, amount.streamed, waits=True)
             _produce(running, paths, amount.handed_over)
-            with _consumer(running, amount.handed_over, credits_=1) as consumer:
+            with _consumer(running, amount.handed_over, credits_=1, waits=True) as consumer:
                 consumer.wait_ready()
                 consumer.go()
                 handed_over = consumer.answer()
     times = handed_over["next_ms"]
-    return {**streamed, "next_job_ms": percentiles(times), "handed_over": len(times)}
+    return {**streamed, "waited": waited, "next_job_ms": percentiles(times), "handed_over": len(times)}
 
 
-def _stream(running: Service, paths: list[Path], jobs: int) -> dict[str, Any]:
+def _stream(running: Service, paths: list[Path], jobs: int, *, waits: bool) -> dict[str, Any]:
     pids = running.pids()
-    with _producer(running, paths, jobs) as producer, _consumer(running, jobs, credits_=64) as consumer:
+    with _producer(running, paths, jobs) as producer, _consumer(running, jobs, credits_=64, waits=waits) as consumer:
         producer.wait_ready()
         consumer.wait_ready()
         before = {role: sum(map(cpu_seconds, pids[role])) for role in ("writer", "frontends")}
@@ -86,6 +88,6 @@ def _producer(running: Service, paths: list[Path], jobs: int) -> Child:
     return Child("mmprep.bench.producer", orders)
 
 
-def _consumer(running: Service, jobs: int, *, credits_: int) -> Child:
-    orders = {"runtime_dir": running.runtime_dir, "queue": _QUEUE, "jobs": jobs, "credits": credits_}
+def _consumer(running: Service, jobs: int, *, credits_: int, waits: bool) -> Child:
+    orders = {"runtime_dir": running.runtime_dir, "queue": _QUEUE, "jobs": jobs, "credits": credits_, "waits": waits}
     return Child("mmprep.bench.consumer", orders)

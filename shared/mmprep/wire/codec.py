@@ -20,7 +20,7 @@ from mmprep.errors import ProtocolError
 from mmprep.schemas import decoder
 
 #: The version of everything on the wire. Peers of different versions refuse each other in the handshake.
-PROTOCOL = 5
+PROTOCOL = 6
 
 #: The largest frame of a control socket, and the largest header frame of a bulk socket, in bytes.
 CONTROL_LIMIT = 64 * 1024

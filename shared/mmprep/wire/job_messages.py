@@ -104,7 +104,7 @@ class Holding(Wire, frozen=True):
 
 
 class Kept(Wire, frozen=True):
-    """The deliveries that are over, of those that the backend has."""
+    """The deliveries that are over, of those that the backend has named."""
 
     call: Call
     lost: tuple[Token, ...]
@@ -133,6 +133,13 @@ class Ack(Wire, frozen=True):
 
     call: Call
     token: Token
+
+
+class Acks(Wire, frozen=True):
+    """These jobs are done. Answered as :class:`Ack`, and by :class:`Kept` where some of the deliveries are over."""
+
+    call: Call
+    tokens: Annotated[tuple[Token, ...], msgspec.Meta(max_length=MAX_CREDITS)]
 
 
 class GiveBack(Wire, frozen=True):

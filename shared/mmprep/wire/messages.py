@@ -14,6 +14,7 @@ import msgspec
 from mmprep.items import Generation, Natural
 from mmprep.wire.job_messages import (
     Ack as Ack,
+    Acks as Acks,
     Delivery as Delivery,
     Finished as Finished,
     GiveBack as GiveBack,
@@ -371,6 +372,7 @@ ToWriter: TypeAlias = (
     | Pull
     | Holding
     | Ack
+    | Acks
     | GiveBack
 )
 FromWriter: TypeAlias = (

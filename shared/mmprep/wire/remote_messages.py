@@ -140,6 +140,7 @@ ToDoor: TypeAlias = (
     | messages.Pull
     | messages.Holding
     | messages.Ack
+    | messages.Acks
     | messages.GiveBack
 )
 FromDoor: TypeAlias = (

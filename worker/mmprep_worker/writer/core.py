@@ -77,6 +77,7 @@ _MAY_SEND: dict[str, frozenset[type]] = {
             messages.Pull,
             messages.Holding,
             messages.Ack,
+            messages.Acks,
             messages.GiveBack,
         }
     ),
@@ -219,7 +220,9 @@ class WriterCore:
             messages.Repin: self._calls.repin,
             messages.Clear: self._operate,
             messages.Inspect: self._operate,
-            **dict.fromkeys((messages.Pull, messages.Holding, messages.Ack, messages.GiveBack), self._about_jobs),
+            **dict.fromkeys(
+                (messages.Pull, messages.Holding, messages.Ack, messages.Acks, messages.GiveBack), self._about_jobs
+            ),
         }
         if self._awaited:
             self._tasks.paused = True

@@ -31,7 +31,7 @@ from mmprep_worker.writer.leasing import Leasing
 from mmprep_worker.writer.state import Peer, Send
 
 #: What backends say about jobs.
-JobMessage = messages.Pull | messages.Holding | messages.Ack | messages.GiveBack
+JobMessage = messages.Pull | messages.Holding | messages.Ack | messages.Acks | messages.GiveBack
 #: What metrics and the status call the queue before the lanes.
 MEDIA = "media"
 #: Seconds until a frontend is told of jobs that have ended, several at a time.
@@ -115,6 +115,9 @@ class Jobs:
             case messages.Ack():
                 self.queues.ack(peer.id, message.token, now)
                 return self._deliver_with(peer, message.call, now)
+            case messages.Acks():
+                over = [token for token in message.tokens if not self._acked(peer, token, now)]
+                return messages.Kept(message.call, tuple(over)) if over else self._deliver_with(peer, message.call, now)
             case messages.GiveBack():
                 self.queues.give_back(peer.id, message.token, now, failed=message.failed)
                 return self._deliver_with(peer, message.call, now)
@@ -127,6 +130,14 @@ class Jobs:
                 held = [Held(one.token, one.queue, one.job, one.attempt) for one in message.jobs]
                 return messages.Kept(message.call, tuple(self.queues.resume(peer.id, held, now)))
         return messages.Done(message.call)
+
+    def _acked(self, peer: Peer, token: bytes, now: float) -> bool:
+        """Take a job of several as done; return whether the delivery was not over before."""
+        try:
+            self.queues.ack(peer.id, token, now)
+        except errors.StaleDelivery:
+            return False
+        return True
 
     def away(self, peer: Peer, now: float) -> None:
         """A connection is gone."""
