@@ -19,12 +19,12 @@ SEEDS_FOR_BUGS = 200
 #: Where the search for a bug that few seeds show begins; the others begin with seed 0.
 BEGIN = {
     "a killed lane's extent is free before it is gone": 40,
-    "a backend takes up again what it has released": 133,
-    "a lost connection is taken for a death": 118,
+    "a backend takes up again what it has released": 150,
+    "a lost connection is taken for a death": 142,
     "a backend ignores the tags of leases": 24,
-    "what is given back ends although its backend has it": 133,
+    "what is given back ends although its backend has it": 71,
     "a job that is posted anew ends pins of before": 99,
-    "a backend lets go of what it reads": 148,
+    "a backend lets go of what it reads": 276,
     "what a dead lane left of a spill is published": 104,
 }
 LAST_LINES = 400
@@ -108,9 +108,9 @@ def test_a_seed_runs_the_same_each_time():
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_the_simulation_finds(bug):
-    seeds = ((BEGIN.get(bug, 0) + number) % SEEDS_FOR_BUGS for number in range(SEEDS_FOR_BUGS))
+    begin = BEGIN.get(bug, 0)
     options = {"busy": 0.0, **BUGS[bug]}  # so that each event shows by itself
-    found = (seed for seed in seeds if simulate(seed, **options).failure is not None)
+    found = (seed for seed in range(begin, begin + SEEDS_FOR_BUGS) if simulate(seed, **options).failure is not None)
     seed = next(found, None)
     assert seed is not None, f"no seed shows that {bug}"
     said = report(seed, **options)
