@@ -21,7 +21,9 @@ IoValue: TypeAlias = bool | _Whole | float | _Text | tuple[_Whole, ...] | None
 #: What a request may choose about reading one medium: how many frames of a video are taken, say.
 Io: TypeAlias = Annotated[dict[_Text, IoValue], msgspec.Meta(max_length=16)]
 
-_Side = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+#: Patches.
+LARGEST_SIDE = 1 << 20
+_Side = Annotated[int, msgspec.Meta(ge=1, le=LARGEST_SIDE)]
 #: Time, height and width of a medium, in patches.
 Grid: TypeAlias = tuple[_Side, _Side, _Side]
 

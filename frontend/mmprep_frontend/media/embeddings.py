@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 import pybase64
 
-from mmprep.card import Grid, ItemOptions, ModelCard
+from mmprep.card import LARGEST_SIDE, Grid, ItemOptions, ModelCard
 from mmprep.digest import HashName
 from mmprep.embeddings import Embeddings, read_embeddings, read_npy
 from mmprep.errors import InvalidRequest
@@ -24,7 +24,6 @@ from mmprep_frontend.media.keys import variant
 from mmprep_frontend.offered import OfferItem, copying_cost
 from mmprep_frontend.render.conversation import MediaPart
 
-_LARGEST_SIDE = 1 << 20
 #: Characters of the base64 of three numbers' ``.npy`` file; numpy's has 204.
 _LONGEST_GRID = 1024
 
@@ -124,6 +123,6 @@ def read_grid(grid: str | Sequence[int], param: str) -> Grid:
         raise InvalidRequest(
             "The grid is three whole numbers: time, height and width in patches.", param=param
         ) from None
-    if not all(0 < side <= _LARGEST_SIDE for side in sides):
+    if not all(0 < side <= LARGEST_SIDE for side in sides):
         raise InvalidRequest("Each side of the grid is at least one patch.", param=param)
     return sides

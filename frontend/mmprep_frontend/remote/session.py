@@ -38,7 +38,6 @@ CHUNK, CREDITS = 1024 * 1024, 8
 #: Words of one backend that may be worked on at once, and leases that it may have.
 _MOST_CALLS, _MOST_LEASES = 256, 4096
 _OPEN_SECONDS = 10.0
-_OVER = "the job is not this delivery's any more: it was delivered elsewhere, or has ended"
 _LOST = "the lease has run out, or is none of this backend; ask for the item again"
 _STALLED = "the tensors were not read in time, and their lease is over; ask for the item again"
 
@@ -333,7 +332,7 @@ class Session:
     async def _end_job(self, message: messages.Ack | messages.GiveBack) -> None:
         found = self._jobs.get(message.token)
         if found is None or self._pulling is None:
-            raise StaleDelivery(_OVER)
+            raise StaleDelivery("the job is not this delivery's any more: it was delivered elsewhere, or has ended")
         held, leases = found
         try:
             if isinstance(message, messages.Ack):
@@ -352,9 +351,10 @@ class Session:
         for token in message.tokens:
             held, leases = self._jobs.get(token, (None, ()))
             self._forget_job(token, leases)
+            if held is None or self._pulling is None:
+                over.append(token)
+                continue
             try:
-                if held is None or self._pulling is None:
-                    raise StaleDelivery(_OVER)
                 self._pulling.ack_soon(held)
             except (StaleDelivery, InvalidRequest):
                 over.append(token)
